@@ -1,0 +1,109 @@
+"""Checkpoints: one folder each, complete or absent.
+
+Tensors are written by torch.distributed.checkpoint, keyed by parameter name with global shapes, so the format does not know the
+layout that wrote it. A folder is built beside its place, flushed, given a manifest with the size and SHA-256 of every file, and
+renamed::
+
+    checkpoints/step-00000120/
+        tensors/         torch.distributed.checkpoint
+        state.json       step, tokens, position in the data, fingerprint, versions
+        manifest.json    size and hash of every other file
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from bitlm_dist.errors import UserError
+from bitlm_dist.files import sync_folder, write_atomically
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+def folder_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return root / f"step-{step:08d}"
+
+
+def complete_steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    return sorted(int(path.parent.name[5:]) for path in root.glob(f"step-*/{MANIFEST}"))
+
+
+def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        tensors: by name; saved with shape and dtype.
+        state: JSON values.
+    """
+    final = folder_of(root, step)
+    building = root / f".{final.name}.partial"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    writer = dcp.FileSystemWriter(building / "tensors", single_file_per_rank=True, sync_files=True, thread_count=1)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    write_atomically(building / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n")
+    files = {str(f.relative_to(building)): _describe(f) for f in sorted(building.rglob("*")) if f.is_file()}
+    write_atomically(building / MANIFEST, json.dumps(files, indent=1) + "\n")
+    if final.exists():  # incomplete, or a rerun of the same step
+        shutil.rmtree(final)
+    building.rename(final)
+    sync_folder(root)
+    for old in complete_steps(root)[:-keep]:
+        shutil.rmtree(folder_of(root, old))
+    return final
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Verify a checkpoint, copy its tensors into ``tensors`` and return its state.
+
+    Raises:
+        UserError: a file is missing, damaged or of a newer format, or a tensor is missing or has another shape.
+    """
+    state = read_state(folder)
+    verify(folder)
+    reader = dcp.FileSystemReader(folder / "tensors")
+    saved = reader.read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        shape = getattr(saved.get(name), "size", None)
+        if shape != tensor.shape:
+            found = "is missing" if shape is None else f"has shape {tuple(shape)}"
+            raise UserError(f"{folder}: {name} {found}, the model has {tuple(tensor.shape)}: it is a checkpoint of another model")
+    dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """The JSON state of a checkpoint; raises :class:`UserError` if it is incomplete or newer than this version."""
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if state["format"] > FORMAT:
+        raise UserError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}: upgrade bitlm-dist")
+    return state
+
+
+def verify(folder: Path) -> None:
+    """Compare every file with the manifest; raises :class:`UserError` naming the first that differs."""
+    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"checkpoint file {file} is missing: remove {folder} to resume from an older checkpoint")
+        if _describe(file) != expected:
+            raise UserError(f"checkpoint file {file} is damaged: remove {folder} to resume from an older checkpoint")
+
+
+def _describe(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"bytes": os.path.getsize(file), "sha256": digest}

@@ -1,0 +1,301 @@
+"""One run is one nested, typed, frozen document: field defaults < preset < YAML file < dotted command-line overrides.
+
+The field defaults are the preset ``default``, the recipe that measures best; ``configs/presets/paper.yaml`` is the literal paper.
+The text under a field is its help.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from bitlm_dist.errors import UserError
+
+
+class Section(BaseModel):
+    """A frozen part of the config that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where the run lives."""
+
+    dir: Path = Path("runs/bitlm")
+    """Run folder: config, environment, metrics, checkpoints."""
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    path: Path | None = None
+    """Folder that `bitlm prep` wrote."""
+    sequence_length: int = Field(256, ge=2)
+    """Tokens a packed sequence (L); a multiple of model.block_size."""
+    shuffle: bool = True
+    """Shuffle documents anew each epoch."""
+    cache: Path | None = None
+    """Folder for decompressed shards; none: a temporary one that goes with the process."""
+
+
+class BackboneConfig(Section):
+    """The causal Transformer, Qwen-3 style."""
+
+    layers: int = Field(4, ge=1)
+    """Transformer layers."""
+    width: int = Field(128, ge=1)
+    """Hidden width (d)."""
+    heads: int = Field(4, ge=1)
+    """Query heads."""
+    kv_heads: int = Field(2, ge=1)
+    """Key-value heads; divides heads."""
+    head_width: int = Field(32, ge=2)
+    """Width of a head."""
+    ffn_width: int = Field(384, ge=1)
+    """Hidden width of the SwiGLU."""
+    rope_base: int = Field(1_000_000, ge=1)
+    """Base of the rotary positions."""
+    attention: str = "auto"
+    """Attention back end: auto, or a name that `bitlm doctor` lists."""
+
+
+class HeadConfig(Section):
+    """The diffusion head."""
+
+    layers: int = Field(3, ge=1)
+    """Transformer blocks."""
+    width: int = Field(128, ge=1)
+    """Width (w)."""
+    heads: int = Field(4, ge=1)
+    """Attention heads; divides width."""
+    modulations: int = Field(1, ge=1)
+    """AdaLN modulation layers, each shared by a run of blocks; at most layers."""
+    output: Literal["bits", "mixture"] = "mixture"
+    """Output law: one number a bit (paper), or a mixture of products over groups of bits."""
+    group: int = Field(6, ge=1, le=12)
+    """Mixture: bits a group (g)."""
+    components: int = Field(8, ge=1)
+    """Mixture: number of products (M in the method)."""
+    squash: Literal["tanh", "none"] = "tanh"
+    """Bits: A0_hat = tanh(o/2), or o itself."""
+    channel_skip: bool = True
+    """Bits: add the channel's own log-odds to the output; a mixture always does."""
+    context_logits: bool = True
+    """Add a linear read-out of the context to the output and train it at pure noise."""
+    posterior_input: bool = True
+    """Feed the context's own posterior at the noisy bits to the head; needs context_logits."""
+    position_table: bool = True
+    """Learned m x d table added to the context."""
+    zero_stage: int = Field(2, ge=0, le=3)
+    """ZeRO stage of the head over its ranks; one process holds the whole head whatever the stage."""
+
+
+class DiffusionConfig(Section):
+    """Noise and objective."""
+
+    loss: Literal["x", "v", "bce", "elbo"] = "bce"
+    """Objective: mean squared error (x), velocity-weighted (v), cross-entropy (bce) or the bound's own weight (elbo)."""
+    time: Literal["uniform", "logit_normal"] = "logit_normal"
+    """Law of the noise level."""
+    draws: int = Field(1, ge=1, le=16)
+    """Noise draws per target; the backbone runs once for all of them."""
+    per_token: float = Field(0.6, ge=0, le=1)
+    """Share of training blocks in which each token has its own noise level."""
+    per_token_sigma: float = Field(1.5, gt=0)
+    """Sigma of that logit-normal law."""
+    context_dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that a block's context is replaced by the learned null state; guidance needs it."""
+    input_bit_flips: float = Field(0.0, ge=0, le=0.5)
+    """Largest probability of flipping an input bit in training (against exposure bias)."""
+
+
+class ModelConfig(Section):
+    """The model."""
+
+    output: Literal["bits"] = "bits"
+    """What the model predicts."""
+    block_size: int = Field(4, ge=1)
+    """Tokens a block (m)."""
+    bits: int | None = Field(None, ge=1, le=30)
+    """Bits a token (B); none: as many as the tokenizer needs."""
+    codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
+    """Assignment of codes to tokens."""
+    backbone: BackboneConfig = BackboneConfig()
+
+
+class OptimizerConfig(Section):
+    """Optimizers and schedule."""
+
+    matrices: Literal["muon", "adamw"] = "muon"
+    """Optimizer of the matrices of backbone layers and head blocks; AdamW takes the rest."""
+    muon_lr: float = Field(0.02, gt=0)
+    """Peak learning rate of Muon."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Momentum of Muon (Nesterov)."""
+    lr: float = Field(3e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW betas."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of matrices; vectors have none."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Clip the joint gradient norm here; 0: never."""
+    warmup_steps: int = Field(20, ge=0)
+    """Linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Decay after warm-up, over training.steps."""
+    final_lr: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+
+
+class TrainingConfig(Section):
+    """The loop."""
+
+    steps: int = Field(100, ge=1)
+    """Optimizer steps."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Seed of weights, data order and noise."""
+    global_batch_tokens: int = Field(4096, ge=1)
+    """Tokens a step, over all ranks; a multiple of data.sequence_length."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products under autocast; weights, optimizer, noise and loss stay fp32."""
+
+
+class CheckpointConfig(Section):
+    """Saving."""
+
+    every_steps: int = Field(1000, ge=1)
+    """Save every so many steps, and at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep."""
+
+
+class EvaluationConfig(Section):
+    """`bitlm eval`."""
+
+    sequences: int = Field(0, ge=0)
+    """Sequences of the validation split to read; 0: all."""
+    strata: int = Field(16, ge=1)
+    """Noise levels a block (head passes) of the bound."""
+    sampled_blocks: int = Field(512, ge=0)
+    """Blocks to sample for the invalid-code rate."""
+
+
+class SamplingConfig(Section):
+    """`bitlm generate`."""
+
+    sampler: Literal["ode", "sde", "sequential"] = "sequential"
+    """Sampler; sequential needs diffusion.per_token > 0 (or blocks of one token)."""
+    steps: int = Field(8, ge=1)
+    """Denoising steps (K) of ode and sde."""
+    guidance: float = Field(1.0, ge=0)
+    """Scale of classifier-free guidance of ode and sde; 1: none."""
+    temperature: float = Field(0.8, ge=0)
+    """Scale of the initial noise (ode, sde) or divisor of the logits (sequential)."""
+    confidence: float = Field(2.0, gt=0)
+    """ode: stop a block once all |A0_hat| reach this; above 1: never."""
+
+
+class ParallelConfig(Section):
+    """Layout."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Sequence parallelism over the tensor ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks a pipeline rank."""
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks."""
+    microbatch: int = Field(0, ge=0)
+    """Sequences a forward pass; 0: the whole batch at once."""
+
+
+class LoggingConfig(Section):
+    """Metrics beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    """Write TensorBoard events into the run folder."""
+    wandb_project: str | None = None
+    """Log to this Weights & Biases project too (extra `wandb`)."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    preset: Literal["default", "paper"] = "default"
+    """What the fields start from."""
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    head: HeadConfig = HeadConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def check(self) -> "Config":
+        """Hold the rules that tie fields together.
+
+        Raises:
+            UserError: names the keys, their values and the remedy.
+        """
+        for problem in _problems(self):
+            raise UserError(problem)
+        return self
+
+
+def _problems(c: Config) -> Iterator[str]:
+    """Every broken rule as one line."""
+    backbone, head, m = c.model.backbone, c.head, c.model.block_size
+    if c.data.sequence_length % m or c.data.sequence_length < 2 * m:
+        near = max(2, round(c.data.sequence_length / m)) * m
+        yield (
+            f"data.sequence_length = {c.data.sequence_length} must be a multiple of model.block_size = {m}, "
+            f"at least two blocks: try {near}"
+        )
+    if c.training.global_batch_tokens % c.data.sequence_length:
+        near = max(1, round(c.training.global_batch_tokens / c.data.sequence_length)) * c.data.sequence_length
+        yield (
+            f"training.global_batch_tokens = {c.training.global_batch_tokens} must be a multiple of "
+            f"data.sequence_length = {c.data.sequence_length}: try {near}"
+        )
+    if backbone.heads % backbone.kv_heads:
+        yield f"model.backbone.kv_heads = {backbone.kv_heads} must divide model.backbone.heads = {backbone.heads}"
+    if backbone.head_width % 2:
+        yield f"model.backbone.head_width = {backbone.head_width} must be even for rotary positions"
+    if head.width % head.heads:
+        yield f"head.heads = {head.heads} must divide head.width = {head.width}"
+    if head.modulations > head.layers:
+        yield f"head.modulations = {head.modulations} exceeds head.layers = {head.layers}: use at most one a layer"
+    if head.output == "mixture" and c.diffusion.loss != "bce":
+        yield f"diffusion.loss = {c.diffusion.loss} needs head.output = bits; a mixture is trained with bce"
+    if head.posterior_input and not head.context_logits:
+        yield "head.posterior_input = true needs head.context_logits = true"
+    if c.diffusion.loss == "bce" and head.squash != "tanh":
+        yield "diffusion.loss = bce reads the output as logits: set head.squash = tanh"
+    if c.sampling.guidance != 1 and c.diffusion.context_dropout == 0:
+        yield f"sampling.guidance = {c.sampling.guidance} needs a trained null state: set diffusion.context_dropout, e.g. 0.1"
+    if c.sampling.guidance != 1 and c.sampling.sampler == "sequential":
+        yield f"sampling.guidance = {c.sampling.guidance} works with sampling.sampler = ode or sde, not with sequential"
+    if c.sampling.sampler == "sequential" and m > 1 and c.diffusion.per_token == 0:
+        yield "sampling.sampler = sequential needs a head trained with diffusion.per_token > 0: use ode"
+    if c.sampling.sampler == "sde" and c.sampling.steps < 2:
+        yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
+    yield from _layout_problems(c.parallel)
+
+
+def _layout_problems(parallel: ParallelConfig) -> Iterator[str]:
+    for key in ("tensor", "sequence", "pipeline", "virtual_pipeline", "context"):
+        value = getattr(parallel, key)
+        if int(value) > (0 if key == "sequence" else 1):
+            yield f"parallel.{key} = {value}: this version trains on one process; leave it at its default"

@@ -1,0 +1,160 @@
+"""From files and command-line words to a checked :class:`~bitlm_dist.config.Config` that knows where each value came from."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
+
+CONFIGS = Path(__file__).parent / "configs"  # in an installed package
+if not CONFIGS.is_dir():
+    CONFIGS = Path(__file__).parent.parent / "configs"  # in a checkout
+
+
+class Loaded(NamedTuple):
+    """A checked config and, for each dotted key that was set, what set it."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+def load(file: Path | None, overrides: Sequence[str] = ()) -> Loaded:
+    """Merge field defaults, preset, YAML file and overrides, and check the result.
+
+    Args:
+        file: a YAML file, or the name of one that ships with the package (``quickstart``).
+        overrides: command-line words, ``--a.b value`` or ``--a.b=value``.
+
+    Raises:
+        UserError: names key or file, and the remedy.
+    """
+    layers = [("command line", dict(_parse_overrides(overrides)))]
+    if file is not None:
+        layers.insert(0, (str(file), dict(flatten(_read_yaml(_find(file))))))
+    preset = next((layer["preset"] for _, layer in reversed(layers) if "preset" in layer), "default")
+    preset_file = CONFIGS / "presets" / f"{preset}.yaml"
+    if preset != "default" and preset_file.is_file():
+        layers.insert(0, (f"preset {preset}", dict(flatten(_read_yaml(preset_file)))))
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for source, layer in layers:
+        values.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    return Loaded(build(values, sources), sources)
+
+
+def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Config:
+    """A checked config from dotted keys; raises :class:`UserError`."""
+    sources = sources or {}
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        _check_key(key, sources.get(key, "config"))
+        *path, last = key.split(".")
+        place = nested
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    try:
+        return Config.model_validate(nested).check()
+    except ValidationError as error:
+        raise UserError(_explain(error, sources)) from None
+
+
+def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of a nested document."""
+    for name, value in document.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def read_run(folder: Path) -> Config:
+    """The config of a run folder; raises :class:`UserError` where there is none."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is no run folder: it holds no config.yaml; train into it first with `bitlm train`")
+    return build(dict(flatten(_read_yaml(file))), {})
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(file: Path) -> Path:
+    shipped = CONFIGS / file.name if file.suffix else CONFIGS / f"{file.name}.yaml"
+    for candidate in (file, shipped):
+        if candidate.is_file():
+            return candidate
+    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise UserError(f"config file {file} does not exist; shipped with the package: {known}")
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise UserError(f"{file} must hold `key: value` lines, found a {type(document).__name__}")
+    return document
+
+
+def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"unexpected argument {word!r}: overrides read `--section.key value`")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not remaining:
+                raise UserError(f"--{key} lacks a value: write `--{key} VALUE`")
+            text = remaining.pop(0)
+        try:
+            yield key, yaml.safe_load(text)
+        except yaml.YAMLError:
+            yield key, text
+
+
+def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key there is."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from keys(kind, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def _check_key(key: str, source: str) -> None:
+    known = list(keys())
+    if key in known:
+        return
+    if any(name.startswith(f"{key}.") for name in known):
+        raise UserError(f"{key} ({source}) is a section: set keys in it, such as {key}.{_first_in(key, known)}")
+    last = key.rpartition(".")[2]
+    near = difflib.get_close_matches(key, known, 1, 0.6) or [n for n in known if n.rpartition(".")[2] == last]
+    hint = f"did you mean {near[0]}?" if near else "`bitlm train CONFIG --print-config` lists every key"
+    raise UserError(f"unknown key {key} ({source}): {hint}")
+
+
+def _first_in(section: str, known: Sequence[str]) -> str:
+    return next(name for name in known if name.startswith(f"{section}."))[len(section) + 1 :]
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    first, *more = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    source = sources.get(key) or next((s for k, s in sources.items() if key.startswith(k)), "config")
+    rest = f" (and {len(more)} more)" if more else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key} = {first['input']!r} ({source}): {message}{rest}"

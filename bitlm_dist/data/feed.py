@@ -1,0 +1,100 @@
+"""Batches as a function of the position: sequence number s of a run is the same on any layout and after any restart."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitlm_dist.data.packing import Plan, assemble, pack
+from bitlm_dist.data.shards import Shards, read_manifest
+from bitlm_dist.model.bitlm import Batch
+
+
+class Feed:
+    """Packed sequences of one split, numbered across epochs.
+
+    Args:
+        folder: what `bitlm prep` wrote.
+        split: ``train`` (documents shuffled anew each epoch if ``shuffle``) or ``validation``.
+        block, sequence_length: m and L.
+        seed: of the order.
+        shuffle: False reads documents as they lie.
+        cache: see :class:`~bitlm_dist.data.shards.Shards`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        block: int,
+        sequence_length: int,
+        seed: int = 0,
+        shuffle: bool = False,
+        cache: Path | None = None,
+    ) -> None:
+        self.manifest = read_manifest(folder)
+        self._shards = Shards(folder, split, cache, seed)
+        self._shuffle, self._seed = shuffle, seed
+        self._block, self._length = block, sequence_length
+        self._starts = [0]  # global number of each epoch's first sequence, as far as known
+        self._plan = lru_cache(maxsize=2)(self._make_plan)
+        self._read = lru_cache(maxsize=64)(self._shards.tokens)
+
+    def _make_plan(self, epoch: int) -> Plan:
+        lengths = self._shards.lengths
+        order = self._shards.order(epoch) if self._shuffle else np.arange(len(lengths))
+        return pack(lengths, order, block=self._block, sequence_length=self._length)
+
+    def __len__(self) -> int:
+        """Sequences of the first epoch."""
+        return len(self._plan(0))
+
+    def _locate(self, number: int) -> tuple[int, int]:
+        while self._starts[-1] <= number:
+            self._starts.append(self._starts[-1] + len(self._plan(len(self._starts) - 1)))
+        epoch = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return epoch, number - self._starts[epoch]
+
+    def sequence(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens and document ids [L] of global sequence ``number``."""
+        epoch, place = self._locate(number)
+        return assemble(
+            self._plan(epoch).of(place),
+            self._read,
+            block=self._block,
+            sequence_length=self._length,
+            bos=self.manifest["bos"],
+            eos=self.manifest["eos"],
+        )
+
+    def batch(self, first: int, count: int, device: torch.device) -> Batch:
+        """Sequences first..first+count-1."""
+        pairs = [self.sequence(first + i) for i in range(count)]
+        tokens, ids = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs, strict=True))
+        return Batch(tokens, ids, torch.arange(first, first + count, device=device))
+
+    def epoch_batches(self, count: int, limit: int, device: torch.device) -> Iterator[Batch]:
+        """The first epoch in batches of ``count`` sequences, at most ``limit`` sequences (0: all)."""
+        total = min(len(self), limit) if limit else len(self)
+        for first in range(0, total, count):
+            yield self.batch(first, min(count, total - first), device)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides which sequence has which number; a resumed run must find the same."""
+        return {
+            "data.index": self.manifest["indexes"],
+            "data.tokenizer": self.manifest["tokenizer"]["fingerprint"],
+            "data.sequence_length": self._length,
+            "data.shuffle": self._shuffle,
+            "model.block_size": self._block,
+            "training.seed": self._seed,
+        }
+
+    def close(self) -> None:
+        """Let go of the shards."""
+        self._shards.close()

@@ -1,0 +1,130 @@
+"""The shards of a prepared folder, read through mosaicml-streaming and never altered.
+
+The folder is the stream's *remote*; a cache folder is its *local* side, where shards are decompressed and their hashes checked. So
+the library cannot delete or rewrite what `bitlm prep` wrote.
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.errors import UserError
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "validation")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: the folder is missing, empty, or its preparation did not finish.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.path = {folder} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
+    if not (folder / MANIFEST).is_file():
+        state = "is not finished: run the same" if (folder / "settings.json").is_file() else "holds no shards: run"
+        raise UserError(f"data.path = {folder} {state} `bitlm prep … --out {folder}` (no {MANIFEST})")
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    return manifest
+
+
+class Shards:
+    """Random access to the documents of one split.
+
+    Args:
+        folder: what `bitlm prep` wrote.
+        split: ``train`` or ``validation``.
+        cache: folder for decompressed shards; None: a temporary one, removed on close.
+        seed: of :meth:`order`.
+
+    Attributes:
+        lengths: tokens of each document, int64.
+
+    Raises:
+        UserError: the split, its index or a shard is missing or has another size; the message names the file.
+    """
+
+    def __init__(self, folder: Path, split: str, cache: Path | None = None, seed: int = 0) -> None:
+        self.folder = folder / split
+        index = self.folder / "index.json"
+        if not index.is_file():
+            raise UserError(f"{folder} has no {split} split ({index} is missing): prepare it with `bitlm prep --validation`")
+        self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
+        self._check_files(json.loads(index.read_text())["shards"])
+        self._temporary = None if cache else tempfile.mkdtemp(prefix="bitlm-shards-")
+        local = Path(self._temporary) if self._temporary else Path(str(cache)) / self._key(index)
+        # streaming announces its defaults on standard error; its locks go to the temporary folder
+        self._dataset = import_streaming().StreamingDataset(
+            remote=str(self.folder),
+            local=str(local),
+            batch_size=1,
+            validate_hash="xxh64",
+            shuffle=True,
+            shuffle_seed=seed,
+            num_canonical_nodes=1,
+            shuffle_block_size=2**18,
+            download_retry=1,
+        )
+
+    @staticmethod
+    def _key(index: Path) -> str:
+        return hashlib.sha256(index.read_bytes()).hexdigest()[:16]
+
+    def _check_files(self, shards: list[dict[str, Any]]) -> None:
+        samples = sum(shard["samples"] for shard in shards)
+        if samples != len(self.lengths):
+            raise UserError(f"{self.folder}: index.json has {samples} documents, lengths.npy {len(self.lengths)}: prepare again")
+        for shard in shards:
+            part = shard["zip_data"] or shard["raw_data"]
+            file = self.folder / part["basename"]
+            size = file.stat().st_size if file.is_file() else None
+            if size != part["bytes"]:
+                state = "is missing" if size is None else f"has {size} bytes, expected {part['bytes']}"
+                raise UserError(f"shard {file} {state}: restore it or prepare the data again")
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """All documents in the shuffled order of an epoch: streaming's own shuffle for a world of one, so no rank count changes it."""
+        from streaming.base.batching import generate_work
+        from streaming.base.world import World
+
+        work = generate_work(self._dataset.batching_method, self._dataset, World(1, 1, 1, 0), epoch, 0)
+        ids: NDArray[np.int64] = work.flatten()
+        return ids[ids >= 0]
+
+    def tokens(self, document: int) -> NDArray[np.integer]:
+        """The token ids of one document.
+
+        Raises:
+            UserError: its shard is damaged.
+        """
+        try:
+            tokens: NDArray[np.integer] = self._dataset[int(document)]["tokens"]
+        except (RuntimeError, ValueError, OSError) as error:
+            shard, _ = self._dataset.spanner[int(document)]
+            info = self._dataset.shards[shard]
+            part = info.zip_data or info.raw_data
+            file = self.folder / part.basename
+            raise UserError(f"shard {file} is damaged: restore it or prepare the data again ({error})") from error
+        if len(tokens) != self.lengths[document]:
+            raise UserError(f"{self.folder}: document {document} has {len(tokens)} tokens, expected {self.lengths[document]}")
+        return tokens
+
+    def close(self) -> None:
+        """Remove the temporary cache."""
+        if self._temporary:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> "Shards":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

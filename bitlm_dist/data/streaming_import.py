@@ -1,0 +1,39 @@
+"""Import of mosaicml-streaming beside a CPU build of torch.
+
+``import streaming`` imports torchvision for its vision classes, and the torchvision on the index is built for CUDA: it fails beside
+a CPU torch. Where that is so, a stand-in with the three names that streaming asks for takes its place; BitLM reads no images.
+"""
+
+import importlib
+import importlib.machinery
+import sys
+import types
+from typing import Any
+
+
+def _stand_in() -> None:
+    def unavailable(*args: Any, **kwargs: Any) -> None:
+        raise ImportError("torchvision is not installed for this build of torch")
+
+    root = types.ModuleType("torchvision")
+    datasets = types.ModuleType("torchvision.datasets")
+    transforms = types.ModuleType("torchvision.transforms")
+    functional = types.ModuleType("torchvision.transforms.functional")
+    datasets.VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
+    functional.to_tensor = unavailable  # type: ignore[attr-defined]
+    root.datasets, root.transforms, transforms.functional = datasets, transforms, functional  # type: ignore[attr-defined]
+    for module in (root, datasets, transforms, functional):
+        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)  # find_spec asks for one
+        sys.modules[module.__name__] = module
+
+
+def import_streaming() -> types.ModuleType:
+    """The package ``streaming``."""
+    if "streaming" not in sys.modules:
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError, OSError):
+            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            _stand_in()
+    return importlib.import_module("streaming")

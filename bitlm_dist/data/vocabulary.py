@@ -1,0 +1,45 @@
+"""The code of each token for a run: made once from the prepared folder, kept in the run folder beside the tokenizer."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitlm_dist import codes
+from bitlm_dist.codes import BitCodes, bits_needed
+from bitlm_dist.config import ModelConfig
+from bitlm_dist.errors import UserError
+
+STATISTICS = "statistics.npz"
+
+
+def make_codes(model: ModelConfig, folder: Path, manifest: dict[str, Any]) -> BitCodes:
+    """The assignment that ``model.codes`` names, for the tokenizer of a prepared folder.
+
+    Raises:
+        UserError: V > 2^B, or the folder's statistics are missing.
+    """
+    vocabulary = int(manifest["vocabulary"])
+    bits = model.bits or bits_needed(vocabulary)
+    if vocabulary > 2**bits:
+        raise UserError(
+            f"model.bits = {bits} gives {2**bits:,} codes, too few for the tokenizer's {vocabulary:,} tokens: "
+            f"use {bits_needed(vocabulary)} or leave it out"
+        )
+    return BitCodes(_assignment(model.codes, vocabulary, bits, folder / STATISTICS), bits)
+
+
+def _assignment(kind: str, vocabulary: int, bits: int, statistics: Path) -> Tensor:
+    if kind == "natural":
+        return codes.natural(vocabulary)
+    if kind == "gray":
+        return codes.gray(vocabulary)
+    if kind == "random":
+        return codes.random(vocabulary, bits, seed=0)
+    if not statistics.is_file():
+        raise UserError(f"model.codes = {kind} needs {statistics}: prepare the data again, or choose natural")
+    with np.load(statistics) as found:
+        counts = torch.from_numpy(found["counts"])
+        return codes.frequency(counts) if kind == "frequency" else codes.octave(counts, torch.from_numpy(found["contexts"]))

@@ -1,0 +1,204 @@
+"""What the head's raw output means: a distribution of the clean bits given the noisy ones.
+
+Two laws behind one interface. :class:`BitOutput` gives one number a bit (paper, Eq. 12, with the switches of the method);
+:class:`MixtureOutput` gives, for each token, a mixture of products of distributions over groups of bits.
+
+Legend: N blocks (any leading shape), M tokens a block, K bits, R mixture components, G groups, g bits a group, P = 2^g patterns.
+"""
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitlm_dist.diffusion import losses
+from bitlm_dist.diffusion.process import channel_field
+
+
+class Output(Protocol):
+    """The interface of an output law. ``raw`` is [N, M, size]; noisy and clean bits are [N, M, K]; t is [N, M]."""
+
+    size: int
+    evidence_size: int
+
+    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """A0_hat, the estimate of the clean bits [N, M, K]."""
+        ...
+
+    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+        """Training loss of each token [N, M], a mean over its bits."""
+        ...
+
+    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """The posterior as features [N, M, evidence_size] for the head's input."""
+        ...
+
+    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
+        """log-probability [N, M] of the tokens' bits when nothing but ``raw`` is known (pure noise)."""
+        ...
+
+    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """Bits [N, M, K] drawn from the same law with uniform numbers u [N, M, K + 1]."""
+        ...
+
+
+class BitOutput:
+    """One number a bit.
+
+    Args:
+        bits: K.
+        loss: ``x``, ``v``, ``bce`` or ``elbo``.
+        squash: ``tanh`` (A0_hat = tanh(o/2)) or ``none`` (A0_hat = o); bce always reads o as a logit.
+        channel_skip: add the channel's own log-odds 2·lambda to o, so that the network learns only what context knows.
+        time_law: the law of t in training, needed by the ``elbo`` weight.
+    """
+
+    def __init__(self, bits: int, loss: str, squash: str, channel_skip: bool, time_law: str) -> None:
+        self.size = self.evidence_size = bits
+        self.kind, self.squash, self.channel_skip, self.time_law = loss, squash, channel_skip, time_law
+
+    def _logits(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        raw = raw.float()
+        return raw + 2 * channel_field(noisy, t) if self.channel_skip else raw
+
+    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`."""
+        logits = self._logits(raw, noisy, t)
+        return torch.tanh(logits / 2) if self.squash == "tanh" else logits
+
+    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+        """See :class:`Output`."""
+        if self.kind == "bce":
+            return losses.bce_loss(clean, self._logits(raw, noisy, t))
+        denoised = self.denoise(raw, noisy, t)
+        if self.kind == "x":
+            return losses.x_loss(clean, denoised)
+        if self.kind == "v":
+            return losses.v_loss(clean, denoised, t)
+        return losses.elbo_loss(clean, denoised, t, self.time_law)
+
+    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`."""
+        return self.denoise(raw, noisy, t)
+
+    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
+        """See :class:`Output`; at pure noise the channel adds nothing."""
+        return -F.softplus(-clean * raw.float()).sum(-1)
+
+    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """See :class:`Output`; temperature 0 takes the likelier value of each bit."""
+        return torch.where(u[..., :-1] < _sharpen(raw.float(), temperature).sigmoid(), 1.0, -1.0)
+
+
+class MixtureOutput(nn.Module):
+    """A mixture of R products over groups of g bits; the posterior given noisy bits is closed form (method, section 9 a and d).
+
+    Raw output of a token: R mixture logits, then R x G x P pattern logits. Where the last group is shorter than g, the
+    surplus patterns are masked. g = 1 and R = 1 is the per-bit law with bce and channel skip.
+
+    Args:
+        bits: K.
+        group: g.
+        components: R.
+    """
+
+    patterns: Tensor  # [P, g] in {-1, +1}
+    surplus: Tensor  # [G, P], -inf at patterns that the group does not have
+
+    def __init__(self, bits: int, group: int, components: int) -> None:
+        super().__init__()
+        self.bits, self.group, self.components = bits, group, components
+        self.groups = math.ceil(bits / group)
+        self.evidence_size = self.groups * 2**group
+        self.size = components * (1 + self.evidence_size)
+        number = torch.arange(2**group)
+        places = torch.arange(group)
+        missing = self.groups * group - bits  # bits that the last group lacks
+        surplus = torch.zeros(self.groups, 2**group)
+        surplus[-1, 2 ** (group - missing) :] = -math.inf
+        self.register_buffer("patterns", (2 * (number[:, None] >> places & 1) - 1).float(), persistent=False)
+        self.register_buffer("surplus", surplus, persistent=False)
+
+    def _split(self, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """-> log mixture weights [N, M, R] and log pattern probabilities [N, M, R, G, P] of the prior."""
+        raw = raw.float()
+        weights, logits = raw[..., : self.components], raw[..., self.components :]
+        logits = logits.unflatten(-1, (self.components, self.groups, -1)) + self.surplus
+        return weights.log_softmax(-1), logits
+
+    def _field(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """<lambda_g, phi_p> for every group and pattern: [N, M, G, P]."""
+        return self._grouped(channel_field(noisy, t)) @ self.patterns.T
+
+    def _grouped(self, bits: Tensor) -> Tensor:
+        """[N, M, K] -> [N, M, G, g], zeros in the places that the last group lacks."""
+        return F.pad(bits, (0, self.groups * self.group - self.bits)).unflatten(-1, (self.groups, self.group))
+
+    def _index(self, clean: Tensor) -> Tensor:
+        """The pattern number of every group: [N, M, G]."""
+        places = 2 ** torch.arange(self.group, device=clean.device)
+        return ((self._grouped(clean) > 0) * places).sum(-1)
+
+    def _posterior(self, raw: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixture weights [N, M, R] and pattern probabilities [N, M, R, G, P] given the noisy bits."""
+        weights, logits = self._split(raw)
+        tilted = logits + field.unsqueeze(-3)
+        total = tilted.logsumexp(-1)
+        evidence = (total - logits.logsumexp(-1)).sum(-1)
+        return (weights + evidence).softmax(-1), (tilted - total.unsqueeze(-1)).exp()
+
+    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P]."""
+        weights, patterns = self._posterior(raw, self._field(noisy, t))
+        return (weights.unsqueeze(-2) @ patterns.flatten(-2)).squeeze(-2)
+
+    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`: the posterior mean, bounded by construction."""
+        marginals = self.evidence(raw, noisy, t).unflatten(-1, (self.groups, -1))
+        return (marginals @ self.patterns).flatten(-2)[..., : self.bits]
+
+    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+        """See :class:`Output`: -log posterior of the clean token, in nats a bit.
+
+        With a and b the log-sums over patterns without and with the field f, the posterior is
+        Σ_k w_k Π_g exp(l_kgy + f_gy - a_kg) / Σ_k w_k Π_g exp(b_kg - a_kg): two reductions and no probability is formed.
+        """
+        field, index = self._field(noisy, t), self._index(clean)
+        weights, logits = self._split(raw)
+        prior = weights - logits.logsumexp(-1).sum(-1)
+        joint = (prior + self._at(logits, index)).logsumexp(-1) + self._at(field, index)
+        evidence = (prior + (logits + field.unsqueeze(-3)).logsumexp(-1).sum(-1)).logsumexp(-1)
+        return (evidence - joint) / self.bits
+
+    def _at(self, values: Tensor, index: Tensor) -> Tensor:
+        """Sum over groups of values [N, M, (R,) G, P] at the patterns index [N, M, G]."""
+        if values.dim() > index.dim() + 1:
+            index = index.unsqueeze(-2).expand(values.shape[:-1])
+        return values.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
+
+    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
+        """See :class:`Output`."""
+        weights, logits = self._split(raw)
+        return (weights - logits.logsumexp(-1).sum(-1) + self._at(logits, self._index(clean))).logsumexp(-1)
+
+    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """See :class:`Output`: a component, then each group of it; temperature divides all logits, 0 takes the likeliest."""
+        weights, logits = self._split(raw)
+        component = _pick(_sharpen(weights, temperature).softmax(-1), u[..., -1:])
+        chosen = logits.gather(-3, component[..., None, None, None].expand(*logits.shape[:-3], 1, *logits.shape[-2:]))
+        patterns = _sharpen(chosen.squeeze(-3), temperature).softmax(-1)
+        index = _pick(patterns, u[..., : self.groups, None])
+        return self.patterns[index].flatten(-2)[..., : self.bits]
+
+
+def _sharpen(logits: Tensor, temperature: float) -> Tensor:
+    return logits / max(temperature, 1e-4)
+
+
+def _pick(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Index drawn by inverting the cumulative distribution over the last dimension; u [..., 1]."""
+    cumulative = probabilities.cumsum(-1)
+    index = (cumulative < u * cumulative[..., -1:]).sum(-1)
+    return index.clamp_max(probabilities.shape[-1] - 1)

@@ -1,0 +1,86 @@
+"""The forward process A_t = (1-t)·A0 + t·eps, t = 0 clean, t = 1 pure noise, and the laws of t (paper, section 3.3).
+
+Legend: N blocks (any leading shape), M tokens a block, K bits.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitlm_dist.diffusion import noise
+
+TIME_FLOOR = 1e-2  # t is clamped here wherever something is divided by it
+LOGIT_MEAN, LOGIT_SIGMA = -0.8, 0.8  # logit-normal law of 1 - t, from BitDance
+
+
+def add_noise(clean: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """A_t from clean bits [N, M, K], eps of the same shape and t [N, M]."""
+    t = t.unsqueeze(-1)
+    return (1 - t) * clean + t * eps
+
+
+def channel_field(noisy: Tensor, t: Tensor) -> Tensor:
+    """lambda = (1-t)·A_t/t^2 [N, M, K]: given A_t alone, the log-odds of a bit being +1 are 2·lambda."""
+    t = t.clamp_min(TIME_FLOOR).unsqueeze(-1)
+    return (1 - t) * noisy / t.square()
+
+
+def logit_normal(normal: Tensor, sigma: float = LOGIT_SIGMA) -> Tensor:
+    """t with 1 - t = sigmoid(-0.8 + sigma·n) from standard normal numbers n."""
+    return 1 - torch.sigmoid(LOGIT_MEAN + sigma * normal)
+
+
+def time_density(t: Tensor, law: str) -> Tensor:
+    """Density of t under ``uniform`` or ``logit_normal``."""
+    if law == "uniform":
+        return torch.ones_like(t)
+    n = (torch.logit(1 - t) - LOGIT_MEAN) / LOGIT_SIGMA
+    return torch.exp(-0.5 * n.square()) / ((2 * torch.pi) ** 0.5 * LOGIT_SIGMA * t * (1 - t))
+
+
+@dataclass(frozen=True)
+class NoiseLaw:
+    """How the noise of training is drawn; the fields are those of the ``diffusion`` section of the config."""
+
+    time: str = "uniform"  # "uniform" (paper) or "logit_normal"
+    draws: int = 1
+    per_token: float = 0.0  # share of blocks in which each token has its own noise level
+    per_token_sigma: float = 1.5
+    context_dropout: float = 0.0  # probability that a block's context is replaced by the learned null state
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The noise of one draw: eps [N, M, K], t [N, M], and keep [N], False where the context is dropped."""
+
+    eps: Tensor
+    t: Tensor
+    keep: Tensor
+
+
+def training_draws(
+    law: NoiseLaw, shape: tuple[int, int], *, seed: int, step: int, sample: Tensor, block: Tensor
+) -> Iterator[Draw]:
+    """The noise of a training step, a pure function of its arguments (method: section 5).
+
+    Args:
+        law: the distribution.
+        shape: (M, K).
+        seed, step: of the run.
+        sample: global sample index of each block, int64 [N].
+        block: index of each block in its sample, int64 [N].
+    """
+    tokens, bits = shape
+    for number in range(law.draws):
+        where = {"seed": seed, "step": step, "sample": sample, "block": block, "draw": number}
+        eps = noise.normals(tokens * bits, purpose=noise.NOISE, **where).unflatten(-1, shape)
+        u = noise.uniforms(3, purpose=noise.CHOICES, **where)
+        n = noise.normals(1 + tokens, purpose=noise.TIME, **where)
+        shared = u[..., 2] if law.time == "uniform" else logit_normal(n[..., 0])
+        t = shared.unsqueeze(-1).expand(*shared.shape, tokens)
+        if law.per_token > 0:
+            own = logit_normal(n[..., 1:], law.per_token_sigma)
+            t = torch.where((u[..., 0] < law.per_token).unsqueeze(-1), own, t)
+        yield Draw(eps, t, u[..., 1] >= law.context_dropout)

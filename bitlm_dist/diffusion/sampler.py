@@ -1,0 +1,169 @@
+"""From pure noise to a block of bits (paper, section 3.4): ODE, SDE and, for per-token noise, left to right.
+
+A sampler sees the head only through a function (noisy [N, M, K], t [N, M]) -> A0_hat [N, M, K]; guidance wraps that function.
+Every sampler takes ``known``: the tokens of an open block that the prompt already fixes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitlm_dist.diffusion.outputs import Output
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Watcher = Callable[[int, Tensor], None]
+SDE_END = 0.05  # Euler-Maruyama stops here; one exact step does the rest
+
+
+@dataclass(frozen=True)
+class Known:
+    """Tokens that the prompt fixes: bits [N, M, K] where mask [N, M].
+
+    They are put in clean at every step. A head trained with per-token noise is told so (t = 0 at them); a head that only knows
+    one time a block gets the block's.
+    """
+
+    bits: Tensor
+    mask: Tensor
+    clean_time: bool
+
+    def put(self, bits: Tensor) -> Tensor:
+        """``bits`` with the known tokens in their places."""
+        return torch.where(self.mask.unsqueeze(-1), self.bits, bits)
+
+    def time(self, t: Tensor) -> Tensor:
+        """The times that the head is told."""
+        return t.masked_fill(self.mask, 0.0) if self.clean_time else t
+
+    @classmethod
+    def none(cls, like: Tensor) -> "Known":
+        """No token known, for bits of the shape of ``like`` [N, M, K]."""
+        return cls(like, torch.zeros(like.shape[:-1], dtype=torch.bool, device=like.device), clean_time=False)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A block of signed bits [N, M, K] and the number of head passes that made it."""
+
+    bits: Tensor
+    head_passes: int
+
+
+def sign(bits: Tensor) -> Tensor:
+    """Sign with sign(0) = +1."""
+    return torch.where(bits >= 0, 1.0, -1.0)
+
+
+def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
+    """Classifier-free guidance u + s·(c - u), both on the same noise; s = 1 is no guidance and calls only ``conditional``."""
+    if scale == 1.0:
+        return conditional
+
+    def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+        u = unconditional(noisy, t)
+        return u + scale * (conditional(noisy, t) - u)
+
+    return denoise
+
+
+def ode_sample(
+    denoise: Denoiser,
+    start: Tensor,
+    steps: int,
+    *,
+    known: Known,
+    confidence: float = 2.0,
+    watch: Watcher | None = None,
+) -> Sampled:
+    """A <- (t'/t)·A + (1 - t'/t)·A0_hat over t = k/steps, k = steps..1; the last A is A0_hat.
+
+    Args:
+        denoise: the (guided) head.
+        start: Gaussian noise [N, M, K]; its scale is the temperature.
+        steps: K of the paper, at least 1.
+        known: tokens fixed by the prompt.
+        confidence: stop early once every |A0_hat| reaches it; above 1 never for a bounded head.
+        watch: called with (step, A0_hat) after every head pass.
+    """
+    noisy = start
+    for k in range(steps, 0, -1):
+        t = known.time(torch.full(start.shape[:-1], k / steps, device=start.device))
+        denoised = known.put(denoise(known.put(noisy), t))
+        if watch:
+            watch(steps - k + 1, denoised)
+        if k == 1 or bool((denoised.abs() >= confidence)[~known.mask].all()):
+            break
+        shrink = (k - 1) / k
+        noisy = shrink * noisy + (1 - shrink) * denoised
+    return Sampled(sign(denoised), steps - k + 1)
+
+
+def sde_sample(
+    denoise: Denoiser,
+    start: Tensor,
+    steps: int,
+    noise: Callable[[int], Tensor],
+    *,
+    known: Known,
+    watch: Watcher | None = None,
+) -> Sampled:
+    """Euler-Maruyama on the reverse SDE from t = 1 to 0.05, then one exact step to A0_hat.
+
+    The forward process has drift -A/(1-t) and squared diffusion 2t/(1-t); the score is -(A - (1-t)·A0_hat)/t^2. Near t = 1 the
+    drift is singular, so the first step is the ODE's.
+
+    Args:
+        noise: step number -> standard normal [N, M, K].
+        steps: at least 2; the other arguments are those of :func:`ode_sample`.
+    """
+    times = torch.linspace(1.0, SDE_END, steps).tolist()
+    noisy = start
+    for number, (t, following) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
+        level = known.time(torch.full(start.shape[:-1], t, device=start.device))
+        denoised = known.put(denoise(known.put(noisy), level))
+        if watch:
+            watch(number + 1, denoised)
+        if number == 0 or following == 0.0:
+            noisy = following / t * noisy + (1 - following / t) * denoised
+            continue
+        diffusion = 2 * t / (1 - t)
+        drift = -noisy / (1 - t) + diffusion * (noisy - (1 - t) * denoised) / t**2
+        noisy = noisy - drift * (t - following) + (diffusion * (t - following)) ** 0.5 * noise(number)
+    return Sampled(sign(denoised), steps)
+
+
+def sequential_sample(
+    raw: Callable[[Tensor, Tensor], Tensor],
+    output: Output,
+    start: Tensor,
+    u: Tensor,
+    *,
+    temperature: float = 1.0,
+    settle: Callable[[Tensor], Tensor] = sign,
+    known: Known,
+    watch: Watcher | None = None,
+) -> Sampled:
+    """Left to right inside the block: tokens before are clean, the rest pure noise; M head passes, no ODE (method, section 9).
+
+    Args:
+        raw: the head without its output law, (noisy, t) -> [N, M, size].
+        output: the output law.
+        start: Gaussian noise [N, M, K].
+        u: uniform numbers [N, M, K + 1].
+        temperature: divides the logits; 0 takes the likeliest pattern.
+        settle: makes a drawn token valid before the next one sees it: bits [N, M, K] -> bits [N, M, K].
+        known, watch: as in :func:`ode_sample`.
+    """
+    tokens = start.shape[-2]
+    first = int(known.mask.flatten(0, -2).all(0).sum())  # the prompt's tokens open the block
+    bits = known.put(start)
+    place = torch.arange(tokens, device=start.device)
+    for i in range(first, tokens):
+        t = (place >= i).float().expand(start.shape[:-1])
+        drawn = output.sample(raw(bits, t), u, temperature)
+        bits = torch.where((place == i).unsqueeze(-1), settle(drawn), bits)
+        if watch:
+            watch(i - first + 1, bits.masked_fill((place > i).unsqueeze(-1), 0.0))
+    return Sampled(sign(bits), tokens - first)

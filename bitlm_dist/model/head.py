@@ -1,0 +1,135 @@
+"""The diffusion head: denoises the M x K bits of the next block together, given the last block's hidden states.
+
+The architecture follows BitDance (arXiv 2602.14041): a small Transformer with AdaLN modulation and full attention inside the block
+(paper, section 3.3), widened by the switches of the recipe.
+
+Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the backbone, W width of the head, H heads.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitlm_dist.config import Config
+from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
+from bitlm_dist.kernels import in_block_attention
+
+TIME_FEATURES = 256
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the head needs of the hidden states, computed once for all noise draws and denoising steps."""
+
+    condition: Tensor  # [N, M, W]
+    logits: Tensor | None  # [N, M, size] of the output law
+
+    def broadcast(self, draws: int) -> "Context":
+        """The same context for several draws: [draws, N, M, ...]."""
+        logits = None if self.logits is None else self.logits.expand(draws, *self.logits.shape)
+        return Context(self.condition.expand(draws, *self.condition.shape), logits)
+
+
+def time_features(t: Tensor) -> Tensor:
+    """Sinusoids of 1000·t: [...] -> [..., 256]."""
+    half = TIME_FEATURES // 2
+    frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half, device=t.device))
+    angles = 1000 * t.unsqueeze(-1) * frequencies
+    return torch.cat((angles.cos(), angles.sin()), -1)
+
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Attention inside the block, then SwiGLU, both with AdaLN shift, scale and gate."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        hidden = 3 * width // 2
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.attention_out = nn.Linear(width, width, bias=False)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """x [N, M, W], modulation [N, M, 6W] -> [N, M, W]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
+        qkv = self.qkv(_modulated(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
+        x = x + gate1 * self.attention_out(in_block_attention(qkv, x.shape[-2]).flatten(-2))
+        gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
+        return x + gate2 * self.down(F.silu(gate) * up)
+
+
+class DiffusionHead(nn.Module):
+    """(noisy bits, t, context) -> raw output of the output law.
+
+    Usage: ``context = head.read(C)`` once, then ``head(noisy, t, context)`` for every noise level; ``head.output`` reads the result.
+    Modulation and final layers start at zero, so an untrained head returns the context logits alone.
+    """
+
+    def __init__(self, config: Config, bits: int) -> None:
+        super().__init__()
+        head, block, width = config.head, config.model.block_size, config.head.width
+        backbone_width = config.model.backbone.width
+        self.output = make_output(config, bits)
+        self.posterior_input = head.posterior_input
+        self.bits_in = nn.Linear(bits, width)
+        self.context_in = nn.Linear(backbone_width, width)
+        self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.null = nn.Parameter(torch.zeros(backbone_width))
+        self.positions = nn.Parameter(torch.zeros(block, backbone_width)) if head.position_table else None
+        self.context_out = nn.Linear(backbone_width, self.output.size) if head.context_logits else None
+        self.evidence_in = nn.Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
+        self.blocks = nn.ModuleList(Block(width, head.heads) for _ in range(head.layers))
+        self.modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(head.modulations))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final = nn.Linear(width, self.output.size)
+        for layer in (*self.modulations, self.final_modulation, self.final):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def read(self, hidden: Tensor, keep: Tensor | None = None) -> Context:
+        """Hidden states C [N, M, D] of the block before -> context; where ``keep`` [N] is False the learned null state."""
+        if keep is not None:
+            hidden = torch.where(keep[..., None, None], hidden, self.null)
+        if self.positions is not None:
+            hidden = hidden + self.positions
+        return Context(self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))
+
+    def unconditional(self, context: Context) -> Context:
+        """The context of the null state, for guidance, in the shape of ``context``."""
+        null = self.null.expand(*context.condition.shape[:-1], -1)
+        return self.read(null)
+
+    def forward(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
+        """noisy [N, M, K], t [N, M] -> raw output [N, M, size] for ``self.output``."""
+        x = self.bits_in(noisy)
+        if self.evidence_in is not None:
+            assert context.logits is not None
+            x = x + self.evidence_in(self.output.evidence(context.logits, noisy, t).to(x.dtype))
+        y = F.silu(self.time_in(time_features(t)) + context.condition)
+        run = -(-len(self.blocks) // len(self.modulations))
+        for number, block in enumerate(self.blocks):
+            if number % run == 0:
+                modulation = self.modulations[number // run](y)
+            x = block(x, modulation)
+        raw = self.final(_modulated(x, *self.final_modulation(y).chunk(2, -1)))
+        return raw if context.logits is None else raw + context.logits
+
+    def denoise(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
+        """A0_hat [N, M, K]."""
+        return self.output.denoise(self(noisy, t, context), noisy, t)
+
+
+def make_output(config: Config, bits: int) -> Output:
+    """The output law that the config names."""
+    head, diffusion = config.head, config.diffusion
+    if head.output == "mixture":
+        return MixtureOutput(bits, head.group, head.components)
+    return BitOutput(bits, diffusion.loss, head.squash, head.channel_skip, diffusion.time)

@@ -1,0 +1,46 @@
+"""One object a step: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.config import LoggingConfig
+from bitlm_dist.errors import UserError
+
+
+class MetricsLog:
+    """Writes every step's metrics to the run folder; a line is on disk before the next step begins."""
+
+    def __init__(self, folder: Path, config: LoggingConfig) -> None:
+        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board: Any = None
+        self._wandb: Any = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if config.wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise UserError("logging.wandb_project needs the package wandb: pip install 'bitlm-dist[wandb]'") from None
+            self._wandb = wandb.init(project=config.wandb_project, dir=str(folder), resume="allow")
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Record one step; ``metrics`` has the key ``step``."""
+        self._lines.write(json.dumps(metrics) + "\n")
+        step = metrics["step"]
+        for name, value in metrics.items():
+            if self._board and name != "step":
+                self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._lines.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()

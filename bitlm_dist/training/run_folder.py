@@ -1,0 +1,125 @@
+"""The run folder: config, tokenizer, codes, environment, metrics, checkpoints; everything `eval` and `generate` need."""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitlm_dist.codes import BitCodes
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import flatten, read_run, to_yaml
+from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.errors import UserError
+from bitlm_dist.files import write_atomically
+
+CODES = "codes.npz"
+PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton", "numpy", "bitlm-dist")
+# A resumed run may differ from the saved one in these; anything else would make it another run.
+MAY_CHANGE = ("run.", "checkpoint.", "evaluation.", "sampling.", "logging.", "parallel.microbatch", "data.cache", "data.path")
+LENGTHEN = "training.steps"
+
+
+class RunFolder:
+    """A folder that one run owns.
+
+    Args:
+        path: the folder; need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+
+    def claim(self, config: Config) -> None:
+        """Make the folder this run's, or refuse; nothing is written if it is refused.
+
+        Raises:
+            UserError: it holds a run of another config, or files of other origin.
+        """
+        if (self.path / "config.yaml").is_file():
+            self._compare(read_run(self.path), config)
+        elif self.path.exists() and any(self.path.iterdir()):
+            raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
+        write_atomically(self.path / "config.yaml", to_yaml(config))
+        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+
+    def _compare(self, found: Config, wanted: Config) -> None:
+        old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))
+        for key, value in new.items():
+            lengthened = key == LENGTHEN and wanted.optimizer.schedule == "constant"
+            if old.get(key) != value and not key.startswith(MAY_CHANGE) and not lengthened:
+                note = " (the schedule depends on it)" if key == LENGTHEN else ""
+                raise UserError(
+                    f"run.dir = {self.path} holds a run with {key} = {old.get(key)}, now {value}{note}: "
+                    "choose another run.dir or the same value"
+                )
+
+    def save_vocabulary(self, tokenizer_folder: Path, codes: BitCodes) -> None:
+        """Keep the tokenizer and the codes; a folder that has them must agree.
+
+        Raises:
+            UserError: the folder was trained with another tokenizer or other codes.
+        """
+        tokenizer = Tokenizer.of_folder(tokenizer_folder)
+        if (self.path / "tokenizer").is_dir():
+            same = self.tokenizer().fingerprint == tokenizer.fingerprint
+            if not same or not torch.equal(self.codes().code_of_token, codes.code_of_token):
+                what = "codes" if same else "tokenizer"
+                raise UserError(f"run.dir = {self.path} was trained with another {what} than data.path has: use its data")
+            return
+        partial = self.path / f".{CODES}"
+        with partial.open("wb") as stream:
+            np.savez(stream, codes=codes.code_of_token.numpy(), bits=codes.bits)
+        partial.rename(self.path / CODES)
+        building = self.path / ".tokenizer"
+        tokenizer.save(building)
+        building.rename(self.path / "tokenizer")
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        return Tokenizer.of_folder(self.path / "tokenizer")
+
+    def codes(self) -> BitCodes:
+        """The run's codes."""
+        with np.load(self.path / CODES) as found:
+            return BitCodes(torch.from_numpy(found["codes"]), int(found["bits"]))
+
+    def drop_metrics_after(self, step: int) -> None:
+        """Forget metrics of steps that a killed run took after its last checkpoint."""
+        if self.metrics.is_file():
+            lines = self.metrics.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
+            if len(kept) < len(lines):
+                write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (json.JSONDecodeError, KeyError):  # the line a kill cut in half
+        return float("inf")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and device, for the record of a run."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

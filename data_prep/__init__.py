@@ -1,0 +1,1 @@
+"""Preparing text: tokenize, count, write shards."""

@@ -1,0 +1,6 @@
+"""The two attentions of BitLM: block-causal over the sequence, and full inside each block."""
+
+from bitlm_dist.kernels.attention import available_backends, block_causal_attention
+from bitlm_dist.kernels.in_block import in_block_attention
+
+__all__ = ["available_backends", "block_causal_attention", "in_block_attention"]

@@ -1,0 +1,31 @@
+"""Full attention inside each block of m tokens, thousands of blocks at once: the attention of the diffusion head.
+
+Legend: N blocks, M tokens a block, H heads, D width of a head.
+"""
+
+import math
+
+from torch import Tensor
+
+
+def in_block_attention(qkv: Tensor, block: int) -> Tensor:
+    """Attention of every token to all tokens of its own block (paper, section 3.3).
+
+    Args:
+        qkv: [..., M, 3, H, D], queries, keys and values packed; every leading index is a block.
+        block: m, must equal the size of qkv's M.
+
+    Returns:
+        [..., M, H, D].
+
+    Raises:
+        ValueError: qkv has another shape.
+    """
+    if qkv.dim() < 4 or qkv.shape[-3] != 3 or qkv.shape[-4] != block:
+        raise ValueError(f"qkv {(*qkv.shape,)}: expected [..., {block}, 3, heads, head_width]")
+    q, k, v = qkv.unbind(-3)
+    if block == 1:  # the softmax over one key is 1
+        return v
+    # An m x m product is too small for a batched matrix kernel: m^2 dot products, elementwise, are faster.
+    scores = (q.unsqueeze(-3) * k.unsqueeze(-4)).sum(-1) / math.sqrt(q.shape[-1])  # [..., M, M, H]
+    return (scores.softmax(-2).unsqueeze(-1) * v.unsqueeze(-4)).sum(-3)

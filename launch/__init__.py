@@ -1,0 +1,1 @@
+"""Where a process stands in its job, and starting jobs."""

@@ -7,7 +7,7 @@ Every assignment goes through :class:`BitCodes`, so the model never knows which 
 import torch
 from torch import Tensor, nn
 
-ASSIGNMENTS = ("natural", "gray", "random", "frequency", "octave")
+POWER_STEPS = 16  # of the power iteration behind `octave`
 
 
 def bits_needed(vocabulary: int) -> int:
@@ -111,16 +111,30 @@ def octave(counts: Tensor, contexts: Tensor) -> Tensor:
 def _bisect(vectors: Tensor, depth: int) -> Tensor:
     """Places 0..n-1 of n <= 2^depth vectors [n, E] in a binary tree; the first half fills up before the second begins."""
     count = len(vectors)
+    places = torch.zeros(count, dtype=torch.int64)
     if count <= 1:
-        return torch.zeros(count, dtype=torch.int64)
+        return places
     half = 2 ** (depth - 1)
     if count <= half:
         return _bisect(vectors, depth - 1)
-    centred = vectors - vectors.mean(0)
-    direction = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -1]
-    direction = direction * torch.where(direction[direction.abs().argmax()] < 0, -1.0, 1.0)  # eigenvectors have no sign
-    order = torch.argsort(centred @ direction, stable=True)
-    places = torch.empty(count, dtype=torch.int64)
+    if count == 2 * half:  # a full tree: all nodes of a level at once
+        order = torch.arange(count)
+        for level in range(depth):
+            nodes = order.view(2**level, -1)
+            order = nodes.gather(1, _along_principal(vectors[nodes])).flatten()
+        places[order] = torch.arange(count)
+        return places
+    order = _along_principal(vectors.unsqueeze(0))[0]
     for part, first in ((order[:half], 0), (order[half:], half)):
         places[part] = first + _bisect(vectors[part], depth - 1)
     return places
+
+
+def _along_principal(vectors: Tensor) -> Tensor:
+    """Order of each node's vectors [nodes, n, E] along their first principal direction, by power iteration: [nodes, n]."""
+    centred = vectors - vectors.mean(1, keepdim=True)
+    longest = centred.norm(dim=-1).argmax(1)
+    direction = centred[torch.arange(len(centred)), longest].unsqueeze(-1)  # fixes the sign too
+    for _ in range(POWER_STEPS):
+        direction = torch.nn.functional.normalize(centred.mT @ (centred @ direction), dim=1)
+    return torch.argsort((centred @ direction).squeeze(-1), dim=1, stable=True)

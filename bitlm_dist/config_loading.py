@@ -74,12 +74,12 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
-def read_run(folder: Path) -> Config:
-    """The config of a run folder; raises :class:`UserError` where there is none."""
+def read_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run folder with overrides; raises :class:`UserError` where there is none."""
     file = folder / "config.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is no run folder: it holds no config.yaml; train into it first with `bitlm train`")
-    return build(dict(flatten(_read_yaml(file))), {})
+    return load(file, overrides).config
 
 
 def to_yaml(config: Config) -> str:
@@ -88,8 +88,7 @@ def to_yaml(config: Config) -> str:
 
 
 def _find(file: Path) -> Path:
-    shipped = CONFIGS / file.name if file.suffix else CONFIGS / f"{file.name}.yaml"
-    for candidate in (file, shipped):
+    for candidate in (file, CONFIGS / file.name, CONFIGS / f"{file.name}.yaml"):
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bitlm_dist.data_prep import sources, statistics
+from bitlm_dist.data_prep.tokenizer import Tokenizer, train_bpe
 from numpy.typing import NDArray
 
 from bitlm_dist.data.shards import MANIFEST, SPLITS, Shards, read_manifest
 from bitlm_dist.data.streaming_import import import_streaming
-from bitlm_dist.data_prep import sources, statistics
-from bitlm_dist.data_prep.tokenizer import Tokenizer, train_bpe
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 
@@ -206,7 +206,7 @@ def _merge(split: Path, names: Sequence[str]) -> None:
     write_atomically(split / "index.json", json.dumps({"version": 2, "shards": shards}) + "\n")
 
 
-def _sample(shards: Shards) -> Iterator[NDArray[np.integer]]:
+def _sample(shards: Shards) -> Iterator[NDArray[np.integer[Any]]]:
     seen = 0
     for document in range(len(shards.lengths)):
         tokens = shards.tokens(document)
@@ -218,8 +218,7 @@ def _sample(shards: Shards) -> Iterator[NDArray[np.integer]]:
 
 def _finish(out: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], reused: int) -> Report:
     totals = {
-        split: {key: sum(record[split][key] for record in records) for key in ("documents", "tokens", "bytes")}
-        for split in SPLITS
+        split: {key: sum(record[split][key] for record in records) for key in ("documents", "tokens", "bytes")} for split in SPLITS
     }
     if not totals["train"]["documents"]:
         raise UserError(f"{out}: every document fell into the validation split: lower --validation or give more documents")

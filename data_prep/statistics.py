@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ FILE = "statistics.npz"
 
 
 def token_statistics(
-    documents: Iterable[NDArray[np.integer]], vocabulary: int
+    documents: Iterable[NDArray[np.integer[Any]]], vocabulary: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Counts [V] and context vectors [V, <= 48] of a corpus of token arrays.
 

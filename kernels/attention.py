@@ -67,9 +67,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | N
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4:
         raise ValueError(f"expected q [B,H,S,D] and k, v [B,G,T,D], got {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q {(*q.shape,)} and k {(*k.shape,)} differ in batch or head width, or H is no multiple of G"
-        )
+        raise ValueError(f"q {(*q.shape,)} and k {(*k.shape,)} differ in batch or head width, or H is no multiple of G")
     if block < 1:
         raise ValueError(f"block = {block}: a block holds at least one token")
     if k.shape[2] < q.shape[2] or (k.shape[2] - q.shape[2]) % block:
@@ -88,9 +86,7 @@ def _visible(first: int, last: int, keys: int, block: int, document_ids: Tensor 
     return mask
 
 
-def _reference(
-    q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | None, scale: float
-) -> Tensor:
+def _reference(q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | None, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     past = k.shape[2] - q.shape[2]

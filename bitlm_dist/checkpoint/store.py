@@ -18,8 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, write_atomically
@@ -50,8 +52,8 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[st
     building = root / f".{final.name}.partial"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(building / "tensors", single_file_per_rank=True, sync_files=True, thread_count=1)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    writer = FileSystemWriter(building / "tensors", single_file_per_rank=True, sync_files=True, thread_count=1)
+    save_tensors(dict(tensors), storage_writer=writer, no_dist=True)
     write_atomically(building / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n")
     files = {str(f.relative_to(building)): _describe(f) for f in sorted(building.rglob("*")) if f.is_file()}
     write_atomically(building / MANIFEST, json.dumps(files, indent=1) + "\n")
@@ -72,14 +74,14 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     state = read_state(folder)
     verify(folder)
-    reader = dcp.FileSystemReader(folder / "tensors")
+    reader = FileSystemReader(folder / "tensors")
     saved = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         shape = getattr(saved.get(name), "size", None)
         if shape != tensor.shape:
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise UserError(f"{folder}: {name} {found}, the model has {tuple(tensor.shape)}: it is a checkpoint of another model")
-    dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
     return state
 
 

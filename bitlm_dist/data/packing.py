@@ -7,6 +7,7 @@ only there, so every token is a target exactly once. The last sequence of an epo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,14 +62,14 @@ def pack(lengths: NDArray[np.int64], order: NDArray[np.int64], *, block: int, se
 
 def assemble(
     spans: NDArray[np.int64],
-    read: Callable[[int], NDArray[np.integer]],
+    read: Callable[[int], NDArray[np.integer[Any]]],
     *,
     block: int,
     sequence_length: int,
     bos: int,
     eos: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The tokens and document ids [sequence_length] of one planned sequence; ids count the spans, :data:`PADDING` fills the rest."""
+    """Tokens and document ids [sequence_length] of one planned sequence; ids count the spans, :data:`PADDING` fills the rest."""
     tokens = np.full(sequence_length, eos, dtype=np.int64)
     ids = np.full(sequence_length, PADDING, dtype=np.int64)
     at = 0
@@ -81,7 +82,7 @@ def assemble(
     return tokens, ids
 
 
-def packed_document(tokens: NDArray[np.integer], *, block: int, bos: int, eos: int) -> NDArray[np.int64]:
+def packed_document(tokens: NDArray[np.integer[Any]], *, block: int, bos: int, eos: int) -> NDArray[np.int64]:
     """m BOS, the tokens, EOS to a multiple of m."""
     size = int(packed_blocks(np.array(len(tokens)), block)) * block
     packed = np.full(size, eos, dtype=np.int64)

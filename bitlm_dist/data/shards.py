@@ -92,7 +92,7 @@ class Shards:
                 raise UserError(f"shard {file} {state}: restore it or prepare the data again")
 
     def order(self, epoch: int) -> NDArray[np.int64]:
-        """All documents in the shuffled order of an epoch: streaming's own shuffle for a world of one, so no rank count changes it."""
+        """All documents in an epoch's shuffled order: streaming's shuffle for a world of one, so no rank count changes it."""
         from streaming.base.batching import generate_work
         from streaming.base.world import World
 
@@ -100,14 +100,14 @@ class Shards:
         ids: NDArray[np.int64] = work.flatten()
         return ids[ids >= 0]
 
-    def tokens(self, document: int) -> NDArray[np.integer]:
+    def tokens(self, document: int) -> NDArray[np.integer[Any]]:
         """The token ids of one document.
 
         Raises:
             UserError: its shard is damaged.
         """
         try:
-            tokens: NDArray[np.integer] = self._dataset[int(document)]["tokens"]
+            tokens: NDArray[np.integer[Any]] = self._dataset[int(document)]["tokens"]
         except (RuntimeError, ValueError, OSError) as error:
             shard, _ = self._dataset.spanner[int(document)]
             info = self._dataset.shards[shard]

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.outputs import Output
 from bitlm_dist.diffusion.process import add_noise
 from bitlm_dist.diffusion.sampler import Denoiser, sign
@@ -44,25 +45,22 @@ def strata_times(strata: int) -> Tensor:
     return 1 / (1 + G_MAX * (torch.arange(strata) + 0.5) / strata)
 
 
-def bound(
-    denoise: Denoiser, clean: Tensor, *, strata: int, seed: int, sample: Tensor, block: Tensor, valid: Tensor
-) -> Bound:
+def bound(denoise: Denoiser, clean: Tensor, *, strata: int, source: Source, valid: Tensor) -> Bound:
     """Monte-Carlo estimate of the bound, unbiased: one jittered g in every stratum, for every block (method, section 7).
 
     Args:
         denoise: the head given its context, (noisy [N, M, K], t [N, M]) -> A0_hat.
         clean: bits [N, M, K].
         strata: S, at least 1; head passes.
-        seed, sample [N], block [N]: name the noise, see :mod:`bitlm_dist.diffusion.noise`.
+        source: of the noise.
         valid: [N, M] bool, the tokens that ``accuracy`` counts.
     """
     nats = torch.full(clean.shape[:-1], reconstruction_nats() * clean.shape[-1], device=clean.device)
     accuracy = []
     for stratum in range(strata):
-        where = {"seed": seed, "step": stratum, "sample": sample, "block": block}
-        jitter = noise.uniforms(1, purpose=noise.TIME, **where)
-        eps = noise.normals(clean[0].numel(), purpose=noise.NOISE, **where).view(clean.shape)
-        g = (stratum + jitter) * (G_MAX / strata)
+        drawn = source.at(step=stratum)
+        g = (stratum + drawn.uniforms(noise.TIME, 1)) * (G_MAX / strata)
+        eps = drawn.normals(noise.NOISE, clean[0].numel()).view(clean.shape)
         t = (1 / (1 + g)).expand(clean.shape[:-1])
         denoised = denoise(add_noise(clean, eps, t), t)
         nats = nats + G_MAX / strata * g * (clean - denoised).square().sum(-1)
@@ -70,17 +68,14 @@ def bound(
     return Bound(nats, torch.stack(accuracy))
 
 
-def chain_nats(
-    raw: Callable[[Tensor, Tensor], Tensor], output: Output, clean: Tensor, *, seed: int, sample: Tensor, block: Tensor
-) -> Tensor:
+def chain_nats(raw: Callable[[Tensor, Tensor], Tensor], output: Output, clean: Tensor, source: Source) -> Tensor:
     """-log p of each token given the ones before it in its block and the context, [N, M] nats, M head passes.
 
     Tokens before are clean, the token itself and those after it pure noise: exact for a head trained with per-token noise (method,
     section 9), given the noise that stands in the open places.
     """
     tokens = clean.shape[-2]
-    eps = noise.normals(clean[0].numel(), purpose=noise.NOISE, seed=seed, step=0, sample=sample, block=block)
-    eps = eps.view(clean.shape)
+    eps = source.normals(noise.NOISE, clean[0].numel()).view(clean.shape)
     nats = []
     for i in range(tokens):
         open_ = torch.arange(tokens, device=clean.device) >= i

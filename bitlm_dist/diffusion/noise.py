@@ -5,6 +5,7 @@ and a resumed run needs nothing but its step. Source: Salmon et al., "Parallel r
 """
 
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,38 +35,48 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
     return torch.stack(torch.broadcast_tensors(c0, c1, c2, c3), -1)
 
 
-def uniforms(
-    count: int, *, seed: int, purpose: int, step: int, sample: Tensor, block: Tensor, draw: int = 0
-) -> Tensor:
-    """Uniform numbers in the open interval (0, 1).
+@dataclass(frozen=True)
+class Source:
+    """Names the random numbers of some blocks.
 
-    Args:
-        count: numbers wanted for each (sample, block), below 2^26.
-        seed: run seed, 0 <= seed < 2^32; likewise ``step`` and every ``sample`` and ``block``.
-        purpose: one of the streams named in this module.
-        sample: global sample index, int64, broadcasts with ``block``: [...].
-        block: index of the block in its sample, int64.
-        draw: which of several noise draws of one step.
-
-    Returns:
-        float32 [..., count].
+    Attributes:
+        seed: of the run, 0 <= seed < 2^32; the same range holds for ``step`` and every ``sample`` and ``block``.
+        sample: global sample index of each block, int64 [N] (any shape).
+        block: index of each block in its sample, int64 [N].
+        step: of training; elsewhere a running number.
+        draw: which of several draws of one step.
     """
-    if not 0 <= seed <= _MASK:
-        raise ValueError(f"seed = {seed}: expected 0 <= seed < 2^32")
-    quads = torch.arange(-(-count // 4), device=sample.device)
-    sample, block = torch.broadcast_tensors(sample, block)
-    word = (quads | purpose << 24, block.unsqueeze(-1), sample.unsqueeze(-1), quads.new_tensor(step))
-    bits = philox4x32(word, (quads.new_tensor(seed), quads.new_tensor(draw)))
-    # 24 bits fill a float32 mantissa; the half keeps 0 and 1 out
-    return (((bits >> 8).float() + 0.5) * 2.0**-24).flatten(-2)[..., :count]
 
+    seed: int
+    sample: Tensor
+    block: Tensor
+    step: int = 0
+    draw: int = 0
 
-def normals(
-    count: int, *, seed: int, purpose: int, step: int, sample: Tensor, block: Tensor, draw: int = 0
-) -> Tensor:
-    """Standard normal numbers, float32 [..., count]; arguments as in :func:`uniforms`."""
-    half = -(-count // 2)
-    u = uniforms(2 * half, seed=seed, purpose=purpose, step=step, sample=sample, block=block, draw=draw)
-    radius = torch.sqrt(-2 * torch.log(u[..., :half]))  # Box-Muller
-    angle = 2 * math.pi * u[..., half:]
-    return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), -1)[..., :count]
+    def at(self, *, step: int | None = None, draw: int | None = None) -> "Source":
+        """The same blocks at another step or draw."""
+        return replace(self, step=self.step if step is None else step, draw=self.draw if draw is None else draw)
+
+    def uniforms(self, purpose: int, count: int) -> Tensor:
+        """Uniform numbers in the open interval (0, 1), float32 [N, count], of one of this module's streams; count < 2^26.
+
+        Raises:
+            ValueError: the seed is out of range.
+        """
+        if not 0 <= self.seed <= _MASK:
+            raise ValueError(f"seed = {self.seed}: expected 0 <= seed < 2^32")
+        quads = torch.arange(-(-count // 4), device=self.sample.device)
+        sample, block = torch.broadcast_tensors(self.sample.unsqueeze(-1), self.block.unsqueeze(-1))
+        word = (quads | purpose << 24, block, sample, quads.new_tensor(self.step))
+        bits = philox4x32(word, (quads.new_tensor(self.seed), quads.new_tensor(self.draw)))
+        # 24 bits fill a float32 mantissa; the half keeps 0 and 1 out
+        return (((bits >> 8).float() + 0.5) * 2.0**-24).flatten(-2)[..., :count]
+
+    def normals(self, purpose: int, count: int) -> Tensor:
+        """Standard normal numbers, float32 [N, count]; arguments as in :meth:`uniforms`."""
+        half = -(-count // 2)
+        # Box-Muller in fp64: vectorised fp32 functions may round an element differently by its place in the tensor
+        u = self.uniforms(purpose, 2 * half).double()
+        radius = torch.sqrt(-2 * torch.log(u[..., :half]))
+        angle = 2 * math.pi * u[..., half:]
+        return torch.cat((radius * torch.cos(angle), radius * torch.sin(angle)), -1)[..., :count].float()

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.diffusion import losses
+from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, split
 from bitlm_dist.diffusion.process import channel_field
 
 
@@ -121,71 +122,40 @@ class MixtureOutput(nn.Module):
         self.register_buffer("patterns", (2 * (number[:, None] >> places & 1) - 1).float(), persistent=False)
         self.register_buffer("surplus", surplus, persistent=False)
 
-    def _split(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """-> log mixture weights [N, M, R] and log pattern probabilities [N, M, R, G, P] of the prior."""
-        raw = raw.float()
-        weights, logits = raw[..., : self.components], raw[..., self.components :]
-        logits = logits.unflatten(-1, (self.components, self.groups, -1)) + self.surplus
-        return weights.log_softmax(-1), logits
-
     def _field(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """<lambda_g, phi_p> for every group and pattern: [N, M, G, P]."""
-        return self._grouped(channel_field(noisy, t)) @ self.patterns.T
+        """<lambda_g, phi_p> for every group and pattern: [N·M, G, P]."""
+        return (self._grouped(channel_field(noisy, t)) @ self.patterns.T).flatten(0, -3)
 
     def _grouped(self, bits: Tensor) -> Tensor:
         """[N, M, K] -> [N, M, G, g], zeros in the places that the last group lacks."""
         return F.pad(bits, (0, self.groups * self.group - self.bits)).unflatten(-1, (self.groups, self.group))
 
-    def _index(self, clean: Tensor) -> Tensor:
-        """The pattern number of every group: [N, M, G]."""
+    def _nll(self, raw: Tensor, clean: Tensor, field: Tensor | None) -> Tensor:
         places = 2 ** torch.arange(self.group, device=clean.device)
-        return ((self._grouped(clean) > 0) * places).sum(-1)
-
-    def _posterior(self, raw: Tensor, field: Tensor) -> tuple[Tensor, Tensor]:
-        """Mixture weights [N, M, R] and pattern probabilities [N, M, R, G, P] given the noisy bits."""
-        weights, logits = self._split(raw)
-        tilted = logits + field.unsqueeze(-3)
-        total = tilted.logsumexp(-1)
-        evidence = (total - logits.logsumexp(-1)).sum(-1)
-        return (weights + evidence).softmax(-1), (tilted - total.unsqueeze(-1)).exp()
+        index = ((self._grouped(clean) > 0) * places).sum(-1)
+        return mixture_nll(raw.flatten(0, -2), field, index.flatten(0, -2), self.surplus).view(raw.shape[:-1])
 
     def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P]."""
-        weights, patterns = self._posterior(raw, self._field(noisy, t))
-        return (weights.unsqueeze(-2) @ patterns.flatten(-2)).squeeze(-2)
+        """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P], without gradient."""
+        marginals = mixture_marginals(raw.flatten(0, -2), self._field(noisy, t), self.surplus)
+        return marginals.flatten(-2).view(*raw.shape[:-1], -1)
 
     def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Output`: the posterior mean, bounded by construction."""
+        """See :class:`Output`: the posterior mean, bounded by construction; without gradient."""
         marginals = self.evidence(raw, noisy, t).unflatten(-1, (self.groups, -1))
         return (marginals @ self.patterns).flatten(-2)[..., : self.bits]
 
     def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
-        """See :class:`Output`: -log posterior of the clean token, in nats a bit.
-
-        With a and b the log-sums over patterns without and with the field f, the posterior is
-        Σ_k w_k Π_g exp(l_kgy + f_gy - a_kg) / Σ_k w_k Π_g exp(b_kg - a_kg): two reductions and no probability is formed.
-        """
-        field, index = self._field(noisy, t), self._index(clean)
-        weights, logits = self._split(raw)
-        prior = weights - logits.logsumexp(-1).sum(-1)
-        joint = (prior + self._at(logits, index)).logsumexp(-1) + self._at(field, index)
-        evidence = (prior + (logits + field.unsqueeze(-3)).logsumexp(-1).sum(-1)).logsumexp(-1)
-        return (evidence - joint) / self.bits
-
-    def _at(self, values: Tensor, index: Tensor) -> Tensor:
-        """Sum over groups of values [N, M, (R,) G, P] at the patterns index [N, M, G]."""
-        if values.dim() > index.dim() + 1:
-            index = index.unsqueeze(-2).expand(values.shape[:-1])
-        return values.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
+        """See :class:`Output`: -log posterior of the clean token, in nats a bit."""
+        return self._nll(raw, clean, self._field(noisy, t)) / self.bits
 
     def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
         """See :class:`Output`."""
-        weights, logits = self._split(raw)
-        return (weights - logits.logsumexp(-1).sum(-1) + self._at(logits, self._index(clean))).logsumexp(-1)
+        return -self._nll(raw, clean, None)
 
     def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
         """See :class:`Output`: a component, then each group of it; temperature divides all logits, 0 takes the likeliest."""
-        weights, logits = self._split(raw)
+        weights, logits = split(raw, self.components, self.surplus)
         component = _pick(_sharpen(weights, temperature).softmax(-1), u[..., -1:])
         chosen = logits.gather(-3, component[..., None, None, None].expand(*logits.shape[:-3], 1, *logits.shape[-2:]))
         patterns = _sharpen(chosen.squeeze(-3), temperature).softmax(-1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.noise import Source
 
 TIME_FLOOR = 1e-2  # t is clamped here wherever something is divided by it
 LOGIT_MEAN, LOGIT_SIGMA = -0.8, 0.8  # logit-normal law of 1 - t, from BitDance
@@ -29,7 +30,8 @@ def channel_field(noisy: Tensor, t: Tensor) -> Tensor:
 
 def logit_normal(normal: Tensor, sigma: float = LOGIT_SIGMA) -> Tensor:
     """t with 1 - t = sigmoid(-0.8 + sigma·n) from standard normal numbers n."""
-    return 1 - torch.sigmoid(LOGIT_MEAN + sigma * normal)
+    # fp64: on a CPU the last bit of an fp32 sigmoid depends on an element's place in the tensor, so on the microbatch
+    return (1 / (1 + torch.exp(LOGIT_MEAN + sigma * normal.double()))).float()
 
 
 def time_density(t: Tensor, law: str) -> Tensor:
@@ -60,24 +62,14 @@ class Draw:
     keep: Tensor
 
 
-def training_draws(
-    law: NoiseLaw, shape: tuple[int, int], *, seed: int, step: int, sample: Tensor, block: Tensor
-) -> Iterator[Draw]:
-    """The noise of a training step, a pure function of its arguments (method: section 5).
-
-    Args:
-        law: the distribution.
-        shape: (M, K).
-        seed, step: of the run.
-        sample: global sample index of each block, int64 [N].
-        block: index of each block in its sample, int64 [N].
-    """
+def training_draws(law: NoiseLaw, shape: tuple[int, int], source: Source) -> Iterator[Draw]:
+    """The noise of a training step for blocks of ``shape`` (M, K), a pure function of its arguments (method, section 5)."""
     tokens, bits = shape
     for number in range(law.draws):
-        where = {"seed": seed, "step": step, "sample": sample, "block": block, "draw": number}
-        eps = noise.normals(tokens * bits, purpose=noise.NOISE, **where).unflatten(-1, shape)
-        u = noise.uniforms(3, purpose=noise.CHOICES, **where)
-        n = noise.normals(1 + tokens, purpose=noise.TIME, **where)
+        drawn = source.at(draw=number)
+        eps = drawn.normals(noise.NOISE, tokens * bits).unflatten(-1, shape)
+        u = drawn.uniforms(noise.CHOICES, 3)
+        n = drawn.normals(noise.TIME, 1 + tokens)
         shared = u[..., 2] if law.time == "uniform" else logit_normal(n[..., 0])
         t = shared.unsqueeze(-1).expand(*shared.shape, tokens)
         if law.per_token > 0:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from bitlm_dist.config import SamplingConfig
 from bitlm_dist.data.feed import Feed
-from bitlm_dist.diffusion.likelihood import bound, chain_nats, strata_times
+from bitlm_dist.diffusion.likelihood import Bound, bound, chain_nats, strata_times
+from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.inference.generate import sample_block
 from bitlm_dist.model.bitlm import BitLM, Targets
 from bitlm_dist.model.head import Context
@@ -72,40 +73,30 @@ def evaluate(
             other = head.read(targets.context.roll(len(clean) // 2, 0))
             shuffled.append(_bound(model, clean, other, targets, strata).nats[targets.valid])
         if per_token:
-            where = {"seed": EVALUATION_SEED, "sample": targets.sample, "block": targets.block}
-            parts = chain_nats(lambda z, t: head(z, t, context), head.output, clean, **where)  # noqa: B023
+            parts = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))  # noqa: B023
             chain.append(parts[targets.valid])
         if sampling and sampled < sampled_blocks:
-            chosen = slice(0, (sampled_blocks - sampled))
-            tokens, bad = _sample(model, targets, chosen, sampling)
-            sampled, invalid = sampled + tokens // model.block_size, invalid + bad
+            blocks, bad = _sample(model, targets, sampled_blocks - sampled, sampling)
+            sampled, invalid = sampled + blocks, invalid + bad
     return _report(nats, shuffled, chain, torch.cat(ids), accuracy, byte_lengths, invalid / max(1, sampled * model.block_size))
 
 
-def _bound(model: BitLM, clean: Tensor, context: Context, targets: Targets, strata: int):  # type: ignore[no-untyped-def]  # noqa: ANN202
-    return bound(
-        lambda noisy, t: model.head.denoise(noisy, t, context),
-        clean,
-        strata=strata,
-        seed=EVALUATION_SEED,
-        sample=targets.sample,
-        block=targets.block,
-        valid=targets.valid,
-    )
+def _source(targets: Targets) -> Source:
+    return Source(EVALUATION_SEED, targets.sample, targets.block)
 
 
-def _sample(model: BitLM, targets: Targets, chosen: slice, sampling: SamplingConfig) -> tuple[int, int]:
-    """Draw blocks after true context -> (tokens drawn, tokens whose code names no token)."""
-    sampled = sample_block(
-        model,
-        targets.context[chosen],
-        sampling,
-        seed=EVALUATION_SEED,
-        sample=targets.sample[chosen],
-        block=targets.block[chosen],
-        settle=False,
-    )
-    return sampled.bits.shape[0] * model.block_size, int((model.codes.decode(sampled.bits) < 0).sum())
+def _bound(model: BitLM, clean: Tensor, context: Context, targets: Targets, strata: int) -> Bound:
+    def denoise(noisy: Tensor, t: Tensor) -> Tensor:
+        return model.head.denoise(noisy, t, context)
+
+    return bound(denoise, clean, strata=strata, source=_source(targets), valid=targets.valid)
+
+
+def _sample(model: BitLM, targets: Targets, most: int, sampling: SamplingConfig) -> tuple[int, int]:
+    """Draw up to ``most`` blocks after true context -> (blocks drawn, tokens whose code names no token)."""
+    source = Source(EVALUATION_SEED, targets.sample[:most], targets.block[:most])
+    bits = sample_block(model, targets.context[:most], sampling, source, settle=False).bits
+    return len(bits), int((model.codes.decode(bits) < 0).sum())
 
 
 def _report(

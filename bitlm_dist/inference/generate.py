@@ -1,4 +1,4 @@
-"""Text block by block: sample a block from the head, feed its signed bits through the backbone once, repeat (paper, section 3.4)."""
+"""Text block by block: sample a block, feed its signed bits through the backbone once, repeat (paper, section 3.4)."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bitlm_dist.config import SamplingConfig
 from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.sampler import Known, Sampled, guided, ode_sample, sde_sample, sequential_sample
 from bitlm_dist.model.bitlm import BitLM
 
@@ -20,10 +21,8 @@ def sample_block(
     model: BitLM,
     hidden: Tensor,
     sampling: SamplingConfig,
+    source: Source,
     *,
-    seed: int,
-    sample: Tensor,
-    block: Tensor,
     known: Known | None = None,
     settle: bool = True,
     watch: Watcher | None = None,
@@ -33,7 +32,7 @@ def sample_block(
     Args:
         hidden: [N, M, D], C of the block before.
         sampling: which sampler, how many steps, guidance, temperature.
-        seed, sample [N], block [N]: name the random numbers.
+        source: of the random numbers.
         known: tokens of the block that the prompt fixes.
         settle: ``sequential`` makes each token valid before the next one sees it.
         watch: called with (pass, A0_hat [N, M, K]) after every head pass.
@@ -43,10 +42,9 @@ def sample_block(
     """
     head, codes = model.head, model.codes
     shape = (*hidden.shape[:2], codes.bits)
-    where = {"seed": seed, "purpose": noise.SAMPLING, "sample": sample, "block": block}
 
     def normal(step: int) -> Tensor:
-        return noise.normals(shape[1] * shape[2], step=step, **where).view(shape)
+        return source.at(step=step).normals(noise.SAMPLING, shape[1] * shape[2]).view(shape)
 
     def valid(bits: Tensor) -> Tensor:
         return codes.encode(codes.project(bits)) if settle else bits
@@ -54,7 +52,7 @@ def sample_block(
     start, context = normal(0), head.read(hidden)
     known = Known.none(start) if known is None else known
     if sampling.sampler == "sequential":
-        u = noise.uniforms(shape[1] * (shape[2] + 1), step=1, **where).view(*shape[:2], -1)
+        u = source.at(step=1).uniforms(noise.SAMPLING, shape[1] * (shape[2] + 1)).view(*shape[:2], -1)
         return sequential_sample(
             lambda noisy, t: head(noisy, t, context),
             head.output,
@@ -129,9 +127,7 @@ def generate_blocks(
                 model,
                 hidden,
                 sampling,
-                seed=seed,
-                sample=torch.zeros(1, dtype=torch.int64, device=device),
-                block=torch.full((1,), number, device=device),
+                Source(seed, torch.zeros_like(prefix[:, 0]), torch.full_like(prefix[:, 0], number)),
                 known=_known(model, fixed, device),
                 watch=watch,
             )
@@ -157,6 +153,3 @@ def _known(model: BitLM, fixed: Sequence[int], device: torch.device) -> Known | 
     ids = torch.tensor([list(fixed) + [fixed[-1]] * (m - len(fixed))], device=device)
     mask = (torch.arange(m, device=device) < len(fixed)).unsqueeze(0)
     return Known(model.codes.encode(ids), mask, clean_time=model.noise_law.per_token > 0)
-
-
-

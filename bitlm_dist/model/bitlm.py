@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
 from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.bit_embedding import BitEmbedding
@@ -69,7 +70,8 @@ class BitLM(nn.Module):
         self.config, self.eos = config, eos
         self.block_size = config.model.block_size
         self.codes = codes
-        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width)
+        places = self.block_size if config.model.block_places and self.block_size > 1 else None
+        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width, places)
         self.backbone = Backbone(config.model)
         self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion
@@ -96,7 +98,7 @@ class BitLM(nn.Module):
         )
 
     def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of the loss over the valid tokens of the batch, a mean over draws and bits; divide by the global count of valid tokens.
+        """Sum of the loss over the batch's valid tokens, a mean over draws and bits; divide by the global count of valid tokens.
 
         The noise depends on (seed, step, sample, block, draw) alone.
         """
@@ -104,16 +106,8 @@ class BitLM(nn.Module):
         targets = self.targets(batch, hidden)
         clean = self.codes.encode(targets.tokens)
         output = self.head.output
-        draws = list(
-            training_draws(
-                self.noise_law,
-                (self.block_size, self.codes.bits),
-                seed=seed,
-                step=step,
-                sample=targets.sample,
-                block=targets.block,
-            )
-        )
+        source = Source(seed, targets.sample, targets.block, step)
+        draws = list(training_draws(self.noise_law, (self.block_size, self.codes.bits), source))
         # The context is dropped per block, not per draw: the backbone's states are read once.
         context = self.head.read(targets.context, draws[0].keep)
         t = torch.stack([draw.t for draw in draws])
@@ -122,9 +116,7 @@ class BitLM(nn.Module):
         with torch.autocast(batch.tokens.device.type, enabled=False):
             loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
             if context.logits is not None:
-                ones = torch.ones_like(t[0])
-                pure = torch.zeros_like(clean)  # at t = 1 the channel says nothing whatever the noise
-                loss = loss + output.loss(context.logits, pure, ones, clean)
+                loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
             return (loss * targets.valid).sum()
 
     def _flips(self, batch: Batch, seed: int, step: int) -> Tensor | None:
@@ -132,9 +124,7 @@ class BitLM(nn.Module):
         most = self.config.diffusion.input_bit_flips
         if most == 0:
             return None
-        length, bits = batch.tokens.shape[1], self.codes.bits
-        row, place = batch.sample.unsqueeze(1), torch.arange(length, device=batch.tokens.device)
-        where = {"seed": seed, "purpose": noise.BIT_FLIPS, "step": step}
-        u = noise.uniforms(bits, sample=row, block=place + 1, **where)
-        level = most * noise.uniforms(1, sample=row, block=torch.zeros_like(place), **where)
-        return torch.where(u < level, -1.0, 1.0)
+        # block 0 names the sequence's own U, block 1 + i the flips of token i
+        sequences, places = batch.sample.unsqueeze(1), torch.arange(1 + batch.tokens.shape[1], device=batch.tokens.device)
+        u = Source(seed, sequences, places.unsqueeze(0), step).uniforms(noise.BIT_FLIPS, self.codes.bits)
+        return torch.where(u[:, 1:] < most * u[:, :1, :1], -1.0, 1.0)

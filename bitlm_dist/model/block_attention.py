@@ -50,14 +50,10 @@ class BlockCausalAttention(nn.Module):
         self.scale = softmax_scale
         self.cache: KeyValueCache | None = None  # set while decoding
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: Any
-    ) -> Tensor:
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Tensor:
         """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H·D]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if self.cache is not None:
             k, v = self.cache.append(k, v)
-        out = block_causal_attention(
-            q, k, v, block=self.block, document_ids=attention_mask, scale=self.scale, backend=self.backend
-        )
+        out = block_causal_attention(q, k, v, block=self.block, document_ids=attention_mask, scale=self.scale, backend=self.backend)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

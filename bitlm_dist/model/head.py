@@ -66,10 +66,17 @@ class Block(nn.Module):
         return x + gate2 * self.down(F.silu(gate) * up)
 
 
+def _initial_mix(block: int) -> Tensor:
+    """Every token starts from its own state and the last one, the only one that a next-token model would have."""
+    mix = torch.eye(block)
+    mix[:, -1] += 1
+    return mix / mix.norm(dim=1, keepdim=True)
+
+
 class DiffusionHead(nn.Module):
     """(noisy bits, t, context) -> raw output of the output law.
 
-    Usage: ``context = head.read(C)`` once, then ``head(noisy, t, context)`` for every noise level; ``head.output`` reads the result.
+    Usage: ``context = head.read(C)`` once, then ``head(noisy, t, context)`` for every noise level, and ``head.output`` reads it.
     Modulation and final layers start at zero, so an untrained head returns the context logits alone.
     """
 
@@ -84,6 +91,8 @@ class DiffusionHead(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.null = nn.Parameter(torch.zeros(backbone_width))
         self.positions = nn.Parameter(torch.zeros(block, backbone_width)) if head.position_table else None
+        self.mix = nn.Parameter(_initial_mix(block)) if head.context_mix and block > 1 else None
+        self.places = nn.Parameter(torch.randn(block, width) * 0.1) if head.input_condition else None
         self.context_out = nn.Linear(backbone_width, self.output.size) if head.context_logits else None
         self.evidence_in = nn.Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
         self.blocks = nn.ModuleList(Block(width, head.heads) for _ in range(head.layers))
@@ -98,6 +107,8 @@ class DiffusionHead(nn.Module):
         """Hidden states C [N, M, D] of the block before -> context; where ``keep`` [N] is False the learned null state."""
         if keep is not None:
             hidden = torch.where(keep[..., None, None], hidden, self.null)
+        if self.mix is not None:
+            hidden = self.mix @ hidden
         if self.positions is not None:
             hidden = hidden + self.positions
         return Context(self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))
@@ -114,6 +125,8 @@ class DiffusionHead(nn.Module):
             assert context.logits is not None
             x = x + self.evidence_in(self.output.evidence(context.logits, noisy, t).to(x.dtype))
         y = F.silu(self.time_in(time_features(t)) + context.condition)
+        if self.places is not None:
+            x = x + y + self.places
         run = -(-len(self.blocks) // len(self.modulations))
         for number, block in enumerate(self.blocks):
             if number % run == 0:

@@ -89,9 +89,7 @@ def _check_version() -> None:
     first, end = MEGATRON_TESTED
     if not first <= number < end:
         tested = ".".join(map(str, first)) + " to below " + ".".join(map(str, end))
-        raise ValueError(
-            f"megatron-core {found} is installed; its CPU support here is tested with {tested}: install one of these"
-        )
+        raise ValueError(f"megatron-core {found} is installed; its CPU support here is tested with {tested}: install one of these")
 
 
 def enable_megatron_on_cpu() -> bool:

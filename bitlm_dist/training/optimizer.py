@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bitlm_dist.config import OptimizerConfig
+from bitlm_dist.training.muon import Muon
 
 
 def is_inner_matrix(name: str, parameter: Tensor) -> bool:
@@ -34,7 +35,7 @@ class Optimizers:
         ]
         if muon:
             self._optimizers.append(
-                torch.optim.Muon(
+                Muon(
                     [p for n, p in self._named.items() if n in muon],
                     lr=config.muon_lr,
                     momentum=config.muon_momentum,

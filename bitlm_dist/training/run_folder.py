@@ -20,7 +20,16 @@ from bitlm_dist.files import write_atomically
 CODES = "codes.npz"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton", "numpy", "bitlm-dist")
 # A resumed run may differ from the saved one in these; anything else would make it another run.
-MAY_CHANGE = ("run.", "checkpoint.", "evaluation.", "sampling.", "logging.", "parallel.microbatch", "data.cache", "data.path")
+MAY_CHANGE = (
+    "run.",
+    "checkpoint.",
+    "evaluation.",
+    "sampling.",
+    "logging.",
+    "parallel.microbatch",
+    "data.cache",
+    "data.path",
+)
 LENGTHEN = "training.steps"
 
 
@@ -114,11 +123,12 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Installed version of a distribution, or None."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

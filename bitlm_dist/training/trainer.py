@@ -46,7 +46,9 @@ class Trainer:
         self.folder = RunFolder(config.run.dir)
         done = store.complete_steps(self.folder.checkpoints)
         if done and not resume:
-            raise UserError(f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another")
+            raise UserError(
+                f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
+            )
         self.feed = Feed(
             config.data.path,
             "train",
@@ -162,7 +164,12 @@ class Trainer:
             old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
         except ValueError:  # not the main thread: the owner of the process handles signals
             return lambda: None
-        return lambda: [signal.signal(*pair) for pair in old.items()] and None
+
+        def restore() -> None:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+        return restore
 
     def close(self) -> None:
         """Let go of the data."""
@@ -174,18 +181,20 @@ def model_tensors(model: BitLM) -> dict[str, Tensor]:
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_trained(run: Path) -> tuple[Config, RunFolder, BitLM, int]:
-    """The newest checkpoint of a run, for evaluation and generation -> (config, folder, model, step).
+def load_trained(run: Path, config: Config) -> tuple[RunFolder, BitLM, int]:
+    """The newest checkpoint of a run, for evaluation and generation -> (folder, model, step).
+
+    Args:
+        run: the run folder.
+        config: its config, overrides applied.
 
     Raises:
-        UserError: the folder is no run or holds no complete checkpoint.
+        UserError: the folder holds no complete checkpoint.
     """
-    from bitlm_dist.config_loading import read_run
-
-    config, folder = read_run(run), RunFolder(run)
+    folder = RunFolder(run)
     steps = store.complete_steps(folder.checkpoints)
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
     model = BitLM(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     store.load(store.folder_of(folder.checkpoints, steps[-1]), model_tensors(model))
-    return config, folder, model.eval(), steps[-1]
+    return folder, model.eval(), steps[-1]

@@ -1,0 +1,254 @@
+"""The command `bitlm`. Heavy imports wait until a command needs them, so that --help and errors come at once."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from bitlm_dist import config_loading
+from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain language models that write a block of tokens at once, as bits, by diffusion.",
+)
+console = Console(highlight=False)
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+Words = Annotated[
+    list[str],
+    typer.Argument(metavar="CONFIG [--SECTION.KEY VALUE]…", help="YAML file or shipped name, then overrides."),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+@app.command()
+def prep(
+    sources: Annotated[list[Path], typer.Argument(metavar="FILE|DIR…", help=".txt or .jsonl, plain, .gz or .zst.")],
+    tokenizer: Annotated[str, typer.Option(help="tokenizer.json, .tiktoken or tekken file, or bpe:SIZE to train one.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    validation: Annotated[float, typer.Option(help="Share of documents to hold out.")] = 0.05,
+) -> None:
+    """Tokenize text and write it as shards; run it again after an interruption and it goes on."""
+    from bitlm_dist.data_prep.prepare import prepare
+
+    report = prepare(sources, tokenizer, out, validation)
+    console.print(
+        f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text "
+        f"in {report.units} units ({report.units_reused} were there); unigram entropy {report.unigram_nats:.3f} nats a token"
+    )
+
+
+def _config_of(words: list[str]) -> config_loading.Loaded:
+    """The first word that is neither an override nor its value is the config file."""
+    rest, file = [], None
+    pending = False
+    for word in words:
+        if file is None and not pending and not word.startswith("--"):
+            file = word
+            continue
+        pending = word.startswith("--") and "=" not in word
+        rest.append(word)
+    if file is None:
+        raise UserError("no config file given: write `bitlm train CONFIG`, e.g. quickstart")
+    return config_loading.load(Path(file), rest)
+
+
+@app.command(context_settings=OVERRIDES)
+def train(
+    words: Words,
+    resume: Annotated[bool, typer.Option(help="Continue if the run folder holds a checkpoint.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Build on the meta device, print the parameters, stop.")] = False,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print every value and its source, stop.")] = False,
+) -> None:
+    """Train, or go on training. Every key can be overridden: --training.steps 500 --model.block_size=8."""
+    loaded = _config_of(words)
+    if print_config:
+        values = dict(config_loading.flatten(loaded.config.model_dump(mode="json")))
+        _table("", ("key", "value", "from"), ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()))
+        return
+    if dry_run:
+        _dry_run(loaded.config)
+        return
+    from bitlm_dist.launch.ranks import read_ranks
+
+    world = read_ranks(os.environ).world
+    if world > 1:
+        raise UserError(f"started as one of {world} processes: this version trains on one process; start it without a launcher")
+    _train(loaded.config, resume)
+
+
+def _train(config: Config, resume: bool) -> None:
+    from bitlm_dist.display import training_progress
+    from bitlm_dist.training.trainer import Trainer
+
+    trainer = Trainer(config, resume)
+    begun, steps = trainer.step, config.training.steps
+    if begun >= steps:
+        console.print(f"{config.run.dir} is trained: step {begun} of {steps}")
+        return
+    count = sum(p.numel() for p in trainer.model.parameters())
+    console.print(f"{config.run.dir}: {count:,} parameters, step {begun} of {steps}")
+    try:
+        with training_progress(console, begun, steps) as observe:
+            trainer.fit(observe=observe)
+    finally:
+        trainer.close()
+    if trainer.stopped_by:
+        console.print(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
+        raise typer.Exit(0)
+
+
+def _dry_run(config: Config) -> None:
+    import torch
+
+    from bitlm_dist.codes import BitCodes, natural
+    from bitlm_dist.data.shards import read_manifest
+    from bitlm_dist.model.bitlm import BitLM
+
+    if config.model.bits is None and config.data.path is None:
+        raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
+    if config.model.bits is None:
+        assert config.data.path is not None
+        bits = (int(read_manifest(config.data.path)["vocabulary"]) - 1).bit_length()
+    else:
+        bits = config.model.bits
+    codes = BitCodes(natural(2), bits)
+    with torch.device("meta"):
+        model = BitLM(config, codes, eos=0)
+    parts = {"backbone": model.backbone, "head": model.head, "input": model.embedding}
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    counts["total"] = sum(counts.values())
+    _table(f"parameters, {bits} bits a token", ("part", "parameters"), ((n, f"{c:,}") for n, c in counts.items()))
+
+
+@app.command("eval", context_settings=OVERRIDES)
+def evaluate(
+    run: Run,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[--SECTION.KEY VALUE]…")] = None,
+    split: Annotated[str, typer.Option(help="validation or train.")] = "validation",
+    as_json: AsJson = False,
+) -> None:
+    """Score a run on held-out text: bits a byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
+    from bitlm_dist.data.feed import Feed
+    from bitlm_dist.data.shards import SPLITS
+    from bitlm_dist.evaluation.likelihood import evaluate as score
+    from bitlm_dist.training.trainer import load_trained
+
+    if split not in SPLITS:
+        raise UserError(f"--split {split}: choose from {', '.join(SPLITS)}")
+    config = config_loading.read_run(run, overrides or [])
+    if config.data.path is None:
+        raise UserError("data.path is not set in the run's config: add --data.path FOLDER")
+    feed = Feed(
+        config.data.path,
+        split,
+        block=config.model.block_size,
+        sequence_length=config.data.sequence_length,
+        cache=config.data.cache,
+    )
+    folder, model, step = load_trained(run, config)
+    report = score(
+        model,
+        feed,
+        folder.tokenizer().byte_lengths(),
+        strata=config.evaluation.strata,
+        sequences=config.evaluation.sequences,
+        sampled_blocks=config.evaluation.sampled_blocks,
+        sampling=config.sampling,
+    )
+    feed.close()
+    if as_json:
+        print(json.dumps({"run": str(run), "step": step, "split": split, **asdict(report)}))
+        return
+    _show_report(f"{run}, step {step}, {split}", asdict(report))
+
+
+def _show_report(title: str, report: Mapping[str, Any]) -> None:
+    ratio = report["bits_per_byte"] / report["unigram_bits_per_byte"]
+    rows = [
+        ("bits a byte (bound ± s.e.)", f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}"),
+        ("unigram entropy, bits a byte", f"{report['unigram_bits_per_byte']:.4f}"),
+        ("bound / unigram entropy", f"{ratio:.4f}"),
+        ("nats a token (bound)", f"{report['nats_per_token']:.4f}"),
+        ("context-shuffle delta, nats a token", f"{report['context_shuffle_delta_nats']:.4f}"),
+        ("invalid-code rate", f"{report['invalid_code_rate']:.4f}"),
+        ("tokens, bytes", f"{report['tokens']:,}, {report['bytes']:,}"),
+    ]
+    if report["chain_bits_per_byte"] is not None:
+        rows.insert(1, ("bits a byte (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
+    accuracy = report["accuracy_by_time"].items()
+    rows.append(("bit accuracy at t", "  ".join(f"{t}: {100 * a:.1f}%" for t, a in accuracy)))
+    _table(title, ("measure", "value"), rows)
+
+
+@app.command(context_settings=OVERRIDES)
+def generate(
+    run: Run,
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[--SECTION.KEY VALUE]…")] = None,
+    prompt: Annotated[str, typer.Option(help="Text to go on from.")] = "",
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks to write at most.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the noise.")] = 0,
+    watch: Annotated[bool, typer.Option("--watch", help="Show the bits of each block settle.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write text, block by block. The sampling section can be overridden: --sampling.steps 4."""
+    from bitlm_dist.display import BitWatcher, TextStream
+    from bitlm_dist.inference.generate import Progress, generate_blocks
+    from bitlm_dist.training.trainer import load_trained
+
+    config = config_loading.read_run(run, overrides or [])
+    folder, model, _ = load_trained(run, config)
+    tokenizer = folder.tokenizer()
+    ids = tokenizer.encode_batch([prompt])[0].tolist() if prompt else []
+    progress, new = Progress(), []
+    watcher = BitWatcher(console) if watch and not as_json else None
+    stream = None if as_json else TextStream(tokenizer.decode, prompt)
+    for part in generate_blocks(
+        model,
+        ids,
+        bos=tokenizer.bos,
+        blocks=blocks,
+        sampling=config.sampling,
+        seed=seed,
+        progress=progress,
+        watch=watcher,
+    ):
+        new += part
+        if stream:
+            stream.show(new)
+    rate = progress.tokens / max(progress.seconds, 1e-9)
+    if as_json:
+        counts = {"backbone_passes": progress.backbone_passes, "head_passes": progress.head_passes}
+        print(json.dumps({"text": tokenizer.decode(new), "token_ids": new, **counts, "tokens_per_second": rate}))
+    else:
+        passes = f"{progress.backbone_passes} backbone and {progress.head_passes} head passes"
+        console.print(f"\n[dim]{progress.tokens} tokens, {passes}, {rate:.0f} tokens/s[/dim]")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, device, and which back ends were found."""
+    from bitlm_dist.doctor import examine
+
+    for heading, findings in examine().items():
+        rows = ((f.name, "yes" if f.found else "no", f.note) for f in findings)
+        _table(heading, ("name", "found", "note"), rows)

@@ -1,0 +1,133 @@
+"""The two reductions over pattern logits that a mixture of products needs, in slices that stay in cache.
+
+A token has R·G·P logits (about a thousand), so the plain formula would pass several times over hundreds of megabytes and keep
+them for the backward pass. Here each slice of tokens is reduced, and differentiated, while it is in cache; only the gradient is
+kept.
+
+Legend: T tokens, R mixture components, G groups of bits, P patterns a group.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CPU_SLICE, GPU_SLICE = 2**18, 2**27  # logits of a slice
+
+
+def _slice_rows(raw: Tensor) -> int:
+    return max(1, (GPU_SLICE if raw.is_cuda else CPU_SLICE) // raw.shape[-1])
+
+
+def _normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """-> log-sum over the last dimension, and the probabilities."""
+    top = logits.amax(-1, keepdim=True)
+    weights = (logits - top).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return (total.log() + top).squeeze(-1), weights.div_(total)
+
+
+def _nll_slice(weights: Tensor, logits: Tensor, field: Tensor | None, index: Tensor, grad: Tensor | None) -> Tensor:
+    """-log posterior of the patterns ``index``; fills ``grad`` with its derivative by (weights, logits).
+
+    With a and b the log-sums over patterns without and with the field f, the posterior is
+    Σ_k w_k Π_g exp(l_kgy + f_gy - a_kg) / Σ_k w_k Π_g exp(b_kg - a_kg). Its derivative by l is
+    r'·q' + (r - r')·q - r·[p = y], with q, q' the pattern probabilities without and with the field, r the responsibilities of the
+    components for y, r' those for the evidence.
+    """
+    prior_sum, prior = _normalised(logits)
+    base = weights - prior_sum.sum(-1)
+    at = index.unsqueeze(-2).expand(logits.shape[:-1]).unsqueeze(-1)
+    joint = base + logits.gather(-1, at).squeeze(-1).sum(-1)
+    if field is None:
+        evidence, posterior, given = weights, prior, 0.0
+    else:
+        posterior_sum, posterior = _normalised(logits + field.unsqueeze(-3))
+        evidence = base + posterior_sum.sum(-1)
+        given = field.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
+    if grad is not None:
+        r, r_evidence = joint.softmax(-1), evidence.softmax(-1)
+        components = weights.shape[-1]
+        torch.sub(r_evidence, r, out=grad[..., :components])
+        by_logits = grad[..., components:].view(logits.shape)
+        if field is None:
+            torch.mul(prior, r[..., None, None], out=by_logits)
+        else:
+            torch.mul(posterior, r_evidence[..., None, None], out=by_logits)
+            by_logits.addcmul_(prior, (r - r_evidence)[..., None, None])
+        by_logits.scatter_add_(-1, at, -r[..., None, None].expand(at.shape))
+    return evidence.logsumexp(-1) - joint.logsumexp(-1) - given
+
+
+class _MixtureNLL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, field: Tensor | None, index: Tensor, surplus: Tensor) -> Tensor:
+        components = raw.shape[-1] // (1 + surplus.numel())
+        out = torch.empty(raw.shape[0], device=raw.device)
+        grad = torch.empty_like(raw, dtype=torch.float32) if raw.requires_grad else None
+        rows = _slice_rows(raw)
+        for first in range(0, raw.shape[0], rows):
+            part = slice(first, first + rows)
+            weights, logits = split(raw[part], components, surplus)
+            out[part] = _nll_slice(
+                weights,
+                logits,
+                None if field is None else field[part],
+                index[part],
+                None if grad is None else grad[part],
+            )
+        ctx.save_for_backward(grad)
+        ctx.dtype = raw.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_out: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad,) = ctx.saved_tensors
+        return (grad * by_out.unsqueeze(-1)).to(ctx.dtype), None, None, None
+
+
+def split(raw: Tensor, components: int, surplus: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw output [..., R(1 + G·P)] -> mixture logits [..., R] and pattern logits [..., R, G, P], fp32.
+
+    ``surplus`` [G, P] is -inf at patterns that a short last group does not have.
+    """
+    raw = raw.float()
+    logits = raw[..., components:].unflatten(-1, (components, *surplus.shape))
+    return raw[..., :components], logits + surplus
+
+
+def mixture_nll(raw: Tensor, field: Tensor | None, index: Tensor, surplus: Tensor) -> Tensor:
+    """-log posterior of tokens given their noisy bits, in nats (method, section 9 d).
+
+    Args:
+        raw: [T, R(1 + G·P)], mixture logits, then pattern logits; differentiable.
+        field: <lambda_g, phi_p> of the noisy bits, [T, G, P]; None at pure noise.
+        index: the tokens' pattern in each group, int64 [T, G].
+        surplus: [G, P], see :func:`split`.
+
+    Returns:
+        fp32 [T].
+    """
+    out: Tensor = _MixtureNLL.apply(raw, field, index, surplus)
+    return out
+
+
+@torch.no_grad()
+def mixture_marginals(raw: Tensor, field: Tensor, surplus: Tensor) -> Tensor:
+    """Posterior probability of every pattern, components summed: arguments as in :func:`mixture_nll` -> [T, G, P].
+
+    Not differentiable: as an input feature it is a constant, and as A0_hat it is only sampled or scored.
+    """
+    components = raw.shape[-1] // (1 + surplus.numel())
+    out = torch.empty_like(field)
+    rows = _slice_rows(raw)
+    for first in range(0, raw.shape[0], rows):
+        part = slice(first, first + rows)
+        weights, logits = split(raw[part], components, surplus)
+        prior_sum = logits.logsumexp(-1)
+        posterior_sum, posterior = _normalised(logits + field[part].unsqueeze(-3))
+        r = (weights + (posterior_sum - prior_sum).sum(-1)).softmax(-1)
+        torch.matmul(r.unsqueeze(-2), posterior.flatten(-2), out=out[part].flatten(-2).unsqueeze(-2))
+    return out

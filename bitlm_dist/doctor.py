@@ -1,0 +1,74 @@
+"""`bitlm doctor`: what is installed, what was found, and what each missing piece would bring."""
+
+import importlib
+import importlib.util
+import os
+import platform
+from typing import NamedTuple
+
+import torch
+
+from bitlm_dist.kernels import available_backends
+from bitlm_dist.training.run_folder import PACKAGES, package_version
+
+
+class Finding(NamedTuple):
+    """One line: a name, whether it was found, and a note (version, or what it would bring)."""
+
+    name: str
+    found: bool
+    note: str
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _transformer_engine() -> Finding:
+    found = _importable("transformer_engine.pytorch")
+    brings = "fused layers and FP8 for the backbone: pip install 'bitlm-dist[te]' beside CUDA"
+    return Finding("Transformer Engine", found, package_version("transformer-engine") or brings)
+
+
+def _apex() -> Finding:
+    if _importable("apex.optimizers"):
+        return Finding("NVIDIA apex", True, "fused Adam")
+    brings = "fused Adam, where Transformer Engine is not wanted: build it from NVIDIA's source"
+    if _importable("apex"):
+        brings = f"the installed package `apex` is another project's, not NVIDIA's; NVIDIA's brings {brings}"
+    return Finding("NVIDIA apex", False, brings)
+
+
+def _flash_attention() -> Finding:
+    for module, distribution in (("flash_attn.cute", "flash-attn-4"), ("flash_attn", "flash-attn")):
+        if _importable(module) and package_version(distribution):
+            return Finding("flash-attn", True, f"{distribution} {package_version(distribution)}")
+    return Finding("flash-attn", False, "faster block-causal attention on GPUs: pip install 'bitlm-dist[fa4]' beside CUDA")
+
+
+def _wandb() -> Finding:
+    found = _importable("wandb")
+    return Finding("Weights & Biases", found, package_version("wandb") or "logging.wandb_project: pip install 'bitlm-dist[wandb]'")
+
+
+def examine() -> dict[str, list[Finding]]:
+    """Findings by heading."""
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        device = Finding("device", True, f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, NCCL")
+    else:
+        device = Finding("device", True, f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo")
+    packages = [Finding(name, bool(package_version(name)), package_version(name) or "missing") for name in PACKAGES]
+    return {
+        "machine": [Finding("python", True, platform.python_version()), device],
+        "packages": packages,
+        "attention": [Finding(name, True, "block-causal back end") for name in available_backends()],
+        "optimizers": [
+            Finding("AdamW", True, "torch, fused"),
+            Finding("Muon", True, "torch's, orthogonalised in " + ("bf16" if torch.cuda.is_available() else "fp32")),
+        ],
+        "optional": [_transformer_engine(), _apex(), _flash_attention(), _wandb()],
+    }

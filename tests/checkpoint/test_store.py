@@ -1,0 +1,75 @@
+import json
+
+import pytest
+import torch
+
+from bitlm_dist.checkpoint import store
+from bitlm_dist.errors import UserError
+
+
+def tensors():
+    return {"a": torch.arange(6.0).view(2, 3), "b.step": torch.tensor(7.0), "c": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def empty():
+    return {name: torch.zeros_like(t) for name, t in tensors().items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return store.save(tmp_path, 120, tensors(), {"tokens": 5}, keep=2)
+
+
+def test_round_trip(saved):
+    assert saved.name == "step-00000120"
+    found = empty()
+    state = store.load(saved, found)
+    assert (state["step"], state["tokens"]) == (120, 5)
+    for name, tensor in tensors().items():
+        assert torch.equal(found[name], tensor)
+
+
+def test_only_complete_folders_count_and_old_ones_go(tmp_path):
+    for step in (1, 2, 3):
+        store.save(tmp_path, step, tensors(), {}, keep=2)
+    assert store.complete_steps(tmp_path) == [2, 3]
+    (store.folder_of(tmp_path, 3) / "manifest.json").unlink()
+    (tmp_path / ".step-00000009.partial").mkdir()
+    assert store.complete_steps(tmp_path) == [2]
+
+
+def test_a_save_over_a_half_written_folder_succeeds(tmp_path):
+    (tmp_path / ".step-00000004.partial" / "tensors").mkdir(parents=True)
+    (tmp_path / "step-00000004").mkdir()
+    store.save(tmp_path, 4, tensors(), {}, keep=2)
+    assert store.complete_steps(tmp_path) == [4]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
+def test_every_damaged_file_is_named(saved, harm):
+    for name in json.loads((saved / "manifest.json").read_text()):
+        file = saved / name
+        good = file.read_bytes()
+        if harm == "flip":
+            file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        elif harm == "truncate":
+            file.write_bytes(good[:-1])
+        else:
+            file.unlink()
+        with pytest.raises(UserError, match=f"{name} is (damaged|missing): remove"):
+            store.verify(saved)
+        file.write_bytes(good)
+    store.verify(saved)
+
+
+def test_a_checkpoint_of_another_model_is_refused(saved):
+    with pytest.raises(UserError, match=r"a has shape \(2, 3\), the model has \(3, 3\): it is a checkpoint of another model"):
+        store.load(saved, {**empty(), "a": torch.zeros(3, 3)})
+    with pytest.raises(UserError, match="d is missing"):
+        store.load(saved, {**empty(), "d": torch.zeros(1)})
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    folder = store.save(tmp_path, 1, tensors(), {"format": 99}, keep=1)
+    with pytest.raises(UserError, match="has format 99, this version reads up to 1: upgrade"):
+        store.load(folder, empty())

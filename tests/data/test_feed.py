@@ -1,0 +1,107 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.shards import Shards, read_manifest
+from bitlm_dist.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def feed_of(folder, **changes):
+    settings = {"block": 4, "sequence_length": 32, "seed": 3, "shuffle": True, **changes}
+    return Feed(folder, "train", **settings)
+
+
+@pytest.fixture
+def copy(prepared, tmp_path) -> Path:
+    return Path(shutil.copytree(prepared, tmp_path / "copy"))
+
+
+def shard_of(folder):
+    return next((folder / "train").rglob("*.mds.zstd"))
+
+
+def test_a_batch_is_a_function_of_its_position(prepared):
+    a, b = feed_of(prepared), feed_of(prepared)
+    total = len(a)
+    late = b.batch(total + 3, 4, CPU)  # asked for first: no history
+    for first in range(0, total, 4):
+        a.batch(first, 4, CPU)
+    again = a.batch(total + 3, 4, CPU)
+    assert torch.equal(late.tokens, again.tokens)
+    assert late.sample.tolist() == [total + 3 + i for i in range(4)]
+    halves = [a.batch(total + 3, 2, CPU), a.batch(total + 5, 2, CPU)]
+    assert torch.equal(torch.cat([h.tokens for h in halves]), late.tokens)
+    a.close()
+    b.close()
+
+
+def test_each_epoch_holds_every_document_once_in_another_order(prepared):
+    with Shards(prepared, "train", seed=3) as shards:
+        first, second = shards.order(0), shards.order(1)
+        assert sorted(first) == sorted(second) == list(range(len(shards.lengths)))
+        assert not np.array_equal(first, second)
+        assert np.array_equal(first, shards.order(0))
+
+
+def test_the_folder_is_never_altered(copy):
+    before = {p: p.read_bytes() for p in sorted(copy.rglob("*")) if p.is_file()}
+    feed = feed_of(copy)
+    for first in range(0, len(feed), 8):
+        feed.batch(first, 8, CPU)
+    feed.close()
+    assert before == {p: p.read_bytes() for p in sorted(copy.rglob("*")) if p.is_file()}
+
+
+def test_the_temporary_cache_goes_with_the_feed(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    feed = feed_of(prepared)
+    feed.batch(0, 1, CPU)
+    assert list(tmp_path.glob("bitlm-shards-*"))
+    feed.close()
+    assert not list(tmp_path.glob("bitlm-shards-*"))
+
+
+def test_a_missing_shard_is_named_before_training(copy):
+    shard = shard_of(copy)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"shard {shard} is missing"):
+        feed_of(copy)
+
+
+def test_a_truncated_shard_is_named_before_training(copy):
+    shard = shard_of(copy)
+    shard.write_bytes(shard.read_bytes()[:-7])
+    with pytest.raises(UserError, match=f"shard {shard} has"):
+        feed_of(copy)
+
+
+def test_a_flipped_byte_is_named_when_it_is_read(copy):
+    shard = shard_of(copy)
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    feed = feed_of(copy)
+    with pytest.raises(UserError, match=f"shard {shard} is damaged"):
+        for first in range(len(feed)):
+            feed.batch(first, 1, CPU)
+    feed.close()
+
+
+def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
+    with pytest.raises(UserError, match="does not exist: prepare it"):
+        read_manifest(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no shards"):
+        read_manifest(tmp_path / "empty")
+    (copy / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        read_manifest(copy)
+    manifest = json.loads((copy / "settings.json").read_text())
+    assert manifest["version"] == 1

@@ -1,0 +1,82 @@
+import math
+
+import pytest
+import torch
+
+from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.noise import Source
+from bitlm_dist.diffusion.process import NoiseLaw, training_draws
+
+# Known answers of Philox4x32-10, published with Random123.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN)
+def test_philox_known_answers(counter, key, expected):
+    words = noise.philox4x32(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))
+    assert tuple(words.tolist()) == expected
+
+
+def source(**changes):
+    return Source(**{"seed": 5, "step": 7, "sample": torch.arange(300), "block": torch.arange(300) % 7, **changes})
+
+
+def test_uniforms_and_normals_have_their_moments():
+    u, n = source().uniforms(noise.NOISE, 400), source().normals(noise.NOISE, 400)
+    count = u.numel()
+    assert u.min() > 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 / math.sqrt(12 * count)
+    assert abs(n.mean()) < 5 / math.sqrt(count)
+    assert abs(n.var() - 1) < 5 * math.sqrt(2 / count)
+    assert abs((n**4).mean() - 3) < 5 * math.sqrt(96 / count)
+    assert abs((n[:, 1:] * n[:, :-1]).mean()) < 5 / math.sqrt(count)
+
+
+@pytest.mark.parametrize("change", ["seed", "step", "draw", "sample", "block", "purpose"])
+def test_every_coordinate_changes_every_number(change):
+    new = {"seed": 6, "step": 8, "draw": 1}.get(change, torch.arange(300) + 1000)
+    if change == "purpose":
+        other = source().uniforms(noise.TIME, 9)
+    else:
+        other = source(**{change: new}).uniforms(noise.NOISE, 9)
+    assert (source().uniforms(noise.NOISE, 9) == other).float().mean() < 1e-3
+
+
+def test_a_seed_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="seed = -1"):
+        source(seed=-1).uniforms(noise.NOISE, 1)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3, 50])
+def test_noise_is_identical_for_any_microbatching(pieces, seed):
+    law = NoiseLaw("logit_normal", draws=3, per_token=0.5, context_dropout=0.3)
+    sample, block = torch.randint(0, 2**31, (100,)), torch.randint(0, 4096, (100,))
+    whole = list(training_draws(law, (4, 12), Source(1, sample, block, 9)))
+    parts = [
+        list(training_draws(law, (4, 12), Source(1, s, b, 9)))
+        for s, b in zip(sample.chunk(pieces), block.chunk(pieces), strict=True)
+    ]
+    for number, draw in enumerate(whole):
+        for name in ("eps", "t", "keep"):
+            joined = torch.cat([getattr(part[number], name) for part in parts])
+            assert torch.equal(joined, getattr(draw, name))
+
+
+def test_training_draws_follow_their_law():
+    sample = torch.arange(20_000)
+    law = NoiseLaw("uniform", draws=2, per_token=0.6, context_dropout=0.1)
+    first, second = training_draws(law, (4, 3), Source(0, sample, sample % 64))
+    own = (first.t != first.t[:, :1]).any(-1)
+    assert abs(own.float().mean() - 0.6) < 0.02
+    assert abs((~first.keep).float().mean() - 0.1) < 0.015
+    assert abs(first.t[~own][:, 0].mean() - 0.5) < 0.02
+    assert not torch.equal(first.eps, second.eps)

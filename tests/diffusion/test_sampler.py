@@ -1,0 +1,102 @@
+import pytest
+import torch
+
+from bitlm_dist.diffusion.outputs import MixtureOutput
+from bitlm_dist.diffusion.sampler import Known, guided, ode_sample, sde_sample, sequential_sample, sign
+
+LAW = MixtureOutput(2, 2, 1)
+PROBABILITIES = torch.tensor([0.45, 0.05, 0.1, 0.4])
+RAW = torch.cat((torch.zeros(1), PROBABILITIES.log()))
+
+
+def exact(noisy, t):
+    return LAW.denoise(RAW.expand(*noisy.shape[:-1], -1), noisy, t)
+
+
+def frequencies(bits):
+    index = ((bits > 0) * 2 ** torch.arange(2)).sum(-1).flatten()
+    return index.bincount(minlength=4) / index.numel()
+
+
+def test_ode_and_sde_sample_the_law_of_an_exact_denoiser(seed):
+    start = torch.randn(40_000, 1, 2)
+    known = Known.none(start)
+    ode = ode_sample(exact, start, 50, known=known)
+    sde = sde_sample(exact, start, 100, lambda step: torch.randn_like(start), known=known)
+    assert (ode.head_passes, sde.head_passes) == (50, 100)
+    for sampled in (ode, sde):
+        torch.testing.assert_close(frequencies(sampled.bits), PROBABILITIES, rtol=0, atol=0.03)
+
+
+def test_sequential_samples_the_law_and_makes_m_passes(seed):
+    start = torch.randn(40_000, 3, 2)
+    raw = lambda noisy, t: RAW.expand(*noisy.shape[:-1], -1)  # noqa: E731
+    sampled = sequential_sample(raw, LAW, start, torch.rand(40_000, 3, 3), known=Known.none(start))
+    assert sampled.head_passes == 3
+    torch.testing.assert_close(frequencies(sampled.bits), PROBABILITIES, rtol=0, atol=0.01)
+
+
+def test_sequential_shows_each_token_the_clean_ones_before_it(seed):
+    start, seen = torch.randn(5, 3, 2), []
+
+    def raw(noisy, t):
+        seen.append((noisy.clone(), t.clone()))
+        return RAW.expand(*noisy.shape[:-1], -1)
+
+    bits = sequential_sample(raw, LAW, start, torch.rand(5, 3, 3), known=Known.none(start)).bits
+    for i, (noisy, t) in enumerate(seen):
+        assert torch.equal(noisy[:, :i], bits[:, :i])
+        assert torch.equal(noisy[:, i:], start[:, i:])
+        assert t[0].tolist() == [0.0] * i + [1.0] * (3 - i)
+
+
+@pytest.mark.parametrize("sampler", ["ode", "sde", "sequential"])
+def test_known_tokens_are_clamped_at_every_step_and_returned(sampler, seed):
+    start = torch.randn(7, 4, 2)
+    known = Known(torch.randn(7, 4, 2).sign(), (torch.arange(4) < 2).expand(7, 4), clean_time=True)
+    seen = []
+
+    def denoise(noisy, t):
+        seen.append((noisy, t))
+        return exact(noisy, t)
+
+    if sampler == "ode":
+        result = ode_sample(denoise, start, 5, known=known)
+    elif sampler == "sde":
+        result = sde_sample(denoise, start, 5, lambda step: torch.randn_like(start), known=known)
+    else:
+        raw = lambda noisy, t: seen.append((noisy, t)) or RAW.expand(7, 4, -1)  # noqa: E731
+        result = sequential_sample(raw, LAW, start, torch.rand(7, 4, 3), known=known)
+        assert result.head_passes == 2
+    assert torch.equal(result.bits[:, :2], known.bits[:, :2])
+    for noisy, t in seen:
+        assert torch.equal(noisy[:, :2], known.bits[:, :2])
+        assert (t[:, :2] == 0).all()
+
+
+def test_adaptive_stopping_saves_passes(seed):
+    start = torch.randn(3, 1, 2)
+    certain = lambda noisy, t: torch.ones_like(noisy)  # noqa: E731
+    assert ode_sample(certain, start, 20, known=Known.none(start), confidence=0.99).head_passes == 1
+    assert ode_sample(certain, start, 20, known=Known.none(start)).head_passes == 20
+
+
+def test_ode_is_the_paper_update(seed):
+    """Against the update written out: A <- (t'/t)·A + (1 - t'/t)·A0_hat."""
+    start = torch.randn(3, 2, 2)
+    a = start
+    for k in (4, 3, 2, 1):
+        t, s = k / 4, (k - 1) / 4
+        estimate = exact(a, torch.full((3, 2), t))
+        a = s / t * a + (1 - s / t) * estimate
+    assert torch.equal(ode_sample(exact, start, 4, known=Known.none(start)).bits, sign(a))
+
+
+def test_guidance_is_u_plus_s_times_the_difference():
+    c, u = (
+        (lambda value: lambda noisy, t: torch.full_like(noisy, value))(0.5),
+        lambda noisy, t: torch.full_like(noisy, 0.2),
+    )
+    out = guided(c, u, 9.0)(torch.zeros(1), torch.zeros(1))
+    assert out.item() == pytest.approx(0.2 + 9 * 0.3)
+    assert guided(c, u, 1.0) is c

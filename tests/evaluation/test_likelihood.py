@@ -1,0 +1,75 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.shards import Shards
+from bitlm_dist.evaluation.likelihood import _cluster_error, evaluate
+
+STRATA = 12
+
+
+@pytest.fixture
+def feed(prepared):
+    feed = Feed(prepared, "validation", block=4, sequence_length=32)
+    yield feed
+    feed.close()
+
+
+def byte_lengths(folder):
+    return np.load(folder / "statistics.npz")["byte_lengths"]
+
+
+def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(tiny, feed, prepared):
+    """Zero context logits, zero head: the channel posterior. Bytes and tokens are those of the files."""
+    from bitlm_dist.codes import BitCodes, natural
+    from bitlm_dist.model.bitlm import BitLM
+
+    model = BitLM(tiny(), BitCodes(natural(300), 9), eos=1)
+    torch.nn.init.zeros_(model.head.context_out.weight)
+    torch.nn.init.zeros_(model.head.context_out.bias)
+    report = evaluate(model, feed, byte_lengths(prepared), strata=STRATA)
+    with Shards(prepared, "validation") as shards:
+        documents = [shards.tokens(i) for i in range(len(shards.lengths))]
+    text = np.concatenate(documents)
+    assert report.tokens == len(text) + len(documents), "every token, and one EOS a document"
+    assert report.bytes == byte_lengths(prepared)[text].sum() == feed.manifest["splits"]["validation"]["bytes"]
+    per_byte = report.tokens / report.bytes / math.log(2)
+    assert abs(report.bits_per_byte - 9 * math.log(2) * per_byte) < 4 * report.bits_per_byte_se
+    assert report.chain_bits_per_byte == pytest.approx(9 * math.log(2) * per_byte, rel=1e-5)
+    counts = np.bincount(np.concatenate([text, np.full(len(documents), 1)]))
+    share = counts[counts > 0] / report.tokens
+    assert report.unigram_bits_per_byte == pytest.approx(-(share * np.log(share)).sum() * per_byte)
+    assert report.context_shuffle_delta_nats == pytest.approx(0, abs=1e-6)
+    assert report.nats_per_token * per_byte == pytest.approx(report.bits_per_byte)
+
+
+def test_context_that_matters_shows_in_the_shuffle_delta(tiny, prepared, feed):
+    from bitlm_dist.training.trainer import Trainer
+
+    trainer = Trainer(tiny("--training.steps", "150"))
+    trainer.fit()
+    trainer.close()
+    report = evaluate(
+        trainer.model.eval(),
+        feed,
+        byte_lengths(prepared),
+        strata=STRATA,
+        sampled_blocks=64,
+        sampling=trainer.config.sampling,
+    )
+    assert report.context_shuffle_delta_nats > 0.2
+    assert report.bits_per_byte < report.unigram_bits_per_byte
+    assert 0 <= report.invalid_code_rate < 0.5
+    levels = list(report.accuracy_by_time.values())
+    assert len(levels) == STRATA
+    assert levels[-1] > 0.999 > levels[0], "t falls from noisy to clean"
+
+
+def test_cluster_error_is_the_spread_of_sums_over_sequences(seed):
+    sequence = torch.arange(200).repeat_interleave(10)
+    shared = torch.randn(200, dtype=torch.float64).repeat_interleave(10)
+    # tokens of one sequence move together: the sum of 2,000 has the deviation of 200 independent sums of 10
+    assert _cluster_error(sequence, shared) == pytest.approx(10 * math.sqrt(200), rel=0.2)

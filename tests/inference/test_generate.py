@@ -1,0 +1,80 @@
+import pytest
+import torch
+
+from bitlm_dist.config import SamplingConfig
+from bitlm_dist.diffusion.noise import Source
+from bitlm_dist.inference.generate import Progress, generate_blocks, sample_block
+
+SAMPLERS = {
+    "sequential": SamplingConfig(sampler="sequential", temperature=1.0),
+    "ode": SamplingConfig(sampler="ode", steps=5, temperature=1.0),
+    "sde": SamplingConfig(sampler="sde", steps=5, temperature=1.0),
+}
+
+
+def generated(model, prompt=(), **changes):
+    settings = {"bos": 0, "blocks": 6, "sampling": SAMPLERS["sequential"], "seed": 4, **changes}
+    return [token for part in generate_blocks(model, list(prompt), **settings) for token in part]
+
+
+@pytest.fixture
+def model(tiny_model):
+    model = tiny_model().eval()
+    model.eos = -1  # an untrained model would end somewhere
+    return model
+
+
+@pytest.mark.parametrize("sampling", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("prompt", [(), (5, 6, 7, 8), (5, 6, 7, 8, 9, 10)])
+def test_cached_generation_equals_uncached(model, sampling, prompt, seed):
+    cached = generated(model, prompt, sampling=sampling, seed=seed % 2**31)
+    uncached = generated(model, prompt, sampling=sampling, seed=seed % 2**31, cached=False)
+    assert cached == uncached
+    assert len(cached) == 24 - len(prompt) % 4
+
+
+def test_the_same_seed_writes_the_same_text_and_another_one_another(model):
+    assert generated(model) == generated(model)
+    assert generated(model) != generated(model, seed=5)
+
+
+def test_passes_are_counted(model):
+    for name, head_passes in (("sequential", 4), ("ode", 5), ("sde", 5)):
+        progress = Progress()
+        generated(model, sampling=SAMPLERS[name], progress=progress)
+        assert (progress.backbone_passes, progress.head_passes, progress.tokens) == (6, 6 * head_passes, 24)
+    progress = Progress()
+    generated(model, (5, 6, 7), blocks=1, progress=progress)
+    assert (progress.head_passes, progress.tokens) == (1, 1), "the prompt fixed three tokens of the block"
+
+
+def test_guidance_doubles_the_passes(tiny_model):
+    model = tiny_model("--diffusion.context_dropout", "0.1").eval()
+    model.eos = -1
+    progress = Progress()
+    generated(model, sampling=SAMPLERS["ode"].model_copy(update={"guidance": 2.0}), progress=progress)
+    assert progress.head_passes == 2 * 6 * 5
+
+
+def test_text_ends_before_eos(model):
+    free = generated(model)
+    model.eos = free[9]
+    assert generated(model) == free[: free.index(model.eos)]
+
+
+def test_every_token_is_a_token(tiny_model):
+    """300 of 512 codes are used: an untrained head would draw invalid ones, which are projected."""
+    model = tiny_model().eval()
+    model.eos = -1
+    for sampling in SAMPLERS.values():
+        assert all(0 <= token < 300 for token in generated(model, blocks=30, sampling=sampling))
+    hidden = torch.randn(200, 4, 32)
+    source = Source(1, torch.arange(200), torch.zeros(200, dtype=torch.int64))
+    bits = sample_block(model, hidden, SAMPLERS["ode"], source, settle=False).bits
+    assert (model.codes.decode(bits) < 0).any()
+
+
+def test_watch_sees_every_pass(model):
+    seen = []
+    generated(model, blocks=2, watch=lambda step, denoised: seen.append((step, denoised.shape)))
+    assert seen == [(i + 1, (1, 4, 9)) for _ in range(2) for i in range(4)]

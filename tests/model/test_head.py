@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.model.bitlm import BitLM
+
+
+def head_of(tiny, *overrides):
+    config = tiny(*overrides)
+    return BitLM(config, BitCodes(natural(300), 9), eos=1).head
+
+
+PAPER = ("--preset", "paper", "--sampling.guidance", "1")
+
+
+def test_an_untrained_paper_head_outputs_zero(tiny, seed):
+    head = head_of(tiny, *PAPER)
+    context = head.read(torch.randn(6, 4, 32))
+    assert not head.denoise(torch.randn(6, 4, 9), torch.rand(6, 4), context).any()
+
+
+def test_an_untrained_head_returns_the_context_logits(tiny, seed):
+    head = head_of(tiny)
+    context = head.read(torch.randn(6, 4, 32))
+    torch.testing.assert_close(head(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.logits)
+
+
+def test_an_untrained_skip_head_is_the_channel_posterior(tiny, seed):
+    from bitlm_dist.diffusion.process import channel_field
+
+    head = head_of(tiny, *PAPER, "--head.channel_skip", "true", "--head.squash", "tanh")
+    noisy, t = torch.randn(6, 4, 9), torch.rand(6, 4)
+    out = head.denoise(noisy, t, head.read(torch.randn(6, 4, 32)))
+    torch.testing.assert_close(out, torch.tanh(channel_field(noisy, t)))
+
+
+@pytest.mark.parametrize("recipe", [(), PAPER])
+def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, seed):
+    head = tiny_model(*recipe).head
+    noisy, t, hidden = torch.randn(3, 4, 9, requires_grad=True), torch.rand(3, 4), torch.randn(3, 4, 32)
+    raw = head(noisy, t, head.read(hidden))
+    (grad,) = torch.autograd.grad(raw[1, 2].square().sum(), noisy)
+    assert not grad[0].any()
+    assert not grad[2].any()
+    assert all(grad[1, i].any() for i in range(4))
+
+
+def test_state_i_modulates_token_i(tiny_model, seed):
+    """In a head of one block whose attention is cut, token i depends on state i alone (one-block shift, token-wise)."""
+    head = tiny_model(*PAPER).head
+    for block in head.blocks:
+        torch.nn.init.zeros_(block.attention_out.weight)
+    hidden = torch.randn(1, 4, 32, requires_grad=True)
+    raw = head(torch.randn(1, 4, 9), torch.rand(1, 4), head.read(hidden))
+    (grad,) = torch.autograd.grad(raw[0, 2].square().sum(), hidden)
+    assert [bool(grad[0, i].any()) for i in range(4)] == [False, False, True, False]
+
+
+def test_a_dropped_context_is_the_null_state(tiny_model, seed):
+    head = tiny_model().head
+    torch.nn.init.normal_(head.null)
+    hidden = torch.randn(5, 4, 32)
+    keep = torch.tensor([True, False, True, False, False])
+    dropped, kept = head.read(hidden, keep), head.read(hidden)
+    null = head.unconditional(kept)
+    torch.testing.assert_close(dropped.condition[~keep], null.condition[~keep])
+    torch.testing.assert_close(dropped.condition[keep], kept.condition[keep])
+
+
+def test_modulation_layers_are_shared_by_runs_of_blocks(tiny):
+    head = head_of(tiny, "--head.layers", "5", "--head.modulations", "2")
+    assert (len(head.blocks), len(head.modulations)) == (5, 2)
+    head(torch.randn(2, 4, 9), torch.rand(2, 4), head.read(torch.randn(2, 4, 32)))

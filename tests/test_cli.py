@@ -1,0 +1,100 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from bitlm_dist.cli import app
+from bitlm_dist.errors import UserError
+
+runner = CliRunner()
+
+
+def run(*words, code=0):
+    result = runner.invoke(app, [str(word) for word in words])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture
+def trained(tiny, tmp_path, prepared):
+    run("train", tiny.file, "--run.dir", tmp_path / "run", "--data.path", prepared, "--training.steps=3")
+    return tmp_path / "run"
+
+
+def test_train_eval_and_generate(trained, prepared):
+    assert (trained / "checkpoints" / "step-00000003").is_dir()
+    report = json.loads(run("eval", trained, "--json", "--evaluation.strata", "3", "--evaluation.sequences=8"))
+    promised = {"bits_per_byte", "bits_per_byte_se", "nats_per_token", "unigram_bits_per_byte"}
+    assert promised | {"context_shuffle_delta_nats", "invalid_code_rate"} <= set(report)
+    assert "bound" in run("eval", trained, "--evaluation.strata", "3", "--evaluation.sequences", "8")
+    words = ("generate", trained, "--prompt", "the", "--blocks", "5", "--seed", "2", "--json")
+    result = json.loads(run(*words))
+    assert {"text", "token_ids", "backbone_passes", "head_passes", "tokens_per_second"} == set(result)
+    assert result["backbone_passes"] <= 5
+    assert json.loads(run(*words))["token_ids"] == result["token_ids"]
+    watched = run("generate", trained, "--blocks", "2", "--watch", "--sampling.sampler", "ode", "--sampling.steps", "3")
+    assert "tokens/s" in watched
+    assert "is trained: step 3 of 3" in run("train", trained / "config.yaml")
+
+
+def test_print_config_shows_values_and_sources(tiny):
+    output = run("train", tiny.file, "--training.steps", "9", "--print-config")
+    line = next(line for line in output.splitlines() if "training.steps" in line)
+    assert "9" in line
+    assert "command line" in line
+    assert "default" in next(line for line in output.splitlines() if "training.precision" in line)
+
+
+def test_dry_run_prints_the_parameters_of_the_8b_model():
+    output = run("train", "bitlm-8b", "--dry-run")
+    for part in ("backbone", "head", "input", "total"):
+        assert part in output
+    backbone = next(line for line in output.splitlines() if "backbone" in line)
+    assert "6,94" in backbone
+
+
+def test_doctor_names_what_is_missing():
+    output = run("doctor")
+    for name in ("torch", "megatron-core", "sdpa", "Muon", "Transformer Engine", "NVIDIA apex", "flash-attn"):
+        assert name in output
+    assert "bitlm-dist[te]" in output
+
+
+BAD = [
+    (["train", "{tiny}", "--model.blok_size", "4"], "did you mean model.block_size"),
+    (["train"], "no config file given"),
+    (["train", "{tiny}"], "data.path is not set"),
+    (["train", "{tiny}", "--data.path", "{tmp}/none"], "does not exist: prepare it with"),
+    (["eval", "{tmp}"], "is no run folder"),
+    (["generate", "{tmp}/none"], "is no run folder"),
+    (["prep", "{tmp}/none.txt", "--tokenizer", "bpe:300", "--out", "{tmp}/out"], "none.txt does not exist"),
+    (["prep", "{tiny}", "--tokenizer", "bpe:300", "--out", "{tmp}/out"], "is none of .txt, .jsonl"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_user_errors_name_the_remedy(words, message, tiny, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(*(word.format(tiny=tiny.file, tmp=tmp_path) for word in words))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
+    """The installed entry point, in a process of its own."""
+    command = [sys.executable, "-m", "bitlm_dist", "train", "quickstart", "--trainig.steps", "4"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 2
+    assert result.stderr == "bitlm: unknown key trainig.steps (command line): did you mean training.steps?\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_than_one_process_is_refused(tiny, prepared, monkeypatch, tmp_path):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="started as one of 2 processes"):
+        run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / "run")

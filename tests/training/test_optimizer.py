@@ -1,0 +1,86 @@
+import pytest
+import torch
+
+from bitlm_dist.config import OptimizerConfig
+from bitlm_dist.training.muon import Muon, orthogonalize
+from bitlm_dist.training.optimizer import Optimizers, is_inner_matrix, schedule_factor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape, seed):
+    matrix = torch.randn(*shape, dtype=torch.float64)
+    out = orthogonalize(matrix.unsqueeze(0), COEFFICIENTS, 5, 1e-7)[0]
+    values = torch.linalg.svdvals(out)
+    assert values.min() > 0.4
+    assert values.max() < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    inner = u.T @ out @ v.T
+    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-4)
+
+
+def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
+    start = [torch.randn(*shape) * 0.1 for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
+    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
+    pairs = ((ours, Muon(ours, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
+    for step in range(5):
+        torch.manual_seed(step)
+        grads = [torch.randn_like(x) for x in start]
+        for parameters, optimizer in pairs:
+            for parameter, grad in zip(parameters, grads, strict=True):
+                parameter.grad = grad.clone()
+            optimizer.step()
+    for a, b, x in zip(ours, theirs, start, strict=True):
+        moved = (b - x).norm()
+        assert (a - b).norm() < 0.02 * moved
+
+
+def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
+    model = tiny_model()
+    muon = {n for n, p in model.named_parameters() if is_inner_matrix(n, p)}
+    assert {n.split(".")[0] for n in muon} == {"backbone", "head"}
+    assert len(muon) == 2 * 4 + 2 * 4  # qkv, projection, two of the MLP; the same in each head block
+    optimizers = Optimizers(model, OptimizerConfig())
+    slots = {n.rpartition(".")[2] for n in optimizers.state() if n.rpartition(".")[0] in muon}
+    assert slots == {"momentum_buffer"}
+    assert len(optimizers.state()) == len(muon) + 3 * (sum(1 for _ in model.parameters()) - len(muon))
+
+
+def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
+    model = tiny_model()
+    optimizers = Optimizers(model, OptimizerConfig(clip_norm=0.5, matrices="adamw"))
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
+    norm, updated = optimizers.step(1.0)
+    assert updated
+    assert norm == pytest.approx(expected, rel=1e-5)
+    first = torch.cat([v.flatten() for n, v in optimizers.state().items() if n.endswith("exp_avg")]) / 0.1
+    assert first.norm().item() == pytest.approx(0.5, rel=1e-3)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
+    model = tiny_model()
+    optimizers = Optimizers(model, OptimizerConfig())
+    before = [p.detach().clone() for p in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    assert optimizers.step(1.0)[1] is False
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.775, 0.55, 0.325]),
+        ("cosine", [0.5, 1, 1, 0.8682, 0.55, 0.2318]),
+    ],
+)
+def test_schedule(schedule, expected):
+    config = OptimizerConfig(schedule=schedule, warmup_steps=2, final_lr=0.1)
+    factors = [schedule_factor(config, step, 6) for step in range(6)]
+    assert factors == pytest.approx(expected, abs=1e-4)

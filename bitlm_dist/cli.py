@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bitlm_dist import config_loading
@@ -31,12 +32,17 @@ Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+def say(text: str) -> None:
+    """Print one line as it is: no markup, no wrapping."""
+    console.print(text, soft_wrap=True, markup=False)
+
+
 def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
 
 
@@ -51,7 +57,7 @@ def prep(
     from bitlm_dist.data_prep.prepare import prepare
 
     report = prepare(sources, tokenizer, out, validation)
-    console.print(
+    say(
         f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text "
         f"in {report.units} units ({report.units_reused} were there); unigram entropy {report.unigram_nats:.3f} nats a token"
     )
@@ -74,13 +80,13 @@ def _config_of(words: list[str]) -> config_loading.Loaded:
 
 @app.command(context_settings=OVERRIDES)
 def train(
-    words: Words,
+    words: Words = None,
     resume: Annotated[bool, typer.Option(help="Continue if the run folder holds a checkpoint.")] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Build on the meta device, print the parameters, stop.")] = False,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every value and its source, stop.")] = False,
 ) -> None:
     """Train, or go on training. Every key can be overridden: --training.steps 500 --model.block_size=8."""
-    loaded = _config_of(words)
+    loaded = _config_of(words or [])
     if print_config:
         values = dict(config_loading.flatten(loaded.config.model_dump(mode="json")))
         _table("", ("key", "value", "from"), ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()))
@@ -103,17 +109,17 @@ def _train(config: Config, resume: bool) -> None:
     trainer = Trainer(config, resume)
     begun, steps = trainer.step, config.training.steps
     if begun >= steps:
-        console.print(f"{config.run.dir} is trained: step {begun} of {steps}")
+        say(f"{config.run.dir} is trained: step {begun} of {steps}")
         return
     count = sum(p.numel() for p in trainer.model.parameters())
-    console.print(f"{config.run.dir}: {count:,} parameters, step {begun} of {steps}")
+    say(f"{config.run.dir}: {count:,} parameters, step {begun} of {steps}")
     try:
         with training_progress(console, begun, steps) as observe:
             trainer.fit(observe=observe)
     finally:
         trainer.close()
     if trainer.stopped_by:
-        console.print(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
+        say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
         raise typer.Exit(0)
 
 

@@ -85,8 +85,8 @@ class HeadConfig(Section):
     """Add a linear read-out of the context to the output and train it at pure noise."""
     posterior_input: bool = True
     """Feed the context's own posterior at the noisy bits to the head; needs context_logits."""
-    context_mix: bool = True
-    """Condition each token on a learned mix (m x m) of the block's states, not on one of them."""
+    context_ahead: bool = True
+    """Condition token i on state i plus a map, its own at every i, of the block's last state."""
     input_condition: bool = True
     """Add time, context and place to the head's input, not only to its modulation."""
     position_table: bool = True
@@ -125,6 +125,8 @@ class ModelConfig(Section):
     """Bits a token (B); none: as many as the tokenizer needs."""
     codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
     """Assignment of codes to tokens."""
+    embedding_width: int = Field(0, ge=0)
+    """Hidden width of the bit MLP at the input; 0: the backbone's."""
     block_places: bool = True
     """Learned m x d table of the place in the block, added to the input."""
     backbone: BackboneConfig = BackboneConfig()

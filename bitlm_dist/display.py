@@ -21,7 +21,7 @@ def training_progress(console: Console, begun: int, steps: int) -> Iterator[Call
         def line(metrics: Mapping[str, Any]) -> None:
             if metrics["step"] % PLAIN_EVERY == 0 or metrics["step"] == steps:
                 text = "step {step}/{steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s"
-                console.print(text.format(steps=steps, **metrics))
+                console.print(text.format(steps=steps, **metrics), soft_wrap=True)
 
         yield line
         return

@@ -40,8 +40,9 @@ def _nll_slice(weights: Tensor, logits: Tensor, field: Tensor | None, index: Ten
     base = weights - prior_sum.sum(-1)
     at = index.unsqueeze(-2).expand(logits.shape[:-1]).unsqueeze(-1)
     joint = base + logits.gather(-1, at).squeeze(-1).sum(-1)
+    given = torch.zeros(())
     if field is None:
-        evidence, posterior, given = weights, prior, 0.0
+        evidence, posterior = weights, prior
     else:
         posterior_sum, posterior = _normalised(logits + field.unsqueeze(-3))
         evidence = base + posterior_sum.sum(-1)

@@ -66,7 +66,7 @@ def _transformer_config(model: "ModelConfig", initialize: bool) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
-    class BackboneConfig(TransformerConfig):
+    class BackboneConfig(TransformerConfig):  # type: ignore[misc]
         """Megatron's configuration and what the core attention reads from it."""
 
         block_size: int = 1

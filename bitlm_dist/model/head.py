@@ -66,11 +66,12 @@ class Block(nn.Module):
         return x + gate2 * self.down(F.silu(gate) * up)
 
 
-def _initial_mix(block: int) -> Tensor:
-    """Every token starts from its own state and the last one, the only one that a next-token model would have."""
-    mix = torch.eye(block)
-    mix[:, -1] += 1
-    return mix / mix.norm(dim=1, keepdim=True)
+def _ahead(block: int, width: int) -> nn.ModuleList:
+    """One d x d map a place, from the block's last state; zero at the start."""
+    maps = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(block))
+    for layer in maps:
+        nn.init.zeros_(layer.weight)
+    return maps
 
 
 class DiffusionHead(nn.Module):
@@ -91,7 +92,7 @@ class DiffusionHead(nn.Module):
         self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.null = nn.Parameter(torch.zeros(backbone_width))
         self.positions = nn.Parameter(torch.zeros(block, backbone_width)) if head.position_table else None
-        self.mix = nn.Parameter(_initial_mix(block)) if head.context_mix and block > 1 else None
+        self.ahead = _ahead(block, backbone_width) if head.context_ahead and block > 1 else None
         self.places = nn.Parameter(torch.randn(block, width) * 0.1) if head.input_condition else None
         self.context_out = nn.Linear(backbone_width, self.output.size) if head.context_logits else None
         self.evidence_in = nn.Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
@@ -107,8 +108,9 @@ class DiffusionHead(nn.Module):
         """Hidden states C [N, M, D] of the block before -> context; where ``keep`` [N] is False the learned null state."""
         if keep is not None:
             hidden = torch.where(keep[..., None, None], hidden, self.null)
-        if self.mix is not None:
-            hidden = self.mix @ hidden
+        if self.ahead is not None:
+            last = hidden[..., -1, :]
+            hidden = hidden + torch.stack([look(last) for look in self.ahead], -2)
         if self.positions is not None:
             hidden = hidden + self.positions
         return Context(self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))

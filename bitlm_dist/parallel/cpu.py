@@ -108,5 +108,5 @@ def enable_megatron_on_cpu() -> bool:
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
     random = importlib.import_module("megatron.core.tensor_parallel.random")
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    vars(random)["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
     return True

@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
 
@@ -28,10 +29,12 @@ def initialize() -> None:
         if device().type == "cuda":
             torch.cuda.set_device(device())
         backend = "nccl" if device().type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel()
-        model_parallel_cuda_manual_seed(0)  # dropout is off everywhere: these generators are never drawn from
+        # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
+        with torch.random.fork_rng():
+            model_parallel_cuda_manual_seed(0)
 
 
 def shutdown() -> None:

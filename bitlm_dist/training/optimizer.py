@@ -12,7 +12,7 @@ from bitlm_dist.training.muon import Muon
 
 def is_inner_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon may take a parameter: a matrix of a backbone layer or of a head block."""
-    return parameter.dim() == 2 and (".layers." in name or name.startswith("head.blocks."))
+    return parameter.dim() == 2 and (".layers." in name or name.startswith(("head.blocks.", "head.ahead.")))
 
 
 class Optimizers:

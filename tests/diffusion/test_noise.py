@@ -44,10 +44,8 @@ def test_uniforms_and_normals_have_their_moments():
 @pytest.mark.parametrize("change", ["seed", "step", "draw", "sample", "block", "purpose"])
 def test_every_coordinate_changes_every_number(change):
     new = {"seed": 6, "step": 8, "draw": 1}.get(change, torch.arange(300) + 1000)
-    if change == "purpose":
-        other = source().uniforms(noise.TIME, 9)
-    else:
-        other = source(**{change: new}).uniforms(noise.NOISE, 9)
+    changes, purpose = ({}, noise.TIME) if change == "purpose" else ({change: new}, noise.NOISE)
+    other = source(**changes).uniforms(purpose, 9)
     assert (source().uniforms(noise.NOISE, 9) == other).float().mean() < 1e-3
 
 

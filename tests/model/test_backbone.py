@@ -69,8 +69,9 @@ def test_paper_presets_build_on_the_meta_device(name):
     config = load(Path(name)).config
     assert (config.model.block_size, config.model.bits, config.data.sequence_length) == (4, 18, 16384)
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.matrices) == (1e-4, (0.9, 0.95), "adamw")
+    codes = BitCodes(natural(2), 18)
     with torch.device("meta"):
-        model = BitLM(config, BitCodes(natural(2), 18), eos=0)
+        model = BitLM(config, codes, eos=0)
     assert all(p.is_meta for p in model.parameters())
     backbone = sum(p.numel() for p in model.backbone.parameters())
     # the public shapes count an embedding table (and its untied copy at 8B) that BitLM does not have

@@ -41,7 +41,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     model = tiny_model()
     muon = {n for n, p in model.named_parameters() if is_inner_matrix(n, p)}
     assert {n.split(".")[0] for n in muon} == {"backbone", "head"}
-    assert len(muon) == 2 * 4 + 2 * 4  # qkv, projection, two of the MLP; the same in each head block
+    assert len(muon) == 2 * 4 + 2 * 4 + 4  # qkv, projection, two of the MLP; the same in each head block; one map a place
     optimizers = Optimizers(model, OptimizerConfig())
     slots = {n.rpartition(".")[2] for n in optimizers.state() if n.rpartition(".")[0] in muon}
     assert slots == {"momentum_buffer"}

@@ -25,7 +25,7 @@ app = typer.Typer(
 console = Console(highlight=False)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 Words = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(metavar="CONFIG [--SECTION.KEY VALUE]…", help="YAML file or shipped name, then overrides."),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]

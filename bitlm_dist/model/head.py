@@ -68,10 +68,10 @@ class Block(nn.Module):
 
 def _ahead(block: int, width: int) -> nn.ModuleList:
     """One d x d map a place, from the block's last state; zero at the start."""
-    maps = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(block))
+    maps = [nn.Linear(width, width, bias=False) for _ in range(block)]
     for layer in maps:
         nn.init.zeros_(layer.weight)
-    return maps
+    return nn.ModuleList(maps)
 
 
 class DiffusionHead(nn.Module):

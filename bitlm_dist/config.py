@@ -186,9 +186,9 @@ class EvaluationConfig(Section):
 
     sequences: int = Field(0, ge=0)
     """Sequences of the validation split to read; 0: all."""
-    strata: int = Field(16, ge=1)
+    strata: int = Field(8, ge=1)
     """Noise levels a block (head passes) of the bound."""
-    sampled_blocks: int = Field(512, ge=0)
+    sampled_blocks: int = Field(256, ge=0)
     """Blocks to sample for the invalid-code rate."""
 
 

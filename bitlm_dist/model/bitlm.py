@@ -15,7 +15,7 @@ from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
 from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.bit_embedding import BitEmbedding
-from bitlm_dist.model.head import DiffusionHead
+from bitlm_dist.model.head import DiffusionHead, exact
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class BitLM(nn.Module):
         t = torch.stack([draw.t for draw in draws])
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
-        with torch.autocast(batch.tokens.device.type, enabled=False):
+        with exact(noisy):
             loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
             if context.logits is not None:
                 loss = loss - output.log_prob(context.logits, clean) / self.codes.bits

@@ -33,6 +33,11 @@ class Context:
         return Context(self.condition.expand(draws, *self.condition.shape), logits)
 
 
+def exact(like: Tensor) -> torch.autocast:
+    """No autocast: noise, posteriors and losses stay fp32 whatever the precision of the layers."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
 def time_features(t: Tensor) -> Tensor:
     """Sinusoids of 1000·t: [...] -> [..., 256]."""
     half = TIME_FEATURES // 2
@@ -125,7 +130,9 @@ class DiffusionHead(nn.Module):
         x = self.bits_in(noisy)
         if self.evidence_in is not None:
             assert context.logits is not None
-            x = x + self.evidence_in(self.output.evidence(context.logits, noisy, t).to(x.dtype))
+            with exact(noisy):
+                evidence = self.output.evidence(context.logits, noisy, t)
+            x = x + self.evidence_in(evidence)
         y = F.silu(self.time_in(time_features(t)) + context.condition)
         if self.places is not None:
             x = x + y + self.places
@@ -139,7 +146,9 @@ class DiffusionHead(nn.Module):
 
     def denoise(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
         """A0_hat [N, M, K]."""
-        return self.output.denoise(self(noisy, t, context), noisy, t)
+        raw = self(noisy, t, context)
+        with exact(noisy):
+            return self.output.denoise(raw, noisy, t)
 
 
 def make_output(config: Config, bits: int) -> Output:

@@ -83,7 +83,7 @@ class Optimizers:
         """The state that the first step would create, so that there is something to load into."""
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -41,6 +41,9 @@ class Trainer:
         self.config = config
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
+        if config.training.precision == "bf16" and mesh.device().type == "cpu":
+            # Megatron's linear layers take part in autocast on CUDA only
+            raise UserError("training.precision = bf16 needs a GPU: use fp32 on this machine")
         manifest = read_manifest(config.data.path)
         codes = make_codes(config.model, config.data.path, manifest)
         self.folder = RunFolder(config.run.dir)

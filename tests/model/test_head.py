@@ -71,3 +71,15 @@ def test_modulation_layers_are_shared_by_runs_of_blocks(tiny):
     head = head_of(tiny, "--head.layers", "5", "--head.modulations", "2")
     assert (len(head.blocks), len(head.modulations)) == (5, 2)
     head(torch.randn(2, 4, 9), torch.rand(2, 4), head.read(torch.randn(2, 4, 32)))
+
+
+def test_posteriors_and_losses_stay_exact_under_autocast(tiny_model, seed):
+    head = tiny_model().head
+    noisy, t, hidden = torch.randn(6, 4, 9), torch.rand(6, 4), torch.randn(6, 4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        context = head.read(hidden)
+        assert context.logits.dtype == torch.bfloat16
+        raw = head(noisy, t, context)
+        denoised = head.denoise(noisy, t, context)
+    assert denoised.dtype == torch.float32
+    torch.testing.assert_close(denoised, head.output.denoise(raw, noisy, t))

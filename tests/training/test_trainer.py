@@ -160,3 +160,10 @@ def test_a_killed_process_goes_on_where_it_was_saved(tiny, tmp_path, prepared, n
     whole.fit(until=saved + 3)
     whole.close()
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bf16 runs on a GPU")
+def test_bf16_without_a_gpu_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="training.precision = bf16 needs a GPU: use fp32"):
+        Trainer(tiny("--training.precision", "bf16"))
+    assert not (tmp_path / "run").exists()

@@ -203,8 +203,8 @@ class SamplingConfig(Section):
     """Scale of classifier-free guidance of ode and sde; 1: none."""
     temperature: float = Field(0.8, ge=0)
     """Scale of the initial noise (ode, sde) or divisor of the logits (sequential)."""
-    confidence: float = Field(2.0, gt=0)
-    """ode: stop a block once all |A0_hat| reach this; above 1: never."""
+    confidence: float | None = Field(None, gt=0)
+    """ode: stop a block once all |A0_hat| reach this, e.g. 0.99; none: never."""
 
 
 class ParallelConfig(Section):

@@ -74,7 +74,7 @@ def ode_sample(
     steps: int,
     *,
     known: Known,
-    confidence: float = 2.0,
+    confidence: float | None = None,
     watch: Watcher | None = None,
 ) -> Sampled:
     """A <- (t'/t)·A + (1 - t'/t)·A0_hat over t = k/steps, k = steps..1; the last A is A0_hat.
@@ -84,7 +84,7 @@ def ode_sample(
         start: Gaussian noise [N, M, K]; its scale is the temperature.
         steps: K of the paper, at least 1.
         known: tokens fixed by the prompt.
-        confidence: stop early once every |A0_hat| reaches it; above 1 never for a bounded head.
+        confidence: stop early once every |A0_hat| reaches it; None: never.
         watch: called with (step, A0_hat) after every head pass.
     """
     noisy = start
@@ -93,7 +93,7 @@ def ode_sample(
         denoised = known.put(denoise(known.put(noisy), t))
         if watch:
             watch(steps - k + 1, denoised)
-        if k == 1 or bool((denoised.abs() >= confidence)[~known.mask].all()):
+        if k == 1 or (confidence is not None and bool((denoised.abs() >= confidence)[~known.mask].all())):
             break
         shrink = (k - 1) / k
         noisy = shrink * noisy + (1 - shrink) * denoised

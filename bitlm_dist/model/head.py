@@ -91,7 +91,6 @@ class DiffusionHead(nn.Module):
         head, block, width = config.head, config.model.block_size, config.head.width
         backbone_width = config.model.backbone.width
         self.output = make_output(config, bits)
-        self.posterior_input = head.posterior_input
         self.bits_in = nn.Linear(bits, width)
         self.context_in = nn.Linear(backbone_width, width)
         self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))

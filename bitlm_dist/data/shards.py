@@ -8,6 +8,8 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +22,7 @@ from bitlm_dist.errors import UserError
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+OPEN_TRIES = 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -35,6 +38,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"data.path = {folder} {state} `bitlm prep … --out {folder}` (no {MANIFEST})")
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     return manifest
+
+
+def _open(locks: str, **settings: Any) -> Any:
+    """A StreamingDataset whose lock files live in the folder ``locks``.
+
+    streaming leaves its locks in the machine's temporary folder, where they pile up. It also looks for a free name in shared memory
+    before it takes it: a job that starts at the same moment may be faster, and then the search is repeated.
+    """
+    streaming = import_streaming()
+    outside, tempfile.tempdir = tempfile.tempdir, locks
+    try:
+        for _ in range(OPEN_TRIES - 1):
+            try:
+                return streaming.StreamingDataset(**settings)
+            except FileExistsError:
+                time.sleep(0.05)
+        return streaming.StreamingDataset(**settings)
+    finally:
+        tempfile.tempdir = outside
 
 
 class Shards:
@@ -60,12 +82,12 @@ class Shards:
             raise UserError(f"{folder} has no {split} split ({index} is missing): prepare it with `bitlm prep --validation`")
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
         self._check_files(json.loads(index.read_text())["shards"])
-        self._temporary = None if cache else tempfile.mkdtemp(prefix="bitlm-shards-")
-        local = Path(self._temporary) if self._temporary else Path(str(cache)) / self._key(index)
-        # streaming announces its defaults on standard error; its locks go to the temporary folder
-        self._dataset = import_streaming().StreamingDataset(
+        temporary = tempfile.mkdtemp(prefix="bitlm-shards-")
+        self._remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)  # at exit at the latest
+        self._dataset = _open(
+            temporary,
             remote=str(self.folder),
-            local=str(local),
+            local=str(cache / self._key(index) if cache else Path(temporary) / "cache"),
             batch_size=1,
             validate_hash="xxh64",
             shuffle=True,
@@ -119,9 +141,8 @@ class Shards:
         return tokens
 
     def close(self) -> None:
-        """Remove the temporary cache."""
-        if self._temporary:
-            shutil.rmtree(self._temporary, ignore_errors=True)
+        """Remove the temporary folder."""
+        self._remove()
 
     def __enter__(self) -> "Shards":
         return self

@@ -68,6 +68,31 @@ def test_the_temporary_cache_goes_with_the_feed(prepared, tmp_path, monkeypatch)
     assert not list(tmp_path.glob("bitlm-shards-*"))
 
 
+def test_no_lock_of_streaming_stays_behind(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    feed = feed_of(prepared)
+    feed.batch(0, 1, CPU)
+    feed.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_in_shared_memory_taken_by_another_job_is_tried_again(prepared, monkeypatch):
+    from bitlm_dist.data.streaming_import import import_streaming
+
+    streaming, calls = import_streaming(), []
+    original = streaming.StreamingDataset
+
+    def racing(**settings):
+        calls.append(1)
+        if len(calls) < 3:
+            raise FileExistsError("/000007_locals")
+        return original(**settings)
+
+    monkeypatch.setattr(streaming, "StreamingDataset", racing)
+    feed_of(prepared).close()
+    assert len(calls) == 3
+
+
 def test_a_missing_shard_is_named_before_training(copy):
     shard = shard_of(copy)
     shard.unlink()

@@ -60,7 +60,8 @@ def test_killed_at_any_unit_and_rerun_gives_the_same_tree(corpus, tmp_path, monk
     report = prepare([corpus], "bpe:300", whole, 0.1)
     assert report.units > 8
     out = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(corpus), str(out)], stderr=subprocess.DEVNULL)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what SIGKILL leaves goes with the test's folder
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(corpus), str(out)], stderr=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 120
     while len(list(out.glob("units/*.json"))) < units_before_kill and process.poll() is None:
         assert time.monotonic() < deadline

@@ -138,7 +138,8 @@ def test_a_killed_process_goes_on_where_it_was_saved(tiny, tmp_path, prepared, n
         "5",
     ]
     command = [sys.executable, "-m", "bitlm_dist", "train", str(tiny.file), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what SIGKILL leaves goes with the test's folder
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
     while not (metrics.is_file() and metrics.read_text().count("\n") >= 7):

@@ -125,8 +125,6 @@ class ModelConfig(Section):
     """Bits a token (B); none: as many as the tokenizer needs."""
     codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
     """Assignment of codes to tokens."""
-    embedding_width: int = Field(0, ge=0)
-    """Hidden width of the bit MLP at the input; 0: the backbone's."""
     block_places: bool = True
     """Learned m x d table of the place in the block, added to the input."""
     backbone: BackboneConfig = BackboneConfig()

@@ -14,10 +14,10 @@ class BitEmbedding(nn.Module):
     differences, and what the next block needs, such as "attend to the last token of my block", is another one at every place.
     """
 
-    def __init__(self, bits: int, hidden: int, width: int, block: int | None = None) -> None:
+    def __init__(self, bits: int, width: int, block: int | None = None) -> None:
         super().__init__()
-        self.up = nn.Linear(bits, hidden)
-        self.down = nn.Linear(hidden, width)
+        self.up = nn.Linear(bits, width)
+        self.down = nn.Linear(width, width)
         self.places = nn.Parameter(torch.randn(block, width) * PLACE_STD) if block else None
 
     def forward(self, bits: Tensor) -> Tensor:

@@ -125,8 +125,6 @@ class ModelConfig(Section):
     """Bits a token (B); none: as many as the tokenizer needs."""
     codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
     """Assignment of codes to tokens."""
-    block_places: bool = True
-    """Learned m x d table of the place in the block, added to the input."""
     backbone: BackboneConfig = BackboneConfig()
 
 

@@ -70,8 +70,7 @@ class BitLM(nn.Module):
         self.config, self.eos = config, eos
         self.block_size = config.model.block_size
         self.codes = codes
-        places = self.block_size if config.model.block_places and self.block_size > 1 else None
-        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width, places)
+        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width)
         self.backbone = Backbone(config.model)
         self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion

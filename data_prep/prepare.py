@@ -235,11 +235,6 @@ def _finish(out: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], reus
         "eos": tokenizer.eos,
         "tokenizer": {"file": tokenizer.file.name, "fingerprint": tokenizer.fingerprint},
         "splits": totals,
-        "indexes": {
-            split: hashlib.sha256((out / split / "index.json").read_bytes()).hexdigest()
-            for split in SPLITS
-            if totals[split]["documents"]
-        },
     }
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     read_manifest(out)

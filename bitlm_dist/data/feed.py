@@ -87,7 +87,7 @@ class Feed:
     def fingerprint(self) -> dict[str, Any]:
         """What decides which sequence has which number; a resumed run must find the same."""
         return {
-            "data.index": self.manifest["indexes"],
+            "data.index": self._shards.fingerprint,
             "data.tokenizer": self.manifest["tokenizer"]["fingerprint"],
             "data.sequence_length": self._length,
             "data.shuffle": self._shuffle,

@@ -70,6 +70,7 @@ class Shards:
 
     Attributes:
         lengths: tokens of each document, int64.
+        fingerprint: SHA-256 of the index, which holds the hashes of all shards.
 
     Raises:
         UserError: the split, its index or a shard is missing or has another size; the message names the file.
@@ -81,13 +82,14 @@ class Shards:
         if not index.is_file():
             raise UserError(f"{folder} has no {split} split ({index} is missing): prepare it with `bitlm prep --validation`")
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
+        self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
         self._check_files(json.loads(index.read_text())["shards"])
         temporary = tempfile.mkdtemp(prefix="bitlm-shards-")
         self._remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)  # at exit at the latest
         self._dataset = _open(
             temporary,
             remote=str(self.folder),
-            local=str(cache / self._key(index) if cache else Path(temporary) / "cache"),
+            local=str(cache / self.fingerprint[:16] if cache else Path(temporary) / "cache"),
             batch_size=1,
             validate_hash="xxh64",
             shuffle=True,
@@ -96,10 +98,6 @@ class Shards:
             shuffle_block_size=2**18,
             download_retry=1,
         )
-
-    @staticmethod
-    def _key(index: Path) -> str:
-        return hashlib.sha256(index.read_bytes()).hexdigest()[:16]
 
     def _check_files(self, shards: list[dict[str, Any]]) -> None:
         samples = sum(shard["samples"] for shard in shards)

@@ -45,18 +45,22 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
 
-    def claim(self, config: Config) -> None:
-        """Make the folder this run's, or refuse; nothing is written if it is refused.
+    def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
+        """Make the folder this run's, with its config, tokenizer and codes, or refuse; nothing is written if it is refused.
 
         Raises:
-            UserError: it holds a run of another config, or files of other origin.
+            UserError: it holds a run of another config, tokenizer or codes, or files of other origin.
         """
+        tokenizer = Tokenizer.of_folder(tokenizer_folder)
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
+            self._compare_vocabulary(tokenizer, codes)
         elif self.path.exists() and any(self.path.iterdir()):
             raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
         write_atomically(self.path / "config.yaml", to_yaml(config))
         write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+        if not (self.path / "tokenizer").is_dir():
+            self._save_vocabulary(tokenizer, codes)
 
     def _compare(self, found: Config, wanted: Config) -> None:
         old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))
@@ -69,19 +73,15 @@ class RunFolder:
                     "choose another run.dir or the same value"
                 )
 
-    def save_vocabulary(self, tokenizer_folder: Path, codes: BitCodes) -> None:
-        """Keep the tokenizer and the codes; a folder that has them must agree.
-
-        Raises:
-            UserError: the folder was trained with another tokenizer or other codes.
-        """
-        tokenizer = Tokenizer.of_folder(tokenizer_folder)
-        if (self.path / "tokenizer").is_dir():
-            same = self.tokenizer().fingerprint == tokenizer.fingerprint
-            if not same or not torch.equal(self.codes().code_of_token, codes.code_of_token):
-                what = "codes" if same else "tokenizer"
-                raise UserError(f"run.dir = {self.path} was trained with another {what} than data.path has: use its data")
+    def _compare_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
+        if not (self.path / "tokenizer").is_dir():  # killed before it was saved
             return
+        same = self.tokenizer().fingerprint == tokenizer.fingerprint
+        if not same or not torch.equal(self.codes().code_of_token, codes.code_of_token):
+            what = "codes" if same else "tokenizer"
+            raise UserError(f"run.dir = {self.path} was trained with another {what} than data.path has: use its data")
+
+    def _save_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
         partial = self.path / f".{CODES}"
         with partial.open("wb") as stream:
             np.savez(stream, codes=codes.code_of_token.numpy(), bits=codes.bits)

@@ -61,8 +61,7 @@ class Trainer:
             shuffle=config.data.shuffle,
             cache=config.data.cache,
         )
-        self.folder.claim(config)
-        self.folder.save_vocabulary(config.data.path / "tokenizer", codes)
+        self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
         torch.manual_seed(config.training.seed)
         self.model = BitLM(config, codes, eos=manifest["eos"]).to(self.device)

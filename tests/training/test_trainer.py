@@ -110,6 +110,36 @@ def test_other_folders_and_no_resume_are_refused(tiny, tmp_path):
         Trainer(tiny(), resume=False)
 
 
+def test_data_of_another_tokenizer_is_refused_and_the_folder_kept(tiny, tmp_path, corpus):
+    from bitlm_dist.data_prep.prepare import prepare
+
+    trainer = Trainer(tiny())
+    trainer.fit(until=1)
+    trainer.close()
+    other = tmp_path / "other"
+    prepare([corpus], "bpe:310", other, validation=0.1)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="was trained with another tokenizer than data.path has"):
+        Trainer(tiny("--data.path", str(other)))
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_shards_that_changed_under_a_run_are_refused(tiny, tmp_path, prepared):
+    """Same tokenizer, other documents: the sequence numbers would mean other text."""
+    import shutil
+
+    trainer = Trainer(tiny())
+    trainer.fit(until=1)
+    trainer.close()
+    other = shutil.copytree(prepared, tmp_path / "other")
+    index = other / "train" / "index.json"
+    document = json.loads(index.read_text())
+    document["shards"].reverse()
+    index.write_text(json.dumps(document) + " ")
+    with pytest.raises(UserError, match="was trained with another data.index"):
+        Trainer(tiny("--data.path", str(other)))
+
+
 def test_too_few_bits_for_the_tokenizer(tiny, tmp_path):
     with pytest.raises(UserError, match="model.bits = 8 gives 256 codes, too few for the tokenizer's 300 tokens: use 9"):
         Trainer(tiny("--model.bits", "8"))

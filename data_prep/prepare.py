@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from bitlm_dist.data_prep import sources, statistics
-from bitlm_dist.data_prep.tokenizer import Tokenizer, train_bpe
+from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, train_bpe
 from numpy.typing import NDArray
 
 from bitlm_dist.data.shards import MANIFEST, SPLITS, Shards, read_manifest
@@ -33,6 +33,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 
 UNIT_BYTES = 2_000_000
+BPE = "bpe:"
 STATISTICS_TOKENS = 50_000_000  # of the training split, for counts and context vectors
 VERSION = 1
 
@@ -70,7 +71,8 @@ def prepare(inputs: Sequence[Path], tokenizer: str, out: Path, validation: float
     if not 0 <= validation < 1:
         raise UserError(f"--validation {validation}: expected a share from 0 to below 1")
     files = sources.find_files(inputs)
-    _claim(out, {"version": VERSION, "tokenizer": tokenizer, "validation": validation, "inputs": _digest(files)})
+    _check_tokenizer(tokenizer)
+    _claim(out, {"version": VERSION, "tokenizer": tokenizer, "validation": validation, "inputs": _survey(files)})
     coder = _tokenizer(tokenizer, files, out)
     records, reused = [], 0
     for unit in _units(files, coder):
@@ -80,20 +82,29 @@ def prepare(inputs: Sequence[Path], tokenizer: str, out: Path, validation: float
         else:
             _write_unit(unit, coder, out, validation)
         records.append(json.loads(record.read_text()))
-    if not records:
-        raise UserError(f"{', '.join(map(str, inputs))}: no document has any text")
     names = [record["name"] for record in records]
     for split in SPLITS:
         _merge(out / split, names)
     return _finish(out, coder, records, reused)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    seen = hashlib.sha256()
+def _survey(files: Sequence[Path]) -> str:
+    """Read every document once, so that a bad one is found before anything is written -> hash of all their texts."""
+    seen, empty = hashlib.sha256(), True
     for file in files:
-        with file.open("rb") as stream:
-            seen.update(hashlib.file_digest(stream, "sha256").digest())
+        for text in sources.documents(file):
+            seen.update(hashlib.sha256(text.encode()).digest())
+            empty = False
+    if empty:
+        raise UserError(f"{', '.join(map(str, files))}: no document has any text")
     return seen.hexdigest()
+
+
+def _check_tokenizer(name: str) -> None:
+    if not name.startswith(BPE):
+        Tokenizer(Path(name))
+    elif not name[len(BPE) :].isdigit() or int(name[len(BPE) :]) < SMALLEST_BPE:
+        raise UserError(f"--tokenizer {name}: write bpe:SIZE with a size of at least {SMALLEST_BPE}, e.g. bpe:4096")
 
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
@@ -118,11 +129,9 @@ def _tokenizer(name: str, files: Sequence[Path], out: Path) -> Tokenizer:
     building = out / ".tokenizer"
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
-    if name.startswith("bpe:"):
-        if not name[4:].isdigit():
-            raise UserError(f"--tokenizer {name}: write bpe:SIZE, e.g. bpe:4096")
+    if name.startswith(BPE):
         texts = (text for file in files for text in sources.documents(file))
-        train_bpe(texts, int(name[4:]), building / "tokenizer.json")
+        train_bpe(texts, int(name[len(BPE) :]), building / "tokenizer.json")
     else:
         Tokenizer(Path(name)).save(building)
     building.rename(folder)

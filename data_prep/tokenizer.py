@@ -21,6 +21,7 @@ from bitlm_dist.errors import UserError
 
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "[BOS]", "<|startoftext|>")
 EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]")
+SMALLEST_BPE = 258  # 256 bytes, BOS, EOS
 # Splits text before merging; the pattern that GPT-4's vocabulary and its descendants were trained with, digits one by one.
 TIKTOKEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -99,8 +100,7 @@ class Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
     """Train a byte-level BPE of ``vocabulary`` entries (BOS, EOS and the 256 bytes among them) and write tokenizer.json."""
-    if vocabulary < 258:
-        raise UserError(f"--tokenizer bpe:{vocabulary}: a byte-level BPE needs at least 258 entries")
+    assert vocabulary >= SMALLEST_BPE
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

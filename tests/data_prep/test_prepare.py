@@ -93,6 +93,23 @@ def test_an_output_folder_of_other_origin_is_refused_and_kept(corpus, prepared, 
     assert tree(other) == {"thesis.txt": b"do not touch"}
 
 
+BAD = [
+    (b"caf\xe9", "bpe:300", "text.txt is not UTF-8"),
+    (b" \n", "bpe:300", "no document has any text"),
+    (b"fine", "bpe:100", "bpe:SIZE with a size of at least 258"),
+    (b"fine", "bpe:many", "bpe:SIZE with a size of at least 258"),
+    (b"fine", "none.json", "tokenizer none.json does not exist"),
+]
+
+
+@pytest.mark.parametrize(("content", "tokenizer", "message"), BAD)
+def test_bad_input_is_found_before_anything_is_written(tmp_path, content, tokenizer, message):
+    (tmp_path / "text.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare([tmp_path / "text.txt"], tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_of_text_files_is_read_in_order(tmp_path):
     source = tmp_path / "texts"
     source.mkdir()

@@ -66,14 +66,40 @@ def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[st
     return final
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Verify a checkpoint, copy its tensors into ``tensors`` and return its state.
+def read_state(folder: Path) -> dict[str, Any]:
+    """Verify every file of a checkpoint against its manifest and return its JSON state.
 
     Raises:
-        UserError: a file is missing, damaged or of a newer format, or a tensor is missing or has another shape.
+        UserError: it is incomplete, a file is missing or damaged, or its format is newer than this version.
     """
-    state = read_state(folder)
-    verify(folder)
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except ValueError:
+        raise UserError(f"checkpoint file {folder / MANIFEST} is damaged: {_remedy(folder)}") from None
+    for name, expected in manifest.items():
+        file = folder / name
+        if not file.is_file():
+            raise UserError(f"checkpoint file {file} is missing: {_remedy(folder)}")
+        if _describe(file) != expected:
+            raise UserError(f"checkpoint file {file} is damaged: {_remedy(folder)}")
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if state["format"] > FORMAT:
+        raise UserError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}: upgrade bitlm-dist")
+    return state
+
+
+def _remedy(folder: Path) -> str:
+    return f"remove {folder} to go on from an older checkpoint"
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of a checkpoint that :func:`read_state` has verified into ``tensors``.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
+    """
     reader = FileSystemReader(folder / "tensors")
     saved = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
@@ -82,27 +108,6 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise UserError(f"{folder}: {name} {found}, the model has {tuple(tensor.shape)}: it is a checkpoint of another model")
     load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
-    return state
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The JSON state of a checkpoint; raises :class:`UserError` if it is incomplete or newer than this version."""
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    if state["format"] > FORMAT:
-        raise UserError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}: upgrade bitlm-dist")
-    return state
-
-
-def verify(folder: Path) -> None:
-    """Compare every file with the manifest; raises :class:`UserError` naming the first that differs."""
-    for name, expected in json.loads((folder / MANIFEST).read_text()).items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"checkpoint file {file} is missing: remove {folder} to resume from an older checkpoint")
-        if _describe(file) != expected:
-            raise UserError(f"checkpoint file {file} is damaged: remove {folder} to resume from an older checkpoint")
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -80,7 +80,9 @@ class Shards:
         self.folder = folder / split
         index = self.folder / "index.json"
         if not index.is_file():
-            raise UserError(f"{folder} has no {split} split ({index} is missing): prepare it with `bitlm prep --validation`")
+            raise UserError(
+                f"{folder} has no {split} split ({index} is missing): prepare it with --validation, or read another split"
+            )
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
         self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
         self._check_files(json.loads(index.read_text())["shards"])

@@ -198,5 +198,7 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, BitLM, int]:
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
     model = BitLM(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
-    store.load(store.folder_of(folder.checkpoints, steps[-1]), model_tensors(model))
+    checkpoint = store.folder_of(folder.checkpoints, steps[-1])
+    store.read_state(checkpoint)
+    store.load(checkpoint, model_tensors(model))
     return folder, model.eval(), steps[-1]

@@ -5,17 +5,23 @@ import warnings
 
 
 def main() -> None:
-    """Run the command line; a :class:`~bitlm_dist.errors.UserError` is one line on standard error and exit code 2."""
+    """Run the command line; what the user can mend is one line on standard error and exit code 2."""
     # Megatron-core and streaming announce at every import what they would do on a GPU; `bitlm doctor` says it once.
     warnings.filterwarnings("ignore", module=r"(megatron|streaming|torch\.distributed|pynvml)\b")
+    import typer
+
     from bitlm_dist.cli import app
     from bitlm_dist.errors import UserError
 
+    # typer carries a click of its own, so the class of its errors is found through one that it exports
+    usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
-        app(prog_name="bitlm")
-    except UserError as error:
-        print(f"bitlm: {error}", file=sys.stderr)
+        code = app(prog_name="bitlm", standalone_mode=False)
+    except (UserError, usage_error) as error:
+        message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
+        print(message if "\n" in message else f"bitlm: {message}", file=sys.stderr)
         sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

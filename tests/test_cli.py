@@ -84,12 +84,20 @@ def test_user_errors_name_the_remedy(words, message, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_prints_one_line_and_exits_with_2(tmp_path):
-    """The installed entry point, in a process of its own."""
-    command = [sys.executable, "-m", "bitlm_dist", "train", "quickstart", "--trainig.steps", "4"]
+LINES = [
+    (["train", "quickstart", "--trainig.steps", "4"], "unknown key trainig.steps (command line): did you mean training.steps?"),
+    (["generate", "run", "--blocks", "0"], "Invalid value for '--blocks': Input should be greater than or equal to 1"),
+    (["prep", "x.txt"], "Missing option '--tokenizer'."),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), LINES)
+def test_the_command_prints_one_line_and_exits_with_2(words, message, tmp_path):
+    """The entry point in a process of its own."""
+    command = [sys.executable, "-m", "bitlm_dist", *words]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert result.returncode == 2
-    assert result.stderr == "bitlm: unknown key trainig.steps (command line): did you mean training.steps?\n"
+    assert result.stderr == f"bitlm: {message}\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -14,7 +14,7 @@ def main() -> None:
     from bitlm_dist.errors import UserError
 
     # typer carries a click of its own, so the class of its errors is found through one that it exports
-    usage_error = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+    usage_error: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
         code = app(prog_name="bitlm", standalone_mode=False)
     except (UserError, usage_error) as error:

@@ -126,17 +126,15 @@ def _train(config: Config, resume: bool) -> None:
 def _dry_run(config: Config) -> None:
     import torch
 
-    from bitlm_dist.codes import BitCodes, natural
+    from bitlm_dist.codes import BitCodes, bits_needed, natural
     from bitlm_dist.data.shards import read_manifest
     from bitlm_dist.model.bitlm import BitLM
 
-    if config.model.bits is None and config.data.path is None:
-        raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
-    if config.model.bits is None:
-        assert config.data.path is not None
-        bits = (int(read_manifest(config.data.path)["vocabulary"]) - 1).bit_length()
-    else:
-        bits = config.model.bits
+    bits = config.model.bits
+    if bits is None:
+        if config.data.path is None:
+            raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
+        bits = bits_needed(int(read_manifest(config.data.path)["vocabulary"]))
     codes = BitCodes(natural(2), bits)
     with torch.device("meta"):
         model = BitLM(config, codes, eos=0)

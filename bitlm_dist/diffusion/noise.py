@@ -18,8 +18,12 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 NOISE, TIME, CHOICES, BIT_FLIPS, SAMPLING = range(5)
 
 
-def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> Tensor:
-    """Ten Philox rounds on 32-bit words held in int64 tensors that broadcast; returns the four words, [..., 4]."""
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[int, int]) -> Tensor:
+    """Ten Philox rounds on 32-bit words, held in int64 tensors that broadcast; returns the four words, [..., 4].
+
+    What is the same everywhere may be a plain integer: nothing is copied to the device for it.
+    """
+    c3: Tensor | int
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -67,8 +71,7 @@ class Source:
             raise ValueError(f"seed = {self.seed}: expected 0 <= seed < 2^32")
         quads = torch.arange(-(-count // 4), device=self.sample.device)
         sample, block = torch.broadcast_tensors(self.sample.unsqueeze(-1), self.block.unsqueeze(-1))
-        word = (quads | purpose << 24, block, sample, quads.new_tensor(self.step))
-        bits = philox4x32(word, (quads.new_tensor(self.seed), quads.new_tensor(self.draw)))
+        bits = philox4x32((quads | purpose << 24, block, sample, self.step), (self.seed, self.draw))
         # 24 bits fill a float32 mantissa; the half keeps 0 and 1 out
         return (((bits >> 8).float() + 0.5) * 2.0**-24).flatten(-2)[..., :count]
 

@@ -27,8 +27,9 @@ from bitlm_dist.data_prep import sources, statistics
 from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, train_bpe
 from numpy.typing import NDArray
 
-from bitlm_dist.data.shards import MANIFEST, SPLITS, Shards, read_manifest
+from bitlm_dist.data.shards import MANIFEST, SPLITS, Shards
 from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.data.vocabulary import STATISTICS
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 
@@ -231,12 +232,12 @@ def _finish(out: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], reus
     }
     if not totals["train"]["documents"]:
         raise UserError(f"{out}: every document fell into the validation split: lower --validation or give more documents")
-    if not (out / statistics.FILE).is_file():
+    if not (out / STATISTICS).is_file():
         with Shards(out, "train") as shards:
             counts, contexts = statistics.token_statistics(_sample(shards), tokenizer.vocabulary)
-        partial = out / f".{statistics.FILE}"
+        partial = out / f".{STATISTICS}"
         statistics.write(partial, counts, contexts, tokenizer.byte_lengths())
-        partial.rename(out / statistics.FILE)
+        partial.rename(out / STATISTICS)
     manifest = {
         "version": VERSION,
         "vocabulary": tokenizer.vocabulary,
@@ -246,8 +247,7 @@ def _finish(out: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], reus
         "splits": totals,
     }
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    read_manifest(out)
-    counts = np.load(out / statistics.FILE)["counts"]
+    counts = np.load(out / STATISTICS)["counts"]
     share = counts[counts > 0] / counts.sum()
     return Report(
         documents=sum(t["documents"] for t in totals.values()),

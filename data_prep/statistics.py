@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 NEIGHBOURS = 512  # most frequent tokens that count as context, on each side
 DIMENSIONS = 48
-FILE = "statistics.npz"
 
 
 def token_statistics(

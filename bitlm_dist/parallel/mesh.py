@@ -35,12 +35,3 @@ def initialize() -> None:
         # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
         with torch.random.fork_rng():
             model_parallel_cuda_manual_seed(0)
-
-
-def shutdown() -> None:
-    """Undo :func:`initialize`."""
-    from megatron.core import parallel_state
-
-    if dist.is_initialized():
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()

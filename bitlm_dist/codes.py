@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 POWER_STEPS = 16  # of the power iteration behind `octave`
+ESTIMATE_GRID = 256  # an estimate is read to 1/256 where its signs name no token
 
 
 def bits_needed(vocabulary: int) -> int:
@@ -54,15 +55,17 @@ class BitCodes(nn.Module):
         return self.token_of_code[((bits >= 0).long() << self.places).sum(-1)]
 
     def project(self, bits: Tensor) -> Tensor:
-        """Token ids [...] whose codes have the largest inner product with ``bits`` [..., B]; exact, the lowest id at a tie.
+        """Token ids [...] whose codes have the largest inner product with ``bits`` [..., B], the lowest id at a tie.
 
-        Where the signs name a token that token is the answer, so only invalid codes cost a search over V.
+        Where the signs name a token that token is the answer, so only invalid codes cost a search over V. There the bits are
+        rounded to 1/256: saturated estimates make many ties, which the last digits of a float must not decide, and the sums
+        become integers, exact in any order of addition.
         """
         ids = self.decode(bits)
         invalid = (ids < 0).nonzero(as_tuple=True)
         if invalid[0].numel():
             table = self.encode(torch.arange(self.vocabulary, device=bits.device))
-            rows = bits[invalid].float().split(256)
+            rows = (bits[invalid].float() * ESTIMATE_GRID).round().split(256)
             ids[invalid] = torch.cat([(row @ table.T).argmax(-1) for row in rows])
         return ids
 

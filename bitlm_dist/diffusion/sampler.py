@@ -45,10 +45,11 @@ class Known:
 
 @dataclass(frozen=True)
 class Sampled:
-    """A block of signed bits [N, M, K] and the number of head passes that made it."""
+    """A block of signed bits [N, M, K], the head passes that made it, and the last A0_hat, which invalid codes are projected by."""
 
     bits: Tensor
     head_passes: int
+    denoised: Tensor
 
 
 def sign(bits: Tensor) -> Tensor:
@@ -97,7 +98,7 @@ def ode_sample(
             break
         shrink = (k - 1) / k
         noisy = shrink * noisy + (1 - shrink) * denoised
-    return Sampled(sign(denoised), steps - k + 1)
+    return Sampled(sign(denoised), steps - k + 1, denoised)
 
 
 def sde_sample(
@@ -131,7 +132,7 @@ def sde_sample(
         diffusion = 2 * t / (1 - t)
         drift = -noisy / (1 - t) + diffusion * (noisy - (1 - t) * denoised) / t**2
         noisy = noisy - drift * (t - following) + (diffusion * (t - following)) ** 0.5 * noise(number)
-    return Sampled(sign(denoised), steps)
+    return Sampled(sign(denoised), steps, denoised)
 
 
 def sequential_sample(
@@ -166,4 +167,4 @@ def sequential_sample(
         bits = torch.where((place == i).unsqueeze(-1), settle(drawn), bits)
         if watch:
             watch(i - first + 1, bits.masked_fill((place > i).unsqueeze(-1), 0.0))
-    return Sampled(sign(bits), tokens - first)
+    return Sampled(sign(bits), tokens - first, bits)

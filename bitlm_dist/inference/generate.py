@@ -75,7 +75,7 @@ def sample_block(
     else:
         sampled = ode_sample(denoise, start, sampling.steps, known=known, confidence=sampling.confidence, watch=watch)
     passes = sampled.head_passes * (1 if sampling.guidance == 1 else 2)
-    return Sampled(valid(sampled.bits), passes)
+    return Sampled(valid(sampled.denoised) if settle else sampled.bits, passes, sampled.denoised)
 
 
 @dataclass

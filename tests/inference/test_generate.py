@@ -74,6 +74,17 @@ def test_every_token_is_a_token(tiny_model):
     assert (model.codes.decode(bits) < 0).any()
 
 
+def test_an_invalid_code_is_projected_by_the_estimate_not_by_its_signs(tiny_model):
+    model = tiny_model().eval()
+    source = Source(1, torch.arange(200), torch.zeros(200, dtype=torch.int64))
+    hidden = torch.randn(200, 4, 32, generator=torch.Generator().manual_seed(1))
+    drawn = sample_block(model, hidden, SAMPLERS["ode"], source, settle=False)
+    settled = sample_block(model, hidden, SAMPLERS["ode"], source)
+    expected = model.codes.project(drawn.denoised)
+    assert torch.equal(model.codes.decode(settled.bits), expected)
+    assert not torch.equal(model.codes.project(drawn.bits), expected)
+
+
 def test_watch_sees_every_pass(model):
     seen = []
     generated(model, blocks=2, watch=lambda step, denoised: seen.append((step, denoised.shape)))

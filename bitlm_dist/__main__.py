@@ -1,17 +1,16 @@
 """Entry of the command `bitlm` and of `python -m bitlm_dist`."""
 
 import sys
-import warnings
 
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
-    # Megatron-core and streaming announce at every import what they would do on a GPU; `bitlm doctor` says it once.
-    warnings.filterwarnings("ignore", module=r"(megatron|streaming|torch\.distributed|pynvml)\b")
+    from bitlm_dist.errors import UserError, silence_announcements
+
+    silence_announcements()
     import typer
 
     from bitlm_dist.cli import app
-    from bitlm_dist.errors import UserError
 
     # typer carries a click of its own, so the class of its errors is found through one that it exports
     usage_error: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")

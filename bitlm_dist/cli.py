@@ -2,19 +2,22 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from bitlm_dist import config_loading
+from bitlm_dist.bench.command import bench
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
+
+if TYPE_CHECKING:
+    from bitlm_dist.model.language_model import LanguageModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,28 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Pretrain language models that write a block of tokens at once, as bits, by diffusion.",
 )
-console = Console(highlight=False)
-OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="CONFIG [--SECTION.KEY VALUE]…", help="YAML file or shipped name, then overrides."),
-]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-
-
-def say(text: str) -> None:
-    """Print one line as it is: no markup, no wrapping."""
-    console.print(text, soft_wrap=True, markup=False)
-
-
-def _table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
-    console.print(table)
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -63,21 +45,6 @@ def prep(
     )
 
 
-def _config_of(words: list[str]) -> config_loading.Loaded:
-    """The first word that is neither an override nor its value is the config file."""
-    rest, file = [], None
-    pending = False
-    for word in words:
-        if file is None and not pending and not word.startswith("--"):
-            file = word
-            continue
-        pending = word.startswith("--") and "=" not in word
-        rest.append(word)
-    if file is None:
-        raise UserError("no config file given: write `bitlm train CONFIG`, e.g. quickstart")
-    return config_loading.load(Path(file), rest)
-
-
 @app.command(context_settings=OVERRIDES)
 def train(
     words: Words = None,
@@ -86,10 +53,10 @@ def train(
     print_config: Annotated[bool, typer.Option("--print-config", help="Print every value and its source, stop.")] = False,
 ) -> None:
     """Train, or go on training. Every key can be overridden: --training.steps 500 --model.block_size=8."""
-    loaded = _config_of(words or [])
+    loaded = config_of(words or [])
     if print_config:
         values = dict(config_loading.flatten(loaded.config.model_dump(mode="json")))
-        _table("", ("key", "value", "from"), ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()))
+        show_table("", ("key", "value", "from"), ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()))
         return
     if dry_run:
         _dry_run(loaded.config)
@@ -113,35 +80,55 @@ def _train(config: Config, resume: bool) -> None:
         return
     count = sum(p.numel() for p in trainer.model.parameters())
     say(f"{config.run.dir}: {count:,} parameters, step {begun} of {steps}")
-    try:
-        with training_progress(console, begun, steps) as observe:
-            trainer.fit(observe=observe)
-    finally:
-        trainer.close()
+    with ExitStack() as stack:
+        stack.callback(trainer.close)
+        evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
+        observe = stack.enter_context(training_progress(console, begun, steps))
+        trainer.fit(observe=observe, evaluate=evaluator)
     if trainer.stopped_by:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
         raise typer.Exit(0)
 
 
+@contextmanager
+def _evaluator(config: Config, split: str = "validation") -> Iterator[Callable[["LanguageModel"], dict[str, Any]]]:
+    """Yields what scores a model on a split of the config's data."""
+    from bitlm_dist.data.feed import Feed
+    from bitlm_dist.data_prep.tokenizer import Tokenizer
+    from bitlm_dist.evaluation.likelihood import evaluate as score
+
+    assert config.data.path is not None
+    byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths()
+    feed = Feed(
+        config.data.path,
+        split,
+        block=config.model.block_size,
+        sequence_length=config.data.sequence_length,
+        cache=config.data.cache,
+    )
+    try:
+        yield lambda model: asdict(score(model, feed, byte_lengths, config.evaluation, config.sampling))
+    finally:
+        feed.close()
+
+
 def _dry_run(config: Config) -> None:
-    import torch
-
-    from bitlm_dist.codes import BitCodes, bits_needed, natural
+    from bitlm_dist.codes import bits_needed
     from bitlm_dist.data.shards import read_manifest
-    from bitlm_dist.model.bitlm import BitLM
+    from bitlm_dist.model.build import meta_model
 
-    bits = config.model.bits
-    if bits is None:
-        if config.data.path is None:
-            raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
-        bits = bits_needed(int(read_manifest(config.data.path)["vocabulary"]))
-    codes = BitCodes(natural(2), bits)
-    with torch.device("meta"):
-        model = BitLM(config, codes, eos=0)
-    parts = {"backbone": model.backbone, "head": model.head, "input": model.embedding}
-    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-    counts["total"] = sum(counts.values())
-    _table(f"parameters, {bits} bits a token", ("part", "parameters"), ((n, f"{c:,}") for n, c in counts.items()))
+    if config.data.path is not None and (config.model.bits is None or config.data.path.exists()):
+        vocabulary = int(read_manifest(config.data.path)["vocabulary"])
+    elif config.model.bits is not None:
+        vocabulary = 2**config.model.bits
+    else:
+        raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
+    bits = config.model.bits or bits_needed(vocabulary)
+    model = meta_model(config, vocabulary, bits)
+    counts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.parts().items()}
+    counts["total"] = sum(p.numel() for p in model.parameters())  # a tied table counts once
+    title = f"parameters, {bits} bits a token" if config.model.output == "bits" else f"parameters, {vocabulary:,} tokens"
+    show_table(title, ("part", "parameters"), ((n, f"{c:,}") for n, c in counts.items()))
 
 
 @app.command("eval", context_settings=OVERRIDES)
@@ -152,9 +139,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run on held-out text: bits a byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
-    from bitlm_dist.data.feed import Feed
     from bitlm_dist.data.shards import SPLITS
-    from bitlm_dist.evaluation.likelihood import evaluate as score
     from bitlm_dist.training.trainer import load_trained
 
     if split not in SPLITS:
@@ -162,46 +147,59 @@ def evaluate(
     config = config_loading.read_run(run, overrides or [])
     if config.data.path is None:
         raise UserError("data.path is not set in the run's config: add --data.path FOLDER")
-    feed = Feed(
-        config.data.path,
-        split,
-        block=config.model.block_size,
-        sequence_length=config.data.sequence_length,
-        cache=config.data.cache,
-    )
-    folder, model, step = load_trained(run, config)
-    report = score(
-        model,
-        feed,
-        folder.tokenizer().byte_lengths(),
-        strata=config.evaluation.strata,
-        sequences=config.evaluation.sequences,
-        sampled_blocks=config.evaluation.sampled_blocks,
-        sampling=config.sampling,
-    )
-    feed.close()
+    with _evaluator(config, split) as score:
+        _, model, step = load_trained(run, config)
+        report = score(model)
     if as_json:
-        print(json.dumps({"run": str(run), "step": step, "split": split, **asdict(report)}))
+        print(json.dumps({"run": str(run), "step": step, "split": split, **report}))
         return
-    _show_report(f"{run}, step {step}, {split}", asdict(report))
+    _show_report(f"{run}, step {step}, {split}", report)
 
 
 def _show_report(title: str, report: Mapping[str, Any]) -> None:
     ratio = report["bits_per_byte"] / report["unigram_bits_per_byte"]
     rows = [
-        ("bits a byte (bound ± s.e.)", f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}"),
+        (
+            f"bits a byte ({'exact' if report['exact'] else 'bound'} ± s.e.)",
+            f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
+        ),
         ("unigram entropy, bits a byte", f"{report['unigram_bits_per_byte']:.4f}"),
-        ("bound / unigram entropy", f"{ratio:.4f}"),
-        ("nats a token (bound)", f"{report['nats_per_token']:.4f}"),
+        ("ratio to unigram entropy", f"{ratio:.4f}"),
+        ("nats a token", f"{report['nats_per_token']:.4f}"),
         ("context-shuffle delta, nats a token", f"{report['context_shuffle_delta_nats']:.4f}"),
         ("invalid-code rate", f"{report['invalid_code_rate']:.4f}"),
         ("tokens, bytes", f"{report['tokens']:,}, {report['bytes']:,}"),
     ]
     if report["chain_bits_per_byte"] is not None:
         rows.insert(1, ("bits a byte (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
+    if report["brier"]:
+        rows.append(("Brier-1, -2, … of the next tokens", "  ".join(f"{score:.2f}" for score in report["brier"])))
     accuracy = report["accuracy_by_time"].items()
-    rows.append(("bit accuracy at t", "  ".join(f"{t}: {100 * a:.1f}%" for t, a in accuracy)))
-    _table(title, ("measure", "value"), rows)
+    if accuracy:
+        rows.append(("bit accuracy at t", "  ".join(f"{t}: {100 * a:.1f}%" for t, a in accuracy)))
+    show_table(title, ("measure", "value"), rows)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; ratios are to the first.")],
+    plot: Annotated[Path | None, typer.Option(help="Draw bits a byte over --axis: .svg, .png or .pdf.")] = None,
+    axis: Annotated[str, typer.Option(help="tokens, cpu_seconds or seconds.")] = "tokens",
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")] = False,
+) -> None:
+    """Put runs side by side: bits a byte, its ratio to the first run, and cost, as training evaluated them."""
+    from bitlm_dist.evaluation import compare as comparison
+
+    check_plot(plot)
+    if axis not in comparison.AXES:
+        raise UserError(f"--axis {axis}: choose from {', '.join(comparison.AXES)}")
+    records = [comparison.read_record(run) for run in runs]
+    if plot:
+        comparison.plot(records, axis, plot)
+    if markdown:
+        print(comparison.markdown(records))
+    else:
+        show_table("", comparison.COLUMNS, comparison.rows_of(records))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -255,4 +253,4 @@ def doctor() -> None:
 
     for heading, findings in examine().items():
         rows = ((f.name, "yes" if f.found else "no", f.note) for f in findings)
-        _table(heading, ("name", "found", "note"), rows)
+        show_table(heading, ("name", "found", "note"), rows)

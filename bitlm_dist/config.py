@@ -117,10 +117,14 @@ class DiffusionConfig(Section):
 class ModelConfig(Section):
     """The model."""
 
-    output: Literal["bits"] = "bits"
-    """What the model predicts."""
+    output: Literal["bits", "softmax"] = "bits"
+    """What the model predicts: a block of bits, or (the baseline) one token by a softmax over the vocabulary."""
+    tied: bool = False
+    """Softmax: share the embedding table with the output layer."""
     block_size: int = Field(4, ge=1)
-    """Tokens a block (m)."""
+    """Tokens a block (m); a softmax always writes one."""
+    input: Literal["bits", "table"] = "bits"
+    """How tokens enter the backbone: an MLP on their bits, or an embedding table (a softmax always has one)."""
     bits: int | None = Field(None, ge=1, le=30)
     """Bits a token (B); none: as many as the tokenizer needs."""
     codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
@@ -185,7 +189,9 @@ class EvaluationConfig(Section):
     strata: int = Field(8, ge=1)
     """Noise levels a block (head passes) of the bound."""
     sampled_blocks: int = Field(256, ge=0)
-    """Blocks to sample for the invalid-code rate."""
+    """Blocks to sample twice for Brier scores and the invalid-code rate."""
+    every_steps: int = Field(0, ge=0)
+    """Evaluate while training, every so many steps and at the end; 0: never."""
 
 
 class SamplingConfig(Section):
@@ -285,6 +291,10 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"diffusion.loss = {c.diffusion.loss} needs head.output = bits; a mixture is trained with bce"
     if head.posterior_input and not head.context_logits:
         yield "head.posterior_input = true needs head.context_logits = true"
+    if c.model.output == "softmax" and m != 1:
+        yield f"model.block_size = {m}: model.output = softmax writes one token at a time; use 1"
+    if c.diffusion.input_bit_flips and c.model.input == "table":
+        yield f"diffusion.input_bit_flips = {c.diffusion.input_bit_flips} needs model.input = bits"
     if c.diffusion.loss == "bce" and head.squash != "tanh":
         yield "diffusion.loss = bce reads the output as logits: set head.squash = tanh"
     if c.sampling.guidance != 1 and c.diffusion.context_dropout == 0:

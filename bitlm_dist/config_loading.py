@@ -45,7 +45,14 @@ def load(file: Path | None, overrides: Sequence[str] = ()) -> Loaded:
     for source, layer in layers:
         values.update(layer)
         sources.update(dict.fromkeys(layer, source))
+    _one_token_a_block(values, sources)
     return Loaded(build(values, sources), sources)
+
+
+def _one_token_a_block(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """``model.output = softmax`` is the only switch to the baseline: a file's block size gives way to it."""
+    if values.get("model.output") == "softmax" and sources.get("model.block_size") != "command line":
+        values["model.block_size"], sources["model.block_size"] = 1, "model.output = softmax"
 
 
 def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Config:

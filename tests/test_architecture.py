@@ -10,8 +10,9 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"display", "doctor"},
-    {"evaluation"},
+    {"bench", "display", "doctor"},
+    {"terminal"},
+    {"evaluation", "planning"},
     {"inference", "training"},
     {"data_prep", "launch"},
     {"checkpoint", "data"},

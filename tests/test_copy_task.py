@@ -9,7 +9,8 @@ from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config_loading import load
 from bitlm_dist.diffusion.likelihood import bound
 from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.model.bitlm import Batch, BitLM
+from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.language_model import Batch
 from bitlm_dist.training.optimizer import Optimizers
 
 V, M, BLOCKS, STEPS = 256, 4, 8, 150

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bitlm_dist.data.packing import Plan, assemble, pack
 from bitlm_dist.data.shards import Shards, read_manifest
-from bitlm_dist.model.bitlm import Batch
+from bitlm_dist.model.language_model import Batch
 
 
 class Feed:

@@ -5,11 +5,14 @@ the library cannot delete or rewrite what `bitlm prep` wrote.
 """
 
 import hashlib
+import importlib
 import json
 import shutil
 import tempfile
 import time
+import types
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,14 +43,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _open(locks: str, **settings: Any) -> Any:
-    """A StreamingDataset whose lock files live in the folder ``locks``.
+def _open(locks: str, release: ExitStack, **settings: Any) -> Any:
+    """A StreamingDataset whose lock files live in the folder ``locks`` and whose shared memory ends with ``release``.
 
-    streaming leaves its locks in the machine's temporary folder, where they pile up. It also looks for a free name in shared memory
-    before it takes it: a job that starts at the same moment may be faster, and then the search is repeated.
+    streaming puts its locks into the temporary folder and leaves them there; and it keeps all memory that it created or looked
+    at until the process ends, so that every later dataset opens that of all before it. Another process may take the same
+    shared-memory name between streaming's look and its grab: try again.
     """
     streaming = import_streaming()
+    memory: Any = importlib.import_module("streaming.base.shared.memory")
     outside, tempfile.tempdir = tempfile.tempdir, locks
+    exits, memory.atexit = memory.atexit, types.SimpleNamespace(register=release.callback)
     try:
         for _ in range(OPEN_TRIES - 1):
             try:
@@ -56,7 +62,7 @@ def _open(locks: str, **settings: Any) -> Any:
                 time.sleep(0.05)
         return streaming.StreamingDataset(**settings)
     finally:
-        tempfile.tempdir = outside
+        tempfile.tempdir, memory.atexit = outside, exits
 
 
 class Shards:
@@ -87,9 +93,12 @@ class Shards:
         self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
         self._check_files(json.loads(index.read_text())["shards"])
         temporary = tempfile.mkdtemp(prefix="bitlm-shards-")
-        self._remove = weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)  # at exit at the latest
+        release = ExitStack()
+        release.callback(shutil.rmtree, temporary, ignore_errors=True)
+        self._remove = weakref.finalize(self, release.close)  # at exit at the latest
         self._dataset = _open(
             temporary,
+            release,
             remote=str(self.folder),
             local=str(cache / self.fingerprint[:16] if cache else Path(temporary) / "cache"),
             batch_size=1,
@@ -141,7 +150,7 @@ class Shards:
         return tokens
 
     def close(self) -> None:
-        """Remove the temporary folder."""
+        """Remove the temporary folder and the shared memory."""
         self._remove()
 
     def __enter__(self) -> "Shards":

@@ -1,4 +1,4 @@
-"""What a model is worth on held-out text: the bound in bits a byte, and the checks that keep it honest."""
+"""What a model is worth on held-out text: bits a byte, and the checks that keep the number honest."""
 
 import math
 from dataclasses import dataclass
@@ -8,13 +8,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitlm_dist.config import SamplingConfig
+from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.diffusion.likelihood import Bound, bound, chain_nats, strata_times
 from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.inference.generate import sample_block
-from bitlm_dist.model.bitlm import BitLM, Targets
+from bitlm_dist.evaluation.brier import brier_scores
+from bitlm_dist.inference.generate import next_tokens, sample_block
+from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import Context
+from bitlm_dist.model.language_model import LanguageModel, Targets
+from bitlm_dist.model.softmax_lm import SoftmaxLM
 
 BATCH = 16  # sequences
 SHUFFLE_EVERY = 4  # batches; the context-shuffle delta is far larger than its error
@@ -27,57 +30,61 @@ class Report:
 
     tokens: int
     bytes: int
+    exact: bool  # False: bits_per_byte is an upper bound
     nats_per_token: float
     bits_per_byte: float
     bits_per_byte_se: float
     chain_bits_per_byte: float | None
     unigram_bits_per_byte: float
     context_shuffle_delta_nats: float
+    brier: list[float]  # Brier-n of the next n tokens, n = 1..min(m, 4), times 100
     invalid_code_rate: float
     accuracy_by_time: dict[str, float]
 
 
+@dataclass(frozen=True)
+class _Scores:
+    """A batch: nats of the predicted tokens [T], the same after another block's context, chain-rule nats, bit accuracy [S]."""
+
+    nats: Tensor
+    shuffled: Tensor | None = None
+    chain: Tensor | None = None
+    accuracy: Tensor | None = None
+
+
 @torch.no_grad()
 def evaluate(
-    model: BitLM,
-    feed: Feed,
-    byte_lengths: NDArray[np.int64],
-    *,
-    strata: int,
-    sequences: int = 0,
-    sampled_blocks: int = 0,
-    sampling: SamplingConfig | None = None,
+    model: LanguageModel, feed: Feed, byte_lengths: NDArray[np.int64], config: EvaluationConfig, sampling: SamplingConfig
 ) -> Report:
     """Score a model on the first epoch of a feed.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id, [V].
-        strata: head passes of the bound for every block.
-        sequences: at most so many (0: all).
-        sampled_blocks: blocks drawn with ``sampling`` after true context, for the rate of invalid codes.
+        config: how much to read, strata of the bound, blocks to sample after true context.
+        sampling: how those are sampled.
     """
     device = next(model.parameters()).device
-    head, per_token = model.head, model.noise_law.per_token > 0 or model.block_size == 1
-    nats: list[tuple[Tensor, Tensor]] = []  # (sequence, nats of its tokens) of each batch
-    deltas, chain, ids, accuracy = [], [], [], []
-    sampled = invalid = 0
-    for number, batch in enumerate(feed.epoch_batches(BATCH, sequences, device)):
+    score = _score_softmax if isinstance(model, SoftmaxLM) else _score_bits
+    scores, sequences, ids, drawn, invalid = [], [], [], [], []
+    left = config.sampled_blocks
+    for number, batch in enumerate(feed.epoch_batches(BATCH, config.sequences, device)):
         targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
-        clean, context = model.codes.encode(targets.tokens), head.read(targets.context)
-        result = _bound(model, clean, context, targets, strata)
-        nats.append((targets.sample.unsqueeze(1).expand_as(targets.valid)[targets.valid], result.nats[targets.valid]))
-        accuracy.append(result.accuracy)
+        scores.append(score(model, targets, config.strata, number % SHUFFLE_EVERY == 0))
+        sequences.append(targets.sample.unsqueeze(1).expand_as(targets.valid)[targets.valid])
         ids.append(targets.tokens[targets.valid])
-        if number % SHUFFLE_EVERY == 0:
-            other = head.read(targets.context.roll(len(clean) // 2, 0))
-            deltas.append((_bound(model, clean, other, targets, strata).nats - result.nats)[targets.valid])
-        if per_token:
-            parts = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))  # noqa: B023
-            chain.append(parts[targets.valid])
-        if sampling and sampled < sampled_blocks:
-            blocks, bad = _sample(model, targets, sampled_blocks - sampled, sampling)
-            sampled, invalid = sampled + blocks, invalid + bad
-    return _report(nats, deltas, chain, torch.cat(ids), accuracy, byte_lengths, invalid / max(1, sampled * model.block_size))
+        if left > 0:
+            drawn.append(_sample_twice(model, targets, left, sampling))
+            invalid.append(_invalid(model, targets, left, sampling))
+            left -= len(invalid[-1])
+    return _report(
+        scores,
+        torch.cat(sequences),
+        torch.cat(ids),
+        byte_lengths,
+        exact=isinstance(model, SoftmaxLM),
+        brier=brier_scores(*(torch.cat(part) for part in zip(*drawn, strict=True))) if drawn else [],
+        invalid_rate=float(torch.cat(invalid).double().mean()) if invalid else 0.0,
+    )
 
 
 def _source(targets: Targets) -> Source:
@@ -91,41 +98,83 @@ def _bound(model: BitLM, clean: Tensor, context: Context, targets: Targets, stra
     return bound(denoise, clean, strata=strata, source=_source(targets), valid=targets.valid)
 
 
-def _sample(model: BitLM, targets: Targets, most: int, sampling: SamplingConfig) -> tuple[int, int]:
-    """Draw up to ``most`` blocks after true context -> (blocks drawn, tokens whose code names no token)."""
+def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:
+    assert isinstance(model, BitLM)
+    head, valid = model.head, targets.valid
+    clean, context = model.codes.encode(targets.tokens), head.read(targets.context)
+    result = _bound(model, clean, context, targets, strata)
+    shuffled = chain = None
+    if shuffle:
+        other = head.read(targets.context.roll(len(clean) // 2, 0))
+        shuffled = _bound(model, clean, other, targets, strata).nats[valid]
+    if model.noise_law.per_token > 0 or model.block_size == 1:
+        chain = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))[valid]
+    return _Scores(result.nats[valid], shuffled, chain, result.accuracy)
+
+
+def _score_softmax(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:
+    assert isinstance(model, SoftmaxLM)
+    hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
+    other = model.nats(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle else None
+    return _Scores(model.nats(hidden, tokens), other)
+
+
+def _sample_twice(model: LanguageModel, targets: Targets, most: int, sampling: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The text and two draws of up to ``most`` blocks without EOS padding, after true context: [N, M] ids each."""
+    whole = targets.valid.all(-1)
+    rows = whole.nonzero().squeeze(-1)[:most]
+    truth, hidden = targets.tokens[rows], targets.context[rows]
+    sources = (Source(EVALUATION_SEED + again, targets.sample[rows], targets.block[rows]) for again in (0, 1))
+    first, second = (next_tokens(model, hidden, sampling, source)[0] for source in sources)
+    return truth, first, second
+
+
+def _invalid(model: LanguageModel, targets: Targets, most: int, sampling: SamplingConfig) -> Tensor:
+    """Whether each token of up to ``most`` drawn blocks had a code that names no token, before projection: [N, M] bool."""
+    if not isinstance(model, BitLM):
+        return torch.zeros_like(targets.tokens[:most], dtype=torch.bool)
     source = Source(EVALUATION_SEED, targets.sample[:most], targets.block[:most])
-    bits = sample_block(model, targets.context[:most], sampling, source, settle=False).bits
-    return len(bits), int((model.codes.decode(bits) < 0).sum())
+    return model.codes.decode(sample_block(model, targets.context[:most], sampling, source, settle=False).bits) < 0
 
 
 def _report(
-    nats: list[tuple[Tensor, Tensor]],
-    deltas: list[Tensor],
-    chain: list[Tensor],
+    scores: list[_Scores],
+    sequence: Tensor,
     ids: Tensor,
-    accuracy: list[Tensor],
     byte_lengths: NDArray[np.int64],
+    *,
+    exact: bool,
+    brier: list[float],
     invalid_rate: float,
 ) -> Report:
-    sequence, value = (torch.cat(parts).double().cpu() for parts in zip(*nats, strict=True))
+    value = torch.cat([batch.nats for batch in scores]).double().cpu()
+    deltas = [batch.shuffled - batch.nats for batch in scores if batch.shuffled is not None]
+    chain = [batch.chain for batch in scores if batch.chain is not None]
+    accuracy = [batch.accuracy for batch in scores if batch.accuracy is not None]
     tokens, size = len(value), int(byte_lengths[ids.cpu().numpy()].sum())
     bits_per_byte = 1 / math.log(2) / size  # of one nat of the whole text
     counts = ids.bincount().double()
     share = counts[counts > 0] / tokens
-    levels = torch.stack(accuracy).mean(0).flip(0)  # from noisy to clean
-    times = strata_times(len(levels)).tolist()
     return Report(
         tokens=tokens,
         bytes=size,
+        exact=exact,
         nats_per_token=float(value.mean()),
         bits_per_byte=float(value.sum()) * bits_per_byte,
-        bits_per_byte_se=_cluster_error(sequence.long(), value) * bits_per_byte,
+        bits_per_byte_se=_cluster_error(sequence.cpu(), value) * bits_per_byte,
         chain_bits_per_byte=float(torch.cat(chain).double().sum()) * bits_per_byte if chain else None,
         unigram_bits_per_byte=float(-(share * share.log()).sum()) * tokens * bits_per_byte,
         context_shuffle_delta_nats=float(torch.cat(deltas).double().mean()),
+        brier=brier,
         invalid_code_rate=invalid_rate,
-        accuracy_by_time={f"{t:.2f}": float(a) for t, a in zip(times, levels.flip(0).tolist(), strict=True)},
+        accuracy_by_time=_by_time(accuracy) if accuracy else {},
     )
+
+
+def _by_time(accuracy: list[Tensor]) -> dict[str, float]:
+    """Mean over batches of the bit accuracy [S] at each stratum's time, from noisy to clean."""
+    levels = torch.stack(accuracy).mean(0).tolist()
+    return {f"{t:.2f}": level for t, level in zip(strata_times(len(levels)).tolist(), levels, strict=True)}
 
 
 def _cluster_error(sequence: Tensor, value: Tensor) -> float:

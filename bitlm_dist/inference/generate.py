@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.sampler import Known, Sampled, guided, ode_sample, sde_sample, sequential_sample
 from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.language_model import LanguageModel
+from bitlm_dist.model.softmax_lm import SoftmaxLM
 
 Watcher = Callable[[int, Tensor], None]
 
@@ -88,10 +91,43 @@ class Progress:
     seconds: float = 0.0
 
 
+def next_tokens(
+    model: LanguageModel,
+    hidden: Tensor,
+    sampling: SamplingConfig,
+    source: Source,
+    *,
+    fixed: Tensor | None = None,
+    watch: Watcher | None = None,
+) -> tuple[Tensor, int]:
+    """Draw the block after the states ``hidden`` [N, M, D] -> token ids [N, M], head passes made.
+
+    A softmax takes only ``sampling.temperature``.
+
+    Args:
+        fixed: the first tokens of the block [N, F], F < M, where the prompt fixes them.
+        sampling, source, watch: see :func:`sample_block`.
+    """
+    if isinstance(model, SoftmaxLM):
+        u = source.at(step=1).uniforms(noise.SAMPLING, 1)
+        return model.sample(hidden[:, 0], u[:, 0], sampling.temperature).unsqueeze(1), 0
+    assert isinstance(model, BitLM)
+    known = None if fixed is None or fixed.shape[1] == 0 else _known(model, fixed)
+    sampled = sample_block(model, hidden, sampling, source, known=known, watch=watch)
+    return model.codes.decode(sampled.bits), sampled.head_passes
+
+
+def _known(model: BitLM, fixed: Tensor) -> Known:
+    count, m = fixed.shape[1], model.block_size
+    filled = torch.cat((fixed, fixed[:, -1:].expand(-1, m - count)), 1)
+    mask = (torch.arange(m, device=fixed.device) < count).expand(len(fixed), -1)
+    return Known(model.codes.encode(filled), mask, clean_time=model.noise_law.per_token > 0)
+
+
 @torch.no_grad()
-def generate_blocks(
-    model: BitLM,
-    prompt: Sequence[int],
+def generate_batch(
+    model: LanguageModel,
+    prompts: Tensor,
     *,
     bos: int,
     blocks: int,
@@ -100,56 +136,56 @@ def generate_blocks(
     progress: Progress | None = None,
     cached: bool = True,
     watch: Watcher | None = None,
-) -> Iterator[list[int]]:
-    """New tokens after ``prompt``, a list for each block, until ``blocks`` blocks or EOS.
-
-    A prompt whose length is no multiple of m leaves a block open: its tokens are fixed in the first block drawn.
+) -> Iterator[Tensor]:
+    """Whole blocks after prompts of one length, [N, M] token ids each; EOS does not stop them.
 
     Args:
-        prompt: token ids, without BOS.
+        prompts: token ids [N, P], without BOS. The first block drawn begins with the P mod m tokens
+            that fill no block.
         bos: id of the m tokens that open a document.
+        blocks: how many.
         progress: filled as it goes.
         cached: keep keys and values; False runs the whole prefix through the backbone for every block (for tests).
         watch: see :func:`sample_block`.
     """
     progress = Progress() if progress is None else progress
-    m, device = model.block_size, next(model.parameters()).device
-    complete = len(prompt) // m * m
-    prefix = torch.tensor([[bos] * m + list(prompt[:complete])], device=device)
-    fixed = list(prompt[complete:])
-    fresh = prefix
+    m = model.block_size
+    complete = prompts.shape[1] // m * m
+    prefix = torch.cat((prompts.new_full((len(prompts), m), bos), prompts[:, :complete]), 1)
+    row = torch.arange(len(prompts), device=prompts.device)
+    fresh, fixed = prefix, prompts[:, complete:]
     with model.backbone.decoding() if cached else nullcontext():
         for number in range(blocks):
             began = time.perf_counter()
             hidden = model.hidden(fresh if cached else prefix)[:, -m:]
+            source = Source(seed, row, torch.full_like(row, number))
+            fresh, head_passes = next_tokens(model, hidden, sampling, source, fixed=fixed, watch=watch)
+            prefix, fixed = torch.cat((prefix, fresh), 1), fixed[:, :0]
             progress.backbone_passes += 1
-            sampled = sample_block(
-                model,
-                hidden,
-                sampling,
-                Source(seed, torch.zeros_like(prefix[:, 0]), torch.full_like(prefix[:, 0], number)),
-                known=_known(model, fixed, device),
-                watch=watch,
-            )
-            fresh = model.codes.decode(sampled.bits)
-            prefix = torch.cat((prefix, fresh), 1)
-            new = fresh[0].tolist()[len(fixed) :]
-            fixed = []
-            ended = model.eos in new
-            if ended:
-                new = new[: new.index(model.eos)]
-            progress.head_passes += sampled.head_passes
-            progress.tokens += len(new)
+            progress.head_passes += head_passes
             progress.seconds += time.perf_counter() - began
-            yield new
-            if ended:
-                return
+            yield fresh
 
 
-def _known(model: BitLM, fixed: Sequence[int], device: torch.device) -> Known | None:
-    if not fixed:
-        return None
-    m = model.block_size
-    ids = torch.tensor([list(fixed) + [fixed[-1]] * (m - len(fixed))], device=device)
-    mask = (torch.arange(m, device=device) < len(fixed)).unsqueeze(0)
-    return Known(model.codes.encode(ids), mask, clean_time=model.noise_law.per_token > 0)
+def generate_blocks(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    *,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> Iterator[list[int]]:
+    """New tokens after one ``prompt``, a list for each block, until the blocks are written or EOS; see :func:`generate_batch`."""
+    progress = Progress() if progress is None else progress
+    device = next(model.parameters()).device
+    known = len(prompt) % model.block_size
+    prompts = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
+    for block in generate_batch(model, prompts, progress=progress, **settings):
+        new = block[0].tolist()[known:]
+        known = 0
+        ended = model.eos in new
+        if ended:
+            new = new[: new.index(model.eos)]
+        progress.tokens += len(new)
+        yield new
+        if ended:
+            return

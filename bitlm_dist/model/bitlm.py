@@ -1,9 +1,7 @@
 """BitLM: bits in, block-causal backbone, one-block shift, diffusion head (paper, section 3).
 
-Legend: B batch, S sequence, N blocks a sequence, M tokens a block, K bits, D width, V valid target blocks of a batch.
+Legend: B batch, S sequence, K bits, D width.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,51 +11,13 @@ from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
-from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.head import DiffusionHead, exact
+from bitlm_dist.model.language_model import Batch, LanguageModel, token_table
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Packed sequences, see :mod:`bitlm_dist.data.packing`."""
-
-    tokens: Tensor  # [B, S] int64
-    document_ids: Tensor  # [B, S] int64, -1 where the sequence is padding
-    sample: Tensor  # [B] int64, global index of each sequence
-
-    def part(self, rows: slice) -> "Batch":
-        """Some of the sequences: a microbatch."""
-        return Batch(self.tokens[rows], self.document_ids[rows], self.sample[rows])
-
-
-@dataclass(frozen=True)
-class Targets:
-    """The blocks of a batch that carry loss, in row order."""
-
-    context: Tensor  # [V, M, D] hidden states of the block before
-    tokens: Tensor  # [V, M]
-    valid: Tensor  # [V, M] bool: False after a document's first EOS
-    sample: Tensor  # [V]
-    block: Tensor  # [V] index of the target block in its sequence
-
-
-def target_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
-    """Which tokens carry loss: [B, S] bool.
-
-    A block is a target if the block before it belongs to the same document, so a document's BOS block is input only; EOS padding
-    after the first EOS carries none (method, section 3).
-    """
-    blocks = batch.document_ids.unflatten(1, (-1, block_size))
-    follows = torch.zeros_like(blocks, dtype=torch.bool)
-    follows[:, 1:] = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0)
-    is_eos = (batch.tokens == eos).unflatten(1, (-1, block_size))
-    before = is_eos.cumsum(-1) - is_eos.long()
-    return (follows & (before == 0)).flatten(1)
-
-
-class BitLM(nn.Module):
-    """The whole model of one pipeline stage that is both first and last.
+class BitLM(LanguageModel):
+    """See :class:`~bitlm_dist.model.language_model.LanguageModel`.
 
     Args:
         config: checked.
@@ -66,12 +26,9 @@ class BitLM(nn.Module):
     """
 
     def __init__(self, config: Config, codes: BitCodes, eos: int) -> None:
-        super().__init__()
-        self.config, self.eos = config, eos
-        self.block_size = config.model.block_size
+        width, table = config.model.backbone.width, config.model.input == "table"
+        super().__init__(config, token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width), eos)
         self.codes = codes
-        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width)
-        self.backbone = Backbone(config.model)
         self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion
         self.noise_law = NoiseLaw(
@@ -80,21 +37,14 @@ class BitLM(nn.Module):
 
     def hidden(self, tokens: Tensor, document_ids: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
         """tokens [B, S] -> C [B, S, D]; ``flips`` [B, S, K] of +1 and -1 multiplies the input bits."""
+        if self.config.model.input == "table":
+            return self.backbone(self.embedding(tokens), document_ids)
         bits = self.codes.encode(tokens)
         return self.backbone(self.embedding(bits if flips is None else bits * flips), document_ids)
 
-    def targets(self, batch: Batch, hidden: Tensor) -> Targets:
-        """Pick the blocks that carry loss, each with the states of the block before it (one-block shift)."""
-        m = self.block_size
-        valid = target_mask(batch, m, self.eos).unflatten(1, (-1, m))
-        row, block = valid.any(-1).nonzero(as_tuple=True)
-        return Targets(
-            context=hidden.unflatten(1, (-1, m))[row, block - 1],
-            tokens=batch.tokens.unflatten(1, (-1, m))[row, block],
-            valid=valid[row, block],
-            sample=batch.sample[row],
-            block=block,
-        )
+    def parts(self) -> dict[str, nn.Module]:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+        return {"backbone": self.backbone, "head": self.head, "input": self.embedding}
 
     def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
         """Sum of the loss over the batch's valid tokens, a mean over draws and bits; divide by the global count of valid tokens.

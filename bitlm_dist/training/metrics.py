@@ -1,4 +1,4 @@
-"""One object a step: metrics.jsonl always, TensorBoard and Weights & Biases on request."""
+"""One object a step in metrics.jsonl, one an evaluation in evaluations.jsonl; TensorBoard and Weights & Biases on request."""
 
 import json
 from collections.abc import Mapping
@@ -8,12 +8,15 @@ from typing import Any
 from bitlm_dist.config import LoggingConfig
 from bitlm_dist.errors import UserError
 
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+
 
 class MetricsLog:
     """Writes every step's metrics to the run folder; a line is on disk before the next step begins."""
 
     def __init__(self, folder: Path, config: LoggingConfig) -> None:
-        self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._lines = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
+        self._evaluations = folder / EVALUATIONS
         self._board: Any = None
         self._wandb: Any = None
         if config.tensorboard:
@@ -30,6 +33,16 @@ class MetricsLog:
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step; ``metrics`` has the key ``step``."""
         self._lines.write(json.dumps(metrics) + "\n")
+        self._publish(metrics)
+
+    def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Record an evaluation after ``spent`` (with the key ``step``), under the key ``validation``."""
+        with self._evaluations.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({**spent, "validation": report}) + "\n")
+        numbers = {f"validation/{name}": value for name, value in report.items() if isinstance(value, float)}
+        self._publish({"step": spent["step"], **numbers})
+
+    def _publish(self, metrics: Mapping[str, Any]) -> None:
         step = metrics["step"]
         for name, value in metrics.items():
             if self._board and name != "step":

@@ -16,6 +16,7 @@ from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
+from bitlm_dist.training.metrics import EVALUATIONS, METRICS
 
 CODES = "codes.npz"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton", "numpy", "bitlm-dist")
@@ -43,7 +44,6 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Make the folder this run's, with its config, tokenizer and codes, or refuse; nothing is written if it is refused.
@@ -101,11 +101,11 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget metrics of steps that a killed run took after its last checkpoint."""
-        if self.metrics.is_file():
-            lines = self.metrics.read_text().splitlines()
+        for file in (self.path / METRICS, self.path / EVALUATIONS):
+            lines = file.read_text().splitlines() if file.is_file() else []
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
-                write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+                write_atomically(file, "".join(line + "\n" for line in kept))
 
 
 def _step_of(line: str) -> float:

@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,13 +17,15 @@ from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.bitlm import BitLM, target_mask
+from bitlm_dist.model.build import build_model
+from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.optimizer import Optimizers, schedule_factor
 from bitlm_dist.training.run_folder import RunFolder, environment
 
 Observer = Callable[[Mapping[str, Any]], None]
+Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
 MAX_SKIPPED = 20  # non-finite steps in a row
 
 
@@ -64,20 +67,22 @@ class Trainer:
         self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
         torch.manual_seed(config.training.seed)
-        self.model = BitLM(config, codes, eos=manifest["eos"]).to(self.device)
+        self.model = build_model(config, codes, eos=manifest["eos"]).to(self.device)
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
         self.step = self.tokens = self._skipped = 0
+        self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._stop: str | None = None
         if done:
             self._load(store.folder_of(self.folder.checkpoints, done[-1]))
         self.folder.drop_metrics_after(self.step)
 
-    def fit(self, until: int | None = None, observe: Observer | None = None) -> None:
+    def fit(self, until: int | None = None, observe: Observer | None = None, evaluate: Evaluator | None = None) -> None:
         """Train to step ``until`` (default: the end); save when due, at the end, and when a signal asks to stop.
 
         Args:
             observe: called with every step's metrics.
+            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
         log = MetricsLog(self.folder.path, self.config.logging)
@@ -88,6 +93,9 @@ class Trainer:
                 log.write(metrics)
                 if observe:
                     observe(metrics)
+                if evaluate and self._evaluation_due():
+                    log.write_evaluation(self._spent(), evaluate(self.model.eval()))
+                    self.model.train()
                 if self.step % self.config.checkpoint.every_steps == 0 and self.step < last:
                     self.save()
             if self.step not in store.complete_steps(self.folder.checkpoints):
@@ -103,39 +111,38 @@ class Trainer:
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the global batch -> its metrics."""
-        began = time.perf_counter()
-        config = self.config
+        began, cpu_began = time.perf_counter(), time.process_time()
         batch = self.feed.batch(self.step * self.sequences, self.sequences, self.device)
-        valid = target_mask(batch, self.model.block_size, self.model.eos).sum().clamp_min(1)
-        loss = torch.zeros((), device=self.device)
-        rows = config.parallel.microbatch or self.sequences
-        for first in range(0, self.sequences, rows):
-            part = batch.part(slice(first, first + rows))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-                share = self.model.loss(part, seed=config.training.seed, step=self.step) / valid
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += share.detach()
-        factor = schedule_factor(config.optimizer, self.step, config.training.steps)
-        norm, updated = self.optimizers.step(factor)
-        self._skipped = 0 if updated else self._skipped + 1
+        update = optimize(self.model, self.optimizers, batch, self.config, self.step)
+        self._skipped = 0 if update.made else self._skipped + 1
         if self._skipped >= MAX_SKIPPED:
             raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")
         self.step += 1
         self.tokens += batch.tokens.numel()
+        loss = float(update.loss)  # waits for the device
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self.cpu_seconds += time.process_time() - cpu_began
         return {
-            "step": self.step,
-            "loss": float(loss),
-            "grad_norm": norm,
-            "tokens": self.tokens,
-            "tokens_per_second": batch.tokens.numel() / (time.perf_counter() - began),
-            "lr_factor": factor,
-            "skipped": int(not updated),
+            **self._spent(),
+            "loss": loss,
+            "grad_norm": update.norm,
+            "tokens_per_second": batch.tokens.numel() / seconds,
+            "lr_factor": update.factor,
+            "skipped": int(not update.made),
         }
+
+    def _spent(self) -> dict[str, Any]:
+        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation.every_steps
+        return every > 0 and (self.step % every == 0 or self.step == self.config.training.steps)
 
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
         state = {
-            "tokens": self.tokens,
+            **self._spent(),
             "next_sequence": self.step * self.sequences,
             "fingerprint": self._fingerprint(),
             "environment": environment(),
@@ -155,6 +162,7 @@ class Trainer:
                 raise UserError(f"{checkpoint} was trained with another {field}: the data would not continue where it stopped")
         store.load(checkpoint, self._tensors())
         self.step, self.tokens = state["step"], state["tokens"]
+        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 
     def _catch_signals(self) -> Callable[[], None]:
         """Let SIGTERM, SIGINT and SIGUSR2 end the loop after the current step; returns what restores the old handlers."""
@@ -178,12 +186,39 @@ class Trainer:
         self.feed.close()
 
 
-def model_tensors(model: BitLM) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step saw."""
+
+    loss: Tensor  # mean over the valid tokens
+    norm: float  # of the gradient, before clipping
+    factor: float  # of the learning rates
+    made: bool  # False: the norm was not finite
+
+
+def optimize(model: LanguageModel, optimizers: Optimizers, batch: Batch, config: Config, step: int) -> Update:
+    """Update the model on a global batch, microbatch by microbatch."""
+    valid = target_mask(batch, model.block_size, model.eos).sum().clamp_min(1)
+    loss = torch.zeros((), device=batch.tokens.device)
+    sequences = len(batch.tokens)
+    rows = config.parallel.microbatch or sequences
+    for first in range(0, sequences, rows):
+        part = batch.part(slice(first, first + rows))
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+            share = model.loss(part, seed=config.training.seed, step=step) / valid
+        share.backward()  # type: ignore[no-untyped-call]
+        loss += share.detach()
+    factor = schedule_factor(config.optimizer, step, config.training.steps)
+    norm, made = optimizers.step(factor)
+    return Update(loss, norm, factor, made)
+
+
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The weights by name, as a checkpoint holds them."""
     return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def load_trained(run: Path, config: Config) -> tuple[RunFolder, BitLM, int]:
+def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
     """The newest checkpoint of a run, for evaluation and generation -> (folder, model, step).
 
     Args:
@@ -197,7 +232,7 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, BitLM, int]:
     steps = store.complete_steps(folder.checkpoints)
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
-    model = BitLM(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
+    model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
     store.read_state(checkpoint)
     store.load(checkpoint, model_tensors(model))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import Shards
 from bitlm_dist.evaluation.likelihood import _cluster_error, evaluate
@@ -22,6 +23,10 @@ def byte_lengths(folder):
     return np.load(folder / "statistics.npz")["byte_lengths"]
 
 
+def score(model, feed, folder):
+    return evaluate(model, feed, byte_lengths(folder), EvaluationConfig(strata=STRATA, sampled_blocks=64), SamplingConfig())
+
+
 def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(tiny, feed, prepared):
     """Zero context logits, zero head: the channel posterior. Bytes and tokens are those of the files."""
     from bitlm_dist.codes import BitCodes, natural
@@ -30,7 +35,7 @@ def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(t
     model = BitLM(tiny(), BitCodes(natural(300), 9), eos=1)
     torch.nn.init.zeros_(model.head.context_out.weight)
     torch.nn.init.zeros_(model.head.context_out.bias)
-    report = evaluate(model, feed, byte_lengths(prepared), strata=STRATA)
+    report = score(model, feed, prepared)
     with Shards(prepared, "validation") as shards:
         documents = [shards.tokens(i) for i in range(len(shards.lengths))]
     text = np.concatenate(documents)
@@ -52,20 +57,36 @@ def test_context_that_matters_shows_in_the_shuffle_delta(tiny, prepared, feed):
     trainer = Trainer(tiny("--training.steps", "150"))
     trainer.fit()
     trainer.close()
-    report = evaluate(
-        trainer.model.eval(),
-        feed,
-        byte_lengths(prepared),
-        strata=STRATA,
-        sampled_blocks=64,
-        sampling=trainer.config.sampling,
-    )
+    report = score(trainer.model.eval(), feed, prepared)
     assert report.context_shuffle_delta_nats > 0.2
     assert report.bits_per_byte < report.unigram_bits_per_byte
     assert 0 <= report.invalid_code_rate < 0.5
     levels = list(report.accuracy_by_time.values())
     assert len(levels) == STRATA
+    assert report.brier[0] > 5, "one token in twenty would be chance"
+    assert len(report.brier) == 4
     assert levels[-1] > 0.999 > levels[0], "t falls from noisy to clean"
+
+
+def test_a_softmax_is_scored_exactly(tiny, prepared):
+    """Against fp64 cross-entropy of every document by itself; nothing is packed, sliced or sampled."""
+    from bitlm_dist.codes import BitCodes, natural
+    from bitlm_dist.model.build import build_model
+
+    model = build_model(tiny("--model.output", "softmax"), BitCodes(natural(300), 9), eos=1).eval()
+    feed = Feed(prepared, "validation", block=1, sequence_length=8192)  # one sequence holds all
+    report = score(model, feed, prepared)
+    feed.close()
+    total, count = 0.0, 0
+    with Shards(prepared, "validation") as shards, torch.no_grad():
+        for i in range(len(shards.lengths)):
+            text = torch.from_numpy(np.concatenate([[feed.manifest["bos"]], shards.tokens(i).astype(np.int64), [1]])).unsqueeze(0)
+            logits = model.hidden(text[:, :-1]).double() @ model.output.weight.double().T
+            total += torch.nn.functional.cross_entropy(logits[0], text[0, 1:], reduction="sum").item()
+            count += text.shape[1] - 1
+    assert (report.tokens, report.exact, report.chain_bits_per_byte, report.accuracy_by_time) == (count, True, None, {})
+    assert report.nats_per_token == pytest.approx(total / count, rel=1e-5)
+    assert len(report.brier) == 1
 
 
 def test_cluster_error_is_the_spread_of_sums_over_sequences(seed):

@@ -3,7 +3,7 @@ import torch
 
 from bitlm_dist.config import SamplingConfig
 from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.inference.generate import Progress, generate_blocks, sample_block
+from bitlm_dist.inference.generate import Progress, generate_batch, generate_blocks, sample_block
 
 SAMPLERS = {
     "sequential": SamplingConfig(sampler="sequential", temperature=1.0),
@@ -31,6 +31,33 @@ def test_cached_generation_equals_uncached(model, sampling, prompt, seed):
     uncached = generated(model, prompt, sampling=sampling, seed=seed % 2**31, cached=False)
     assert cached == uncached
     assert len(cached) == 24 - len(prompt) % 4
+
+
+def test_a_softmax_generates_with_its_cache_as_without(tiny, seed):
+    from bitlm_dist.codes import BitCodes, natural
+    from bitlm_dist.model.build import build_model
+
+    softmax = build_model(tiny("--model.output", "softmax"), BitCodes(natural(300), 9), eos=-1).eval()
+    sampling = SAMPLERS["sequential"]
+    cached = generated(softmax, (5, 6, 7), blocks=20, sampling=sampling, seed=seed % 2**31)
+    assert cached == generated(softmax, (5, 6, 7), blocks=20, sampling=sampling, seed=seed % 2**31, cached=False)
+    assert len(cached) == 20
+    greedy = generated(softmax, (5, 6, 7), sampling=sampling.model_copy(update={"temperature": 0.0}))
+    tokens = [0, 5, 6, 7]
+    for _ in range(6):
+        tokens.append(softmax.output(softmax.hidden(torch.tensor([tokens]))[0, -1]).argmax().item())
+    assert greedy == tokens[4:]
+
+
+def test_rows_of_a_batch_are_independent(model, seed):
+    """Row 0 is written as if alone, and rows with the same prompt differ."""
+    prompts = torch.randint(2, 300, (3, 6))
+    prompts[2] = prompts[1]
+    settings = {"bos": 0, "blocks": 5, "sampling": SAMPLERS["sequential"], "seed": 4}
+    blocks = torch.cat(list(generate_batch(model, prompts, **settings)), 1)
+    assert torch.equal(blocks[:, :2], prompts[:, 4:])
+    assert blocks[0, 2:].tolist() == generated(model, prompts[0].tolist(), blocks=5)
+    assert not torch.equal(blocks[1], blocks[2])
 
 
 def test_the_same_seed_writes_the_same_text_and_another_one_another(model):

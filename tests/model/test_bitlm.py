@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bitlm_dist.model.bitlm import Batch, target_mask
+from bitlm_dist.model.language_model import Batch, target_mask
 
 
 def batch_of(rows=8, length=32, vocabulary=300):

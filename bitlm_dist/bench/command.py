@@ -1,0 +1,130 @@
+"""The command `bitlm bench`. Heavy imports wait until a bench runs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
+from bitlm_dist.terminal import OVERRIDES, AsJson, Words, check_plot, config_of, say, show_table
+
+if TYPE_CHECKING:
+    from bitlm_dist.bench.results import Results
+
+AGAINST = ("softmax", "plain")
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, side by side in one run; times are medians over repeats.")
+Against = Annotated[list[str] | None, typer.Option("--vs", metavar="|".join(AGAINST), help="Compare with; may be repeated.")]
+Repeats = Annotated[int, typer.Option(help="Timed repeats of each side, taken in turn.")]
+Vocabulary = Annotated[int | None, typer.Option(help="Entries (V); default: those of data.path's tokenizer.")]
+Out = Annotated[Path | None, typer.Option(help="Save the results as JSON.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw them: .svg, .png or .pdf.")]
+
+
+@bench.command("train", context_settings=OVERRIDES)
+def train_command(
+    words: Words = None,
+    against: Against = None,
+    vocabulary: Vocabulary = None,
+    repeats: Repeats = 5,
+    steps: Annotated[int, typer.Option(help="Training steps a repeat.")] = 4,
+    out: Out = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whole training steps. With --vocabulary, or without data.path, on synthetic text; else on the config's data."""
+    config = _checked(words, against, {"--repeats": (repeats, 1), "--steps": (steps, 1)}, plot)
+    from bitlm_dist.bench.train import Load, bench_train
+
+    size, eos, real = _vocabulary_of(config, vocabulary)
+    _report(bench_train(config, Load(size, eos, real, steps), against or [], repeats), out, plot, as_json)
+
+
+@bench.command("generate", context_settings=OVERRIDES)
+def generate_command(
+    words: Words = None,
+    against: Against = None,
+    vocabulary: Vocabulary = None,
+    sampler: Annotated[list[str] | None, typer.Option(help="sequential, ode:K or sde:K; may be repeated.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts written at once.")] = 1,
+    tokens: Annotated[int, typer.Option(help="New tokens of each.")] = 64,
+    prompt: Annotated[int, typer.Option(help="Tokens before them.")] = 64,
+    repeats: Repeats = 5,
+    out: Out = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Writing text with a key-value cache, by an untrained model."""
+    limits = {"--repeats": (repeats, 1), "--batch": (batch, 1), "--tokens": (tokens, 1), "--prompt": (prompt, 0)}
+    config = _checked(words, against, limits, plot)
+    from bitlm_dist.bench.generate import Request, bench_generate
+
+    size, _, _ = _vocabulary_of(config, vocabulary)
+    _report(bench_generate(config, Request(size, batch, tokens, prompt), against or [], sampler or [], repeats), out, plot, as_json)
+
+
+@bench.command("show")
+def show_command(
+    files: Annotated[list[Path], typer.Argument(metavar="RESULTS…", help="Files that --out wrote.")],
+    plot: Plot = None,
+) -> None:
+    """Print saved results again, or draw several in one plot."""
+    from bitlm_dist.bench.results import plot as draw
+    from bitlm_dist.bench.results import read_results
+
+    check_plot(plot)
+    many = [read_results(file) for file in files]
+    for results in many:
+        _print(results)
+    if plot:
+        draw(many, plot)
+
+
+def _checked(words: list[str] | None, against: list[str] | None, limits: dict[str, tuple[int, int]], plot: Path | None) -> Config:
+    for name in against or []:
+        if name not in AGAINST:
+            raise UserError(f"--vs {name}: compare with {' or '.join(AGAINST)}")
+    for option, (value, least) in limits.items():
+        if value < least:
+            raise UserError(f"{option} {value}: must be at least {least}")
+    check_plot(plot)
+    return config_of(words or []).config
+
+
+def _vocabulary_of(config: Config, asked: int | None) -> tuple[int, int, bool]:
+    """-> V, eos, and whether the config's data is read."""
+    from bitlm_dist.data.shards import read_manifest
+
+    if asked is not None:
+        if asked < 4:
+            raise UserError(f"--vocabulary {asked}: must be at least 4")
+        return asked, 1, False
+    if config.data.path is not None:
+        manifest = read_manifest(config.data.path)
+        return int(manifest["vocabulary"]), int(manifest["eos"]), True
+    if config.model.bits is not None:
+        return 2**config.model.bits, 1, False
+    raise UserError("how many tokens are there? add --vocabulary V, --data.path FOLDER or --model.bits B")
+
+
+def _report(results: "Results", out: Path | None, plot: Path | None, as_json: bool) -> None:
+    from bitlm_dist.bench.results import plot as draw
+
+    if out:
+        results.save(out)
+    if plot:
+        draw([results], plot)
+    if as_json:
+        print(results.to_json())
+    else:
+        _print(results)
+
+
+def _print(results: "Results") -> None:
+    from bitlm_dist.bench.results import table_of
+
+    columns, rows = table_of(results)
+    show_table(f"bench {results.kind}", columns, rows)
+    device, threads = results.environment["device"], results.environment["threads"]
+    say(", ".join(f"{name} {value}" for name, value in results.settings.items()) + f"; {device}, {threads} threads")

@@ -1,0 +1,91 @@
+"""The same training step as anyone would write it in plain PyTorch: no Megatron, no counter-based noise, no data pipeline.
+
+What the stack costs is measured against it. The diffusion head is the same module, which is plain PyTorch already; the backbone is
+written anew and computes the same function, so a test can compare the two.
+
+Legend: B batch, S sequence, D width, H query heads, G key-value heads, E width of a head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitlm_dist.codes import BitCodes
+from bitlm_dist.config import BackboneConfig, Config
+from bitlm_dist.diffusion.process import logit_normal
+from bitlm_dist.model.bit_embedding import BitEmbedding
+from bitlm_dist.model.head import DiffusionHead
+
+
+class PlainLayer(nn.Module):
+    """Pre-norm attention with QK-norm and rotary positions, then SwiGLU."""
+
+    def __init__(self, b: BackboneConfig) -> None:
+        super().__init__()
+        self.heads, self.groups, self.size = b.heads, b.kv_heads, b.head_width
+        self.norm1, self.norm2 = nn.RMSNorm(b.width, 1e-6), nn.RMSNorm(b.width, 1e-6)
+        self.q_norm, self.k_norm = nn.RMSNorm(b.head_width, 1e-6), nn.RMSNorm(b.head_width, 1e-6)
+        self.qkv = nn.Linear(b.width, (b.heads + 2 * b.kv_heads) * b.head_width, bias=False)
+        self.out = nn.Linear(b.heads * b.head_width, b.width, bias=False)
+        self.gate_up = nn.Linear(b.width, 2 * b.ffn_width, bias=False)
+        self.down = nn.Linear(b.ffn_width, b.width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """x [B, S, D], cos and sin [S, E], mask [S, S] or [B, 1, S, S] -> [B, S, D]."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.size)).transpose(1, 2)
+        q, k, v = qkv.split((self.heads, self.groups, self.groups), 1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (z * cos + torch.cat((-z[..., self.size // 2 :], z[..., : self.size // 2]), -1) * sin for z in (q, k))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.groups)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class PlainBackbone(nn.Module):
+    """Block-causal Transformer."""
+
+    def __init__(self, b: BackboneConfig, block: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(PlainLayer(b) for _ in range(b.layers))
+        self.norm = nn.RMSNorm(b.width, 1e-6)
+        self.block, self.base, self.size = block, b.rope_base, b.head_width
+
+    def forward(self, x: Tensor, document_ids: Tensor) -> Tensor:
+        """x [B, S, D], document_ids [B, S] -> [B, S, D]."""
+        place = torch.arange(x.shape[1], device=x.device)
+        angles = place[:, None] * self.base ** (-torch.arange(0, self.size, 2, device=x.device) / self.size)
+        angles = torch.cat((angles, angles), -1)
+        mask = place[None, :] // self.block <= place[:, None] // self.block
+        mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
+        for layer in self.layers:
+            x = layer(x, angles.cos(), angles.sin(), mask)
+        return self.norm(x)
+
+
+class PlainBitLM(nn.Module):
+    """The model and its loss on whole blocks of one document a sequence."""
+
+    def __init__(self, config: Config, codes: BitCodes) -> None:
+        super().__init__()
+        self.config, self.codes = config, codes
+        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width)
+        self.backbone = PlainBackbone(config.model.backbone, config.model.block_size)
+        self.head = DiffusionHead(config, codes.bits)
+
+    def loss(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
+        """tokens [B, S] -> mean loss of the tokens after the first block."""
+        m, diffusion = self.config.model.block_size, self.config.diffusion
+        bits = self.codes.encode(tokens)
+        hidden = self.backbone(self.embedding(bits), document_ids).unflatten(1, (-1, m))[:, :-1]
+        clean = bits.unflatten(1, (-1, m))[:, 1:].flatten(0, 1)
+        context = self.head.read(hidden.flatten(0, 1))
+        clean = clean.expand(diffusion.draws, *clean.shape)
+        shared, own = torch.randn(clean.shape[:2], device=clean.device), torch.randn(clean.shape[:3], device=clean.device)
+        each = torch.rand(clean.shape[:2], device=clean.device) < diffusion.per_token
+        t = torch.where(each[..., None], logit_normal(own, diffusion.per_token_sigma), logit_normal(shared)[..., None])
+        noisy = (1 - t)[..., None] * clean + t[..., None] * torch.randn_like(clean)
+        loss = self.head.output.loss(self.head(noisy, t, context.broadcast(diffusion.draws)), noisy, t, clean).mean()
+        if context.logits is not None:
+            loss = loss - self.head.output.log_prob(context.logits, clean[0]).mean() / self.codes.bits
+        return loss

@@ -1,0 +1,162 @@
+"""`bitlm bench train`: tokens a second of whole training steps."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitlm_dist.bench.contest import Contender, Runner, contest
+from bitlm_dist.bench.plain import PlainBitLM
+from bitlm_dist.bench.results import Results, describe, environment_of
+from bitlm_dist.codes import BitCodes, bits_needed, natural
+from bitlm_dist.config import Config
+from bitlm_dist.data.feed import Feed
+from bitlm_dist.errors import UserError
+from bitlm_dist.model.build import build_model
+from bitlm_dist.model.language_model import Batch
+from bitlm_dist.parallel import mesh
+from bitlm_dist.planning.flops import training_flops
+from bitlm_dist.planning.memory import check_memory, training_bytes
+from bitlm_dist.training.metrics import MetricsLog
+from bitlm_dist.training.optimizer import Optimizers
+from bitlm_dist.training.trainer import optimize
+
+WARMUP = 1  # repeats
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is trained on: synthetic sequences over V tokens, or the config's data where ``real``; steps a repeat."""
+
+    vocabulary: int
+    eos: int
+    real: bool
+    steps: int
+
+
+def synthetic_batch(config: Config, vocabulary: int, number: int, device: torch.device) -> Batch:
+    """Random tokens, one document a sequence; the cost of a step does not depend on what they are."""
+    sequences = config.training.global_batch_tokens // config.data.sequence_length
+    generator = torch.Generator().manual_seed(number)
+    tokens = torch.randint(2, vocabulary, (sequences, config.data.sequence_length), generator=generator)
+    return Batch(tokens.to(device), torch.zeros_like(tokens, device=device), torch.arange(sequences, device=device))
+
+
+class StackRunner:
+    """Steps through this project's own path: feed, loss, optimizers, metrics."""
+
+    def __init__(self, config: Config, load: Load) -> None:
+        torch.manual_seed(config.training.seed)
+        self.config, self.load, self.device = config, load, mesh.device()
+        codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
+        self.model = build_model(config, codes, load.eos).to(self.device)
+        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.log = MetricsLog(Path(tempfile.mkdtemp(prefix="bitlm-bench-")), config.logging)
+        self.feed = None
+        if load.real:
+            assert config.data.path is not None
+            block, length = config.model.block_size, config.data.sequence_length
+            self.feed = Feed(config.data.path, "train", block=block, sequence_length=length, shuffle=config.data.shuffle)
+        self.step = 0
+
+    def _batch(self) -> Batch:
+        if self.feed is None:
+            return synthetic_batch(self.config, self.load.vocabulary, self.step, self.device)
+        sequences = self.config.training.global_batch_tokens // self.config.data.sequence_length
+        return self.feed.batch(self.step * sequences, sequences, self.device)
+
+    def __call__(self) -> int:
+        """See :class:`~bitlm_dist.bench.contest.Runner`."""
+        for _ in range(self.load.steps):
+            update = optimize(self.model, self.optimizers, self._batch(), self.config, self.step)
+            self.step += 1
+            self.log.write({"step": self.step, "loss": float(update.loss), "grad_norm": update.norm})
+        return self.load.steps * self.config.training.global_batch_tokens
+
+
+class PlainRunner:
+    """The same steps in plain PyTorch on one batch that lies ready."""
+
+    def __init__(self, config: Config, load: Load) -> None:
+        torch.manual_seed(config.training.seed)
+        self.config, self.load = config, load
+        device = mesh.device()
+        self.model = PlainBitLM(config, BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))).to(device)
+        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.batch = synthetic_batch(config, load.vocabulary, 0, device)
+
+    def __call__(self) -> int:
+        """See :class:`~bitlm_dist.bench.contest.Runner`."""
+        for _ in range(self.load.steps):
+            enabled = self.config.training.precision == "bf16"
+            with torch.autocast(self.batch.tokens.device.type, torch.bfloat16, enabled=enabled):
+                loss = self.model.loss(self.batch.tokens, self.batch.document_ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizers.step(1.0)
+        return self.load.steps * self.config.training.global_batch_tokens
+
+
+def build_stack(config: Config, load: Load) -> Runner:
+    """Built in the child."""
+    return StackRunner(config, load)
+
+
+def build_plain(config: Config, load: Load) -> Runner:
+    """Built in the child."""
+    return PlainRunner(config, load)
+
+
+def bench_train(config: Config, load: Load, against: list[str], repeats: int) -> Results:
+    """Time a config's training steps, and those of what it is compared with, in turn.
+
+    Args:
+        config: checked.
+        load: what to train on.
+        against: of ``softmax`` and ``plain``.
+        repeats: at least 1.
+
+    Raises:
+        UserError: a model does not fit into memory, before it is built.
+    """
+    if "plain" in against and config.model.output != "bits":
+        raise UserError("--vs plain compares model.output = bits: the softmax has no plain counterpart")
+    configs: dict[str, Config] = {config.model.output: config}
+    if "softmax" in against:
+        configs["softmax"] = as_softmax(config)
+    contenders = {name: Contender(build_stack, (c, load)) for name, c in configs.items()}
+    if "plain" in against:
+        contenders["plain"] = Contender(build_plain, (config, load))
+        configs["plain"] = config
+    check_memory({name: training_bytes(c, load.vocabulary) for name, c in configs.items()})
+    timings = contest(contenders, repeats=repeats, warmup=WARMUP)
+    bits = bits_needed(load.vocabulary)
+    sides: dict[str, Any] = {}
+    for name, timing in timings.items():
+        sides[name] = describe(timing, training_flops(configs[name], bits, load.vocabulary))
+    return Results(
+        kind="train",
+        first=config.model.output,
+        sides=sides,
+        settings={
+            "vocabulary": load.vocabulary,
+            "width": config.model.backbone.width,
+            "layers": config.model.backbone.layers,
+            "block_size": config.model.block_size,
+            "batch_tokens": config.training.global_batch_tokens,
+            "sequence_length": config.data.sequence_length,
+            "draws": config.diffusion.draws,
+            "data": str(config.data.path) if load.real else "synthetic",
+            "steps_a_repeat": load.steps,
+            "repeats": repeats,
+            "precision": config.training.precision,
+        },
+        environment=environment_of(),
+    )
+
+
+def as_softmax(config: Config) -> Config:
+    """The baseline with the same backbone, data and optimizers."""
+    model = config.model.model_copy(update={"output": "softmax", "block_size": 1})
+    return config.model_copy(update={"model": model}).check()

@@ -1,0 +1,115 @@
+"""Runs side by side: what each was worth on held-out text, for what cost, from the evaluations that training wrote."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import read_run
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.metrics import EVALUATIONS
+
+AXES = {"tokens": "tokens seen", "cpu_seconds": "CPU-seconds of training", "seconds": "seconds of training"}
+COLUMNS = ("run", "m", "tokens", "bits a byte", "chain", "ratio", "CPU-s")
+MORE = ("seed", "nats a token", "delta", "Brier-1 -2 …", "command")  # in Markdown, where a line may be long
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: its config, the command that trained it, and its evaluations in order of steps."""
+
+    folder: Path
+    config: Config
+    command: str
+    evaluations: list[dict[str, Any]]
+
+    @property
+    def last(self) -> dict[str, Any]:
+        """The newest evaluation."""
+        return self.evaluations[-1]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The best value known: the chain rule's where the model has one, which is exact where the bound is not."""
+        return best(self.last["validation"])
+
+
+def best(report: dict[str, Any]) -> float:
+    """The lower of bound and chain rule, bits a byte; both are truths about the same model."""
+    chain = report["chain_bits_per_byte"]
+    return report["bits_per_byte"] if chain is None else min(chain, report["bits_per_byte"])
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run folder.
+
+    Raises:
+        UserError: it is none, or training wrote no evaluations.
+    """
+    config = read_run(folder)
+    file = folder / EVALUATIONS
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    if not lines:
+        raise UserError(f"{folder} holds no evaluations: train it with --evaluation.every_steps N")
+    words = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["command"]
+    command = shlex.join(["bitlm", *words[1:]])
+    return Record(folder, config, command, [json.loads(line) for line in lines])
+
+
+def rows_of(records: Sequence[Record]) -> list[list[str]]:
+    """A row a run, in the order of ``COLUMNS``; ratios are to the first run."""
+    return [_row(record, records[0].bits_per_byte) for record in records]
+
+
+def _row(record: Record, reference: float) -> list[str]:
+    last, report = record.last, record.last["validation"]
+    chain = report["chain_bits_per_byte"]
+    return [
+        record.folder.name,
+        str(record.config.model.block_size),
+        f"{last['tokens'] / 1e6:.2f}M",
+        f"{'' if report['exact'] else '<= '}{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
+        "" if chain is None else f"{chain:.4f}",
+        f"{record.bits_per_byte / reference:.3f}",
+        f"{last['cpu_seconds']:,.0f}",
+    ]
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The table for docs, with the command of each run."""
+    columns = (*COLUMNS, *MORE)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row, record in zip(rows_of(records), records, strict=True):
+        report = record.last["validation"]
+        more = (
+            str(record.config.training.seed),
+            f"{report['nats_per_token']:.3f}",
+            f"{report['context_shuffle_delta_nats']:.2f}",
+            " ".join(f"{score:.1f}" for score in report["brier"]),
+            f"`{record.command}`",
+        )
+        lines.append("| " + " | ".join([*row, *more]) + " |")
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[Record], axis: str, file: Path) -> None:
+    """Bits a byte over what was spent, a curve a run; the band is one standard error."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.subplots()
+    for record in records:
+        spent = [entry[axis] for entry in record.evaluations]
+        value = [best(entry["validation"]) for entry in record.evaluations]
+        error = [entry["validation"]["bits_per_byte_se"] for entry in record.evaluations]
+        (line,) = axes.plot(spent, value, marker="o", markersize=3, label=record.folder.name)
+        low, high = ([v + sign * e for v, e in zip(value, error, strict=True)] for sign in (-1, 1))
+        axes.fill_between(spent, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set_xlabel(AXES[axis])
+    axes.set_ylabel("bits a byte, held out")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(file)

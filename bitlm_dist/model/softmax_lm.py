@@ -1,0 +1,76 @@
+"""The baseline: the same backbone with an embedding table and a softmax over the vocabulary, one token after another.
+
+Legend: B batch, S sequence, T tokens, D width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bitlm_dist.config import Config
+from bitlm_dist.model.language_model import Batch, LanguageModel, token_table
+
+SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
+
+try:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as _fused
+except ImportError:  # the extra `liger`
+    _fused = None
+
+
+class SoftmaxLM(LanguageModel):
+    """See :class:`~bitlm_dist.model.language_model.LanguageModel`; ``model.block_size`` is 1, so attention is causal.
+
+    Args:
+        config: checked.
+        vocabulary: V.
+        eos: id that ends a document.
+    """
+
+    def __init__(self, config: Config, vocabulary: int, eos: int) -> None:
+        assert config.model.block_size == 1
+        width = config.model.backbone.width
+        table = token_table(vocabulary, width)
+        super().__init__(config, table, eos)
+        self.output = nn.Linear(width, vocabulary, bias=False)
+        nn.init.normal_(self.output.weight, std=0.02)
+        if config.model.tied:
+            self.output.weight = table.weight
+
+    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> hidden states [B, S, D]."""
+        return self.backbone(self.embedding(tokens), document_ids)
+
+    def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """Sum of -log p over the batch's valid tokens, nats; nothing in it is random."""
+        targets = self.targets(batch, self.hidden(batch.tokens, batch.document_ids))
+        hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
+        if hidden.is_cuda and _fused is not None:
+            fused: Tensor = _fused(hidden, self.output.weight, tokens, reduction="sum")
+            return fused
+        # On a CPU nothing is faster: torch's chunked linear_cross_entropy takes many times as long, recomputing twice as long.
+        return F.cross_entropy(self.output(hidden).float(), tokens, reduction="sum")
+
+    @torch.no_grad()
+    def nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """-log p [T] of ``tokens`` [T] after hidden states [T, D], without gradient, in slices of bounded size."""
+        rows = max(1, SCORED_LOGITS // self.output.out_features)
+        parts = zip(hidden.split(rows), tokens.split(rows), strict=True)
+        return torch.cat([F.cross_entropy(self.output(h).float(), y, reduction="none") for h, y in parts])
+
+    @torch.no_grad()
+    def sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """Token ids [T] after hidden states [T, D], by inverting the cumulative distribution at uniform numbers u [T].
+
+        ``temperature`` divides the logits; 0 takes the likeliest.
+        """
+        logits = self.output(hidden).float()
+        if temperature == 0:
+            return logits.argmax(-1)
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        below = cumulative < (u * cumulative[:, -1]).unsqueeze(-1)
+        return below.sum(-1).clamp_max(self.output.out_features - 1)
+
+    def parts(self) -> dict[str, nn.Module]:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+        return {"backbone": self.backbone, "input": self.embedding, "output": self.output}

@@ -1,0 +1,79 @@
+"""Matrix-product FLOPs of a training step and of written text, by component; 2 FLOPs a multiply-add.
+
+Norms, softmaxes, elementwise work and optimizers are not counted, as is usual for MFU. Backward passes cost twice the forward one.
+
+Legend: w head width, m tokens a block.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from bitlm_dist.config import BackboneConfig, Config
+from bitlm_dist.model.head import TIME_FEATURES, make_output
+
+BACKWARD = 2  # times the forward pass
+# Dense bf16 peak, FLOP/s, from the vendor's data sheets; matched against the device's name.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs a token by component; their sum is the model's."""
+
+    backbone: float
+    head: float  # what runs for every draw or denoising pass
+    output: float  # the vocabulary, or what turns head states and context into the output law
+    input: float
+
+    @property
+    def total(self) -> float:
+        """All components."""
+        return self.backbone + self.head + self.output + self.input
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """bf16 peak of a CUDA device, FLOP/s; None where it is not known (a CPU, another card)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for card, peak in PEAKS.items() if all(word in name for word in card.split())), None)
+
+
+def training_flops(config: Config, bits: int, vocabulary: int) -> Flops:
+    """FLOPs of a training step, forward and backward, a token of the sequence."""
+    m, length = config.model.block_size, config.data.sequence_length
+    forward = _forward(config, bits, vocabulary, draws=config.diffusion.draws, keys=(length + m) / 2)
+    return Flops(*(part * (1 + BACKWARD) for part in (forward.backbone, forward.head, forward.output, forward.input)))
+
+
+def generation_flops(config: Config, bits: int, vocabulary: int, keys: float) -> Flops:
+    """FLOPs a written token with ``keys`` cached tokens on average."""
+    sampling = config.sampling
+    passes = config.model.block_size if sampling.sampler == "sequential" else sampling.steps
+    return _forward(config, bits, vocabulary, draws=passes * (1 if sampling.guidance == 1 else 2), keys=keys)
+
+
+def _forward(config: Config, bits: int, vocabulary: int, draws: int, keys: float) -> Flops:
+    width = config.model.backbone.width
+    backbone = 2.0 * _backbone_weights(config.model.backbone) + _attention(config.model.backbone, keys)
+    if config.model.output == "softmax":
+        return Flops(backbone, 0.0, 2.0 * width * vocabulary, 0.0)
+    head, w, m = config.head, config.head.width, config.model.block_size
+    output = make_output(config, bits)
+    block = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m  # maps, then scores and values over the block
+    passes = bits * w + TIME_FEATURES * w + w * w + head.modulations * 6 * w * w + 2 * w * w + head.layers * block
+    passes += w * output.evidence_size if head.posterior_input else 0
+    context = width * w + (width * width if head.context_ahead and m > 1 else 0)
+    law = draws * w * output.size + (width * output.size if head.context_logits else 0)
+    read = 0.0 if config.model.input == "table" else 2.0 * width * (bits + width)
+    return Flops(backbone, 2.0 * (draws * passes + context), 2.0 * law, read)
+
+
+def _backbone_weights(b: BackboneConfig) -> int:
+    query, key_value = b.heads * b.head_width, b.kv_heads * b.head_width
+    return b.layers * (b.width * (2 * query + 2 * key_value) + 3 * b.width * b.ffn_width)
+
+
+def _attention(b: BackboneConfig, keys: float) -> float:
+    return b.layers * 4.0 * keys * b.heads * b.head_width

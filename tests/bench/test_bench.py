@@ -1,0 +1,97 @@
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bitlm_dist.bench.contest import Contender, contest
+from bitlm_dist.bench.results import read_results
+from bitlm_dist.cli import app
+from bitlm_dist.errors import UserError
+
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def contenders(monkeypatch):
+    """A module that the child processes can import too."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    return importlib.import_module("contenders")
+
+
+def test_contenders_take_turns_and_warm_up_unseen(tmp_path, contenders):
+    order = tmp_path / "order"
+    timings = contest({n: Contender(contenders.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2)
+    assert order.read_text() == "ab" * 5
+    assert all(len(t.rates) == 3 and t.spread[0] <= t.median <= t.spread[1] and t.peak_bytes > 2**20 for t in timings.values())
+
+
+def test_a_failure_in_a_child_is_one_line(contenders):
+    with pytest.raises(UserError, match="^b failed: RuntimeError: no luck today$"):
+        contest({"b": Contender(contenders.broken, ())}, repeats=1, warmup=0)
+
+
+def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, prepared, tmp_path):
+    out, plot = tmp_path / "r.json", tmp_path / "r.svg"
+    words = ("bench", "train", tiny.file, "--data.path", prepared, "--vs", "softmax", "--vs", "plain")
+    found = json.loads(run(*words, "--repeats", "2", "--steps", "2", "--json", "--out", out, "--plot", plot))
+    assert json.loads(out.read_text()) == found
+    assert set(found["sides"]) == {"bits", "softmax", "plain"}
+    assert set(found["ratio_tokens_per_second"]) == {"softmax", "plain"}
+    for side in found["sides"].values():
+        rate = side["tokens_per_second"]
+        assert rate["lowest"] <= rate["median"] <= rate["highest"]
+        assert len(rate["all"]) == 2
+        assert side["mfu"] is None
+        assert side["peak_bytes"] > 2**20
+    assert found["settings"]["vocabulary"] == 300
+    assert plot.read_text().startswith("<?xml")
+    assert "tokens/s, median" in run("bench", "show", out, "--plot", tmp_path / "again.png")
+    out.write_text(json.dumps({**found, "version": 99}))
+    with pytest.raises(UserError, match=r"holds results of version 99, this program reads 1: run the bench again"):
+        read_results(out)
+
+
+def test_generate_bench_takes_several_samplers(tiny):
+    words = ("bench", "generate", tiny.file, "--vocabulary", "300", "--vs", "softmax", "--batch", "2", "--tokens", "8")
+    found = json.loads(run(*words, "--sampler", "sequential", "--sampler", "ode:3", "--repeats", "1", "--json"))
+    assert list(found["sides"]) == ["bits sequential", "bits ode:3", "softmax"]
+    assert set(found["ratio_tokens_per_second"]) == {"bits ode:3", "softmax"}
+
+
+BAD = [
+    (["train", "--repeats", "0"], "--repeats 0: must be at least 1"),
+    (["train", "--steps", "0"], "--steps 0: must be at least 1"),
+    (["train", "--vs", "gpt"], "--vs gpt: compare with softmax or plain"),
+    (["train", "--vocabulary", "1"], "--vocabulary 1: must be at least 4"),
+    (["train"], "how many tokens are there"),
+    (["train", "--plot", "x.txt", "--vocabulary", "300"], "--plot x.txt: name a file that ends in"),
+    (["train", "--vocabulary", "300", "--vs", "plain", "--model.output", "softmax"], "--vs plain compares model.output = bits"),
+    (["train", "--vocabulary", "4000000000"], "the models need about bits .* GiB"),
+    (["generate", "--vocabulary", "300", "--prompt", "-1"], "--prompt -1: must be at least 0"),
+    (["generate", "--vocabulary", "300", "--vs", "plain"], "use it with `bitlm bench train`"),
+    (["generate", "--vocabulary", "300", "--sampler", "euler"], "--sampler euler: write sequential, ode:K"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_benches_are_refused_in_one_line(words, message, tiny):
+    with pytest.raises(UserError, match=message) as caught:
+        run("bench", words[0], tiny.file, *words[1:])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("{}", "holds no bench results"), ("x", "holds no JSON"), (None, "cannot be read")]
+)
+def test_files_that_are_no_results_are_named(content, message, tmp_path):
+    file = tmp_path / "r.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=message):
+        run("bench", "show", file)

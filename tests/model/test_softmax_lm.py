@@ -1,0 +1,85 @@
+import pytest
+import torch
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.model.build import build_model
+from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.softmax_lm import SoftmaxLM
+
+VOCABULARY = 300
+
+
+@pytest.fixture
+def softmax(tiny, seed):
+    def make(*overrides):
+        model = build_model(tiny("--model.output", "softmax", *overrides), BitCodes(natural(VOCABULARY), 9), eos=1)
+        assert isinstance(model, SoftmaxLM)
+        return model
+
+    return make
+
+
+def batch_of(rows=3):
+    tokens = torch.randint(2, VOCABULARY, (rows, 32))
+    ids = torch.tensor([0] * 12 + [1] * 16 + [-1] * 4).repeat(rows, 1)
+    tokens[:, 10:12] = 1  # EOS, and one more that must not count
+    return Batch(tokens, ids, torch.arange(rows))
+
+
+def test_one_switch_makes_the_baseline(tiny):
+    config = tiny("--model.output", "softmax")
+    assert config.model.block_size == 1, "the file says 4"
+    assert config.model.backbone == tiny().model.backbone
+
+
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_loss_is_the_cross_entropy_of_the_next_token_inside_a_document(softmax, tied):
+    """Against fp64 log-softmax, position by position."""
+    model, batch = softmax("--model.tied", tied), batch_of()
+    hidden = model.hidden(batch.tokens, batch.document_ids).double()
+    expected = 0.0
+    for row in range(len(batch.tokens)):
+        for place in range(1, 32):
+            before = batch.document_ids[row, place - 1]
+            if before < 0 or before != batch.document_ids[row, place]:
+                continue
+            logits = hidden[row, place - 1] @ model.output.weight.double().T
+            expected -= logits.log_softmax(-1)[batch.tokens[row, place]].item()
+    assert model.loss(batch, seed=0, step=0).item() == pytest.approx(expected, rel=1e-5)
+    assert (model.output.weight is model.embedding.weight) == (tied == "true")
+
+
+def test_scores_in_slices_equal_the_loss(softmax, monkeypatch):
+    from bitlm_dist.model import softmax_lm
+
+    model, batch = softmax(), batch_of()
+    targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
+    monkeypatch.setattr(softmax_lm, "SCORED_LOGITS", 7 * VOCABULARY)
+    nats = model.nats(targets.context[targets.valid], targets.tokens[targets.valid])
+    assert nats.sum().item() == pytest.approx(model.loss(batch, seed=0, step=0).item(), rel=1e-5)
+
+
+def test_the_loss_reaches_every_parameter(softmax):
+    model = softmax()
+    model.loss(batch_of(), seed=0, step=0).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_samples_follow_the_softmax(softmax):
+    model = softmax()
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    hidden = torch.randn(1, 32)
+    count = 200_000
+    drawn = model.sample(hidden.expand(count, -1), (torch.arange(count) + 0.5) / count, 0.7).bincount(minlength=VOCABULARY)
+    expected = (hidden.double() @ model.output.weight.double().T / 0.7).softmax(-1)[0]
+    torch.testing.assert_close(drawn.double() / count, expected, rtol=0, atol=3 / count + 1e-5)
+    assert model.sample(hidden, torch.zeros(1), 0.0).item() == expected.argmax()
+
+
+def test_an_embedding_table_can_feed_the_bits_model(tiny_model, seed):
+    model = tiny_model("--model.input", "table")
+    batch = Batch(torch.randint(2, 300, (2, 32)), torch.zeros(2, 32, dtype=torch.int64), torch.arange(2))
+    model.loss(batch, seed=0, step=0).backward()
+    used = batch.tokens[:, :28].flatten().unique()  # the last block is only a target
+    touched = model.embedding.weight.grad.any(-1).nonzero().flatten()
+    assert torch.equal(touched, used)

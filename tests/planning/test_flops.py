@@ -1,0 +1,48 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.model.build import build_model
+from bitlm_dist.model.language_model import Batch
+from bitlm_dist.planning.flops import generation_flops, training_flops
+
+# With one draw, several, one token a block, the literal paper (whose guidance doubles the passes), and the baseline.
+CASES = [
+    (),
+    ("--diffusion.draws", "3"),
+    ("--model.block_size", "1"),
+    ("--preset", "paper"),
+    ("--model.output", "softmax"),
+    ("--model.input", "table"),
+]
+
+
+@pytest.mark.parametrize("overrides", CASES, ids=" ".join)
+def test_counts_are_those_that_torch_sees(overrides, tiny):
+    config = tiny(*overrides, "--model.backbone.attention", "reference")
+    model = build_model(config, BitCodes(natural(300), 9), eos=1)
+    length, m, b = 32, config.model.block_size, config.model.backbone
+    tokens = torch.randint(2, 300, (4, length))
+    batch = Batch(tokens, torch.zeros_like(tokens), torch.arange(4))
+    with FlopCounterMode(display=False) as counter:
+        model.loss(batch, seed=0, step=0)
+    predicted = training_flops(config, 9, 300)
+    targets = (length - m) / length  # all blocks but the first
+    expected = (predicted.backbone + predicted.input + targets * (predicted.head + predicted.output)) / 3
+    # the reference kernel computes unseen scores too; attention inside a block is elementwise there
+    expected += b.layers * 4 * b.heads * b.head_width * (length - (length + m) / 2)
+    bits = config.model.output == "bits"
+    expected -= targets * config.diffusion.draws * config.head.layers * 4 * config.head.width * m if bits else 0
+    mixture = bits and config.head.output == "mixture"  # its sums over patterns are small products too
+    assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=0.05 if mixture else 0.005)
+
+
+def test_generation_counts_every_pass(tiny):
+    sequential, ode = tiny(), tiny("--sampling.sampler", "ode", "--sampling.steps", "8")
+    a, b = generation_flops(sequential, 9, 300, keys=100), generation_flops(ode, 9, 300, keys=100)
+    assert a.backbone == b.backbone
+    assert 1.5 < b.head / a.head < 2, "four passes beside eight; the context is read once"
+    softmax = generation_flops(tiny("--model.output", "softmax"), 9, 300, keys=100)
+    assert softmax.output == 2 * 32 * 300
+    assert softmax.backbone == a.backbone

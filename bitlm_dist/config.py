@@ -83,6 +83,8 @@ class HeadConfig(Section):
     """Bits: add the channel's own log-odds to the output; a mixture always does."""
     context_logits: bool = True
     """Add a linear read-out of the context to the output and train it at pure noise."""
+    shared_readout: bool = True
+    """Output a correction to the context's states and read both with one linear map; needs context_logits."""
     posterior_input: bool = True
     """Feed the context's own posterior at the noisy bits to the head; needs context_logits."""
     context_ahead: bool = True
@@ -108,6 +110,10 @@ class DiffusionConfig(Section):
     """Share of training blocks in which each token has its own noise level."""
     per_token_sigma: float = Field(1.5, gt=0)
     """Sigma of that logit-normal law."""
+    next_token: float = Field(1.0, ge=0)
+    """Weight of a loss at every state on the token after it; needs model.attention = causal and head.context_logits."""
+    chain: float = Field(1.0, ge=0)
+    """Weight of a loss on each token given the clean ones before it in its block; the `sequential` sampler then samples from it."""
     context_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that a block's context is replaced by the learned null state; guidance needs it."""
     input_bit_flips: float = Field(0.0, ge=0, le=0.5)
@@ -123,8 +129,12 @@ class ModelConfig(Section):
     """Softmax: share the embedding table with the output layer."""
     block_size: int = Field(4, ge=1)
     """Tokens a block (m); a softmax always writes one."""
+    attention: Literal["block", "causal"] = "causal"
+    """What a token sees of its own block: all of it (paper), or what comes before it, so that every state can predict."""
     input: Literal["bits", "table"] = "bits"
     """How tokens enter the backbone: an MLP on their bits, or an embedding table (a softmax always has one)."""
+    input_window: int = Field(8, ge=0, le=16)
+    """Add a look-up of every window of so many consecutive bits to that MLP; at most the bits of a token; 0: none."""
     bits: int | None = Field(None, ge=1, le=30)
     """Bits a token (B); none: as many as the tokenizer needs."""
     codes: Literal["natural", "gray", "random", "frequency", "octave"] = "octave"
@@ -289,8 +299,14 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"head.modulations = {head.modulations} exceeds head.layers = {head.layers}: use at most one a layer"
     if head.output == "mixture" and c.diffusion.loss != "bce":
         yield f"diffusion.loss = {c.diffusion.loss} needs head.output = bits; a mixture is trained with bce"
-    if head.posterior_input and not head.context_logits:
-        yield "head.posterior_input = true needs head.context_logits = true"
+    for name in ("posterior_input", "shared_readout"):
+        if getattr(head, name) and not head.context_logits:
+            yield f"head.{name} = true needs head.context_logits = true"
+    if c.diffusion.next_token and m > 1 and c.model.output == "bits":
+        if c.model.attention == "block":
+            yield f"diffusion.next_token = {c.diffusion.next_token}: states that see their whole block cannot predict in it; use 0"
+        if not head.context_logits:
+            yield f"diffusion.next_token = {c.diffusion.next_token} needs head.context_logits = true: or use 0"
     if c.model.output == "softmax" and m != 1:
         yield f"model.block_size = {m}: model.output = softmax writes one token at a time; use 1"
     if c.diffusion.input_bit_flips and c.model.input == "table":
@@ -301,8 +317,8 @@ def _problems(c: Config) -> Iterator[str]:
         yield f"sampling.guidance = {c.sampling.guidance} needs a trained null state: set diffusion.context_dropout, e.g. 0.1"
     if c.sampling.guidance != 1 and c.sampling.sampler == "sequential":
         yield f"sampling.guidance = {c.sampling.guidance} works with sampling.sampler = ode or sde, not with sequential"
-    if c.sampling.sampler == "sequential" and m > 1 and c.diffusion.per_token == 0:
-        yield "sampling.sampler = sequential needs a head trained with diffusion.per_token > 0: use ode"
+    if c.sampling.sampler == "sequential" and m > 1 and not (c.diffusion.chain or c.diffusion.per_token):
+        yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
     yield from _layout_problems(c.parallel)

@@ -1,19 +1,21 @@
-"""Full attention inside each block of m tokens, thousands of blocks at once: the attention of the diffusion head.
+"""Attention inside each block of m tokens, thousands of blocks at once: the attention of the diffusion head.
 
 Legend: N blocks, M tokens a block, H heads, D width of a head.
 """
 
 import math
 
+import torch
 from torch import Tensor
 
 
-def in_block_attention(qkv: Tensor, block: int) -> Tensor:
-    """Attention of every token to all tokens of its own block (paper, section 3.3).
+def in_block_attention(qkv: Tensor, block: int, causal: bool = False) -> Tensor:
+    """Attention of every token to all tokens of its own block (paper, section 3.3), or to itself and those before it.
 
     Args:
         qkv: [..., M, 3, H, D], queries, keys and values packed; every leading index is a block.
         block: m, must equal the size of qkv's M.
+        causal: a token does not see the later ones of its block.
 
     Returns:
         [..., M, H, D].
@@ -28,4 +30,7 @@ def in_block_attention(qkv: Tensor, block: int) -> Tensor:
         return v
     # An m x m product is too small for a batched matrix kernel: m^2 dot products, elementwise, are faster.
     scores = (q.unsqueeze(-3) * k.unsqueeze(-4)).sum(-1) / math.sqrt(q.shape[-1])  # [..., M, M, H]
+    if causal:
+        place = torch.arange(block, device=qkv.device)
+        scores = scores.masked_fill((place > place.unsqueeze(-1)).unsqueeze(-1), -math.inf)
     return (scores.softmax(-2).unsqueeze(-1) * v.unsqueeze(-4)).sum(-3)

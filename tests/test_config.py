@@ -85,8 +85,12 @@ BAD = [
     (["--head.modulations", "9"], "head.modulations = 9 exceeds head.layers"),
     (["--diffusion.loss", "x"], "diffusion.loss = x needs head.output = bits"),
     (["--head.context_logits", "false"], "head.posterior_input = true needs head.context_logits = true"),
+    (
+        ["--head.context_logits", "false", "--head.posterior_input", "false"],
+        "head.shared_readout = true needs head.context_logits = true",
+    ),
     (["--sampling.guidance", "3"], "sampling.guidance = 3.0 needs a trained null state"),
-    (["--diffusion.per_token", "0"], "sampling.sampler = sequential needs"),
+    (["--diffusion.per_token", "0", "--diffusion.chain", "0"], "sampling.sampler = sequential needs"),
     (["--sampling.sampler", "sde", "--sampling.steps", "1"], "the sde sampler needs at least 2"),
     (["--parallel.tensor", "2"], "parallel.tensor = 2: this version trains on one process"),
     (["--parallel.sequence", "true"], "parallel.sequence = True: this version trains on one process"),

@@ -69,17 +69,17 @@ class PlainBitLM(nn.Module):
     def __init__(self, config: Config, codes: BitCodes) -> None:
         super().__init__()
         self.config, self.codes = config, codes
-        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width)
-        self.backbone = PlainBackbone(config.model.backbone, config.model.block_size)
+        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width, config.model.input_window)
+        self.backbone = PlainBackbone(config.model.backbone, config.model.block_size if config.model.attention == "block" else 1)
         self.head = DiffusionHead(config, codes.bits)
 
     def loss(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
         """tokens [B, S] -> mean loss of the tokens after the first block."""
         m, diffusion = self.config.model.block_size, self.config.diffusion
         bits = self.codes.encode(tokens)
-        hidden = self.backbone(self.embedding(bits), document_ids).unflatten(1, (-1, m))[:, :-1]
+        states = self.backbone(self.embedding(bits), document_ids)
         clean = bits.unflatten(1, (-1, m))[:, 1:].flatten(0, 1)
-        context = self.head.read(hidden.flatten(0, 1))
+        context = self.head.read(states.unflatten(1, (-1, m))[:, :-1].flatten(0, 1))
         clean = clean.expand(diffusion.draws, *clean.shape)
         shared, own = torch.randn(clean.shape[:2], device=clean.device), torch.randn(clean.shape[:3], device=clean.device)
         each = torch.rand(clean.shape[:2], device=clean.device) < diffusion.per_token
@@ -88,4 +88,10 @@ class PlainBitLM(nn.Module):
         loss = self.head.output.loss(self.head(noisy, t, context.broadcast(diffusion.draws)), noisy, t, clean).mean()
         if context.logits is not None:
             loss = loss - self.head.output.log_prob(context.logits, clean[0]).mean() / self.codes.bits
+        if self.head.before_in is not None:
+            chain = self.head.output.log_prob(self.head.chain(clean[0], context), clean[0])
+            loss = loss - diffusion.chain * chain.mean() / self.codes.bits
+        if diffusion.next_token and m > 1:
+            logits = self.head.next_logits(states[:, m - 1 : -1])
+            loss = loss - diffusion.next_token * self.head.output.log_prob(logits, bits[:, m:]).mean() / self.codes.bits
         return loss

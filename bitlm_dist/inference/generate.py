@@ -57,7 +57,7 @@ def sample_block(
     if sampling.sampler == "sequential":
         u = source.at(step=1).uniforms(noise.SAMPLING, shape[1] * (shape[2] + 1)).view(*shape[:2], -1)
         return sequential_sample(
-            lambda noisy, t: head(noisy, t, context),
+            lambda noisy, t: head(noisy, t, context) if head.before_in is None else head.chain(noisy, context),
             head.output,
             start,
             u,

@@ -99,7 +99,7 @@ def _transformer_config(model: "ModelConfig", initialize: bool) -> Any:
         apply_rope_fusion=False,
         batch_p2p_sync=not on_cpu,
         pipeline_dtype=torch.float32,
-        block_size=model.block_size,
+        block_size=model.block_size if model.attention == "block" else 1,
         attention_backend=backbone.attention,
     )
 

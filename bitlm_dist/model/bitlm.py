@@ -11,9 +11,9 @@ from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
-from bitlm_dist.model.bit_embedding import BitEmbedding
+from bitlm_dist.model.bit_embedding import BitEmbedding, token_table
 from bitlm_dist.model.head import DiffusionHead, exact
-from bitlm_dist.model.language_model import Batch, LanguageModel, token_table
+from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 
 
 class BitLM(LanguageModel):
@@ -26,8 +26,11 @@ class BitLM(LanguageModel):
     """
 
     def __init__(self, config: Config, codes: BitCodes, eos: int) -> None:
-        width, table = config.model.backbone.width, config.model.input == "table"
-        super().__init__(config, token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width), eos)
+        width = config.model.backbone.width
+        if config.model.input == "table":
+            super().__init__(config, token_table(codes.vocabulary, width), eos)
+        else:
+            super().__init__(config, BitEmbedding(codes.bits, width, config.model.input_window), eos)
         self.codes = codes
         self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion
@@ -62,11 +65,28 @@ class BitLM(LanguageModel):
         t = torch.stack([draw.t for draw in draws])
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
+        raw_chain = None if self.head.before_in is None else self.head.chain(clean, context)
         with exact(noisy):
             loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
             if context.logits is not None:
                 loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
-            return (loss * targets.valid).sum()
+            if raw_chain is not None:
+                loss = loss - self.config.diffusion.chain / self.codes.bits * output.log_prob(raw_chain, clean)
+            loss = (loss * targets.valid).sum()
+        return loss + self._next_token_loss(batch, hidden)
+
+    def _next_token_loss(self, batch: Batch, hidden: Tensor) -> Tensor | float:
+        """The context's cross-entropy at every state, in nats a bit: only states before a block's start have it otherwise.
+
+        With causal attention every state could be the last of a block, so the backbone learns from every token, not every m-th.
+        """
+        weight = self.config.diffusion.next_token
+        if weight == 0 or self.block_size == 1:  # the context logits of one-token blocks are this loss
+            return 0.0
+        row, place = target_mask(batch, self.block_size, self.eos).nonzero(as_tuple=True)
+        logits, clean = self.head.next_logits(hidden[row, place - 1]), self.codes.encode(batch.tokens[row, place])
+        with exact(clean):
+            return -weight / self.codes.bits * self.head.output.log_prob(logits, clean).sum()
 
     def _flips(self, batch: Batch, seed: int, step: int) -> Tensor | None:
         """Input bits flipped with probability p·U, one U a sequence (BitDance), or None where the switch is off."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
 from bitlm_dist.kernels import in_block_attention
+from bitlm_dist.model.bit_embedding import BitEmbedding
 
 TIME_FEATURES = 256
 
@@ -24,13 +25,14 @@ TIME_FEATURES = 256
 class Context:
     """What the head needs of the hidden states, computed once for all noise draws and denoising steps."""
 
+    states: Tensor  # [N, M, D]
     condition: Tensor  # [N, M, W]
     logits: Tensor | None  # [N, M, size] of the output law
 
     def broadcast(self, draws: int) -> "Context":
         """The same context for several draws: [draws, N, M, ...]."""
         logits = None if self.logits is None else self.logits.expand(draws, *self.logits.shape)
-        return Context(self.condition.expand(draws, *self.condition.shape), logits)
+        return Context(self.states.expand(draws, *self.states.shape), self.condition.expand(draws, *self.condition.shape), logits)
 
 
 def exact(like: Tensor) -> torch.autocast:
@@ -62,11 +64,11 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """x [N, M, W], modulation [N, M, 6W] -> [N, M, W]."""
+    def forward(self, x: Tensor, modulation: Tensor, causal: bool) -> Tensor:
+        """x [N, M, W], modulation [N, M, 6W] -> [N, M, W]; ``causal``: a token sees itself and those before it."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         qkv = self.qkv(_modulated(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
-        x = x + gate1 * self.attention_out(in_block_attention(qkv, x.shape[-2]).flatten(-2))
+        x = x + gate1 * self.attention_out(in_block_attention(qkv, x.shape[-2], causal).flatten(-2))
         gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * up)
 
@@ -100,10 +102,14 @@ class DiffusionHead(nn.Module):
         self.places = nn.Parameter(torch.randn(block, width) * 0.1) if head.input_condition else None
         self.context_out = nn.Linear(backbone_width, self.output.size) if head.context_logits else None
         self.evidence_in = nn.Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
+        window = config.model.input_window
+        self.before_in = BitEmbedding(bits, width, window) if config.diffusion.chain and block > 1 else None
         self.blocks = nn.ModuleList(Block(width, head.heads) for _ in range(head.layers))
         self.modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(head.modulations))
         self.final_modulation = nn.Linear(width, 2 * width)
-        self.final = nn.Linear(width, self.output.size)
+        # What the backbone learns of the output law at every step, the head need not learn again.
+        self.final = nn.Linear(width, backbone_width if head.shared_readout else self.output.size)
+        self.shared_readout = head.shared_readout
         for layer in (*self.modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -117,7 +123,17 @@ class DiffusionHead(nn.Module):
             hidden = hidden + torch.stack([look(last) for look in self.ahead], -2)
         if self.positions is not None:
             hidden = hidden + self.positions
-        return Context(self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))
+        return Context(hidden, self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))
+
+    def next_logits(self, states: Tensor) -> Tensor:
+        """States C [..., D] -> context logits [..., size] of the one token after each: place 0 of a block that begins there."""
+        assert self.context_out is not None
+        if self.ahead is not None:
+            states = states + self.ahead[0](states)
+        if self.positions is not None:
+            states = states + self.positions[0]
+        logits: Tensor = self.context_out(states)
+        return logits
 
     def unconditional(self, context: Context) -> Context:
         """The context of the null state, for guidance, in the shape of ``context``."""
@@ -132,6 +148,21 @@ class DiffusionHead(nn.Module):
             with exact(noisy):
                 evidence = self.output.evidence(context.logits, noisy, t)
             x = x + self.evidence_in(evidence)
+        return self._transform(x, t, context, causal=False)
+
+    def chain(self, clean: Tensor, context: Context) -> Tensor:
+        """Raw output [N, M, size] of every token given the context and the clean tokens before it in its block, in one pass.
+
+        The tokens themselves are pure noise, so nothing of ``clean`` [N, M, K] reaches its own place or an earlier one: where the
+        denoiser needs M passes to go through a block from left to right, this is the same law taught in one.
+        """
+        assert self.before_in is not None
+        before = self.before_in(clean[..., :-1, :])
+        t = torch.ones(clean.shape[:-1], device=clean.device)
+        return self._transform(F.pad(before, (0, 0, 1, 0)), t, context, causal=True)
+
+    def _transform(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
+        """Input x [N, M, W] at time t [N, M] -> raw output [N, M, size]."""
         y = F.silu(self.time_in(time_features(t)) + context.condition)
         if self.places is not None:
             x = x + y + self.places
@@ -139,9 +170,13 @@ class DiffusionHead(nn.Module):
         for number, block in enumerate(self.blocks):
             if number % run == 0:
                 modulation = self.modulations[number // run](y)
-            x = block(x, modulation)
-        raw = self.final(_modulated(x, *self.final_modulation(y).chunk(2, -1)))
-        return raw if context.logits is None else raw + context.logits
+            x = block(x, modulation, causal)
+        out = self.final(_modulated(x, *self.final_modulation(y).chunk(2, -1)))
+        if self.shared_readout:
+            assert self.context_out is not None
+            raw: Tensor = self.context_out(context.states + out)
+            return raw
+        return out if context.logits is None else out + context.logits
 
     def denoise(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
         """A0_hat [N, M, K]."""

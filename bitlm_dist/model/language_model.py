@@ -51,13 +51,6 @@ def target_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
     return (follows & (before == 0)).flatten(1)
 
 
-def token_table(vocabulary: int, width: int) -> nn.Embedding:
-    """An embedding table [V, D], drawn with a standard deviation of 0.02."""
-    table = nn.Embedding(vocabulary, width)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
-
-
 class LanguageModel(nn.Module, ABC):
     """The whole model of one pipeline stage that is both first and last.
 

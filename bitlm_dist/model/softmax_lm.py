@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.config import Config
-from bitlm_dist.model.language_model import Batch, LanguageModel, token_table
+from bitlm_dist.model.bit_embedding import token_table
+from bitlm_dist.model.language_model import Batch, LanguageModel
 
 SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
 

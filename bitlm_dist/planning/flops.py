@@ -42,19 +42,28 @@ def peak_flops(device: torch.device) -> float | None:
 
 def training_flops(config: Config, bits: int, vocabulary: int) -> Flops:
     """FLOPs of a training step, forward and backward, a token of the sequence."""
-    m, length = config.model.block_size, config.data.sequence_length
-    forward = _forward(config, bits, vocabulary, draws=config.diffusion.draws, keys=(length + m) / 2)
-    return Flops(*(part * (1 + BACKWARD) for part in (forward.backbone, forward.head, forward.output, forward.input)))
+    m, length, diffusion = config.model.block_size, config.data.sequence_length, config.diffusion
+    seen = m if config.model.attention == "block" else 1
+    chained = diffusion.chain > 0 and m > 1
+    forward = _forward(config, bits, vocabulary, diffusion.draws, int(chained), keys=(length + seen) / 2)
+    output = forward.output
+    if diffusion.next_token and m > 1 and config.model.output == "bits":
+        width = config.model.backbone.width
+        output += 2.0 * width * (make_output(config, bits).size + (width if config.head.context_ahead else 0))
+    return Flops(*(part * (1 + BACKWARD) for part in (forward.backbone, forward.head, output, forward.input)))
 
 
 def generation_flops(config: Config, bits: int, vocabulary: int, keys: float) -> Flops:
     """FLOPs a written token with ``keys`` cached tokens on average."""
-    sampling = config.sampling
-    passes = config.model.block_size if sampling.sampler == "sequential" else sampling.steps
-    return _forward(config, bits, vocabulary, draws=passes * (1 if sampling.guidance == 1 else 2), keys=keys)
+    sampling, m = config.sampling, config.model.block_size
+    if sampling.sampler == "sequential":
+        chained = config.diffusion.chain > 0 and m > 1
+        return _forward(config, bits, vocabulary, 0 if chained else m, m if chained else 0, keys)
+    return _forward(config, bits, vocabulary, sampling.steps * (1 if sampling.guidance == 1 else 2), 0, keys)
 
 
-def _forward(config: Config, bits: int, vocabulary: int, draws: int, keys: float) -> Flops:
+def _forward(config: Config, bits: int, vocabulary: int, denoised: int, chained: int, keys: float) -> Flops:
+    """One forward pass of the backbone, ``denoised`` of the head and ``chained`` left to right through the block."""
     width = config.model.backbone.width
     backbone = 2.0 * _backbone_weights(config.model.backbone) + _attention(config.model.backbone, keys)
     if config.model.output == "softmax":
@@ -62,12 +71,16 @@ def _forward(config: Config, bits: int, vocabulary: int, draws: int, keys: float
     head, w, m = config.head, config.head.width, config.model.block_size
     output = make_output(config, bits)
     block = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m  # maps, then scores and values over the block
-    passes = bits * w + TIME_FEATURES * w + w * w + head.modulations * 6 * w * w + 2 * w * w + head.layers * block
-    passes += w * output.evidence_size if head.posterior_input else 0
+    each = TIME_FEATURES * w + w * w + head.modulations * 6 * w * w + 2 * w * w + head.layers * block
+    each += w * width if head.shared_readout else 0
+    noisy_in = bits * w + (w * output.evidence_size if head.posterior_input else 0)
+    clean_in = bits * w + w * w
     context = width * w + (width * width if head.context_ahead and m > 1 else 0)
-    law = draws * w * output.size + (width * output.size if head.context_logits else 0)
+    law = output.size * (denoised + chained) * (width if head.shared_readout else w)
+    law += width * output.size if head.context_logits else 0
     read = 0.0 if config.model.input == "table" else 2.0 * width * (bits + width)
-    return Flops(backbone, 2.0 * (draws * passes + context), 2.0 * law, read)
+    passes = denoised * (each + noisy_in) + chained * (each + clean_in)
+    return Flops(backbone, 2.0 * (passes + context), 2.0 * law, read)
 
 
 def _backbone_weights(b: BackboneConfig) -> int:

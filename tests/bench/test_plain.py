@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from bitlm_dist.bench.plain import PlainBackbone
@@ -25,14 +26,15 @@ def copy_weights(plain: PlainBackbone, backbone: Backbone, heads: int, groups: i
     plain.norm.weight.data = backbone.block.final_layernorm.weight.detach()
 
 
-def test_plain_backbone_computes_what_megatrons_does(tiny_model, seed):
+@pytest.mark.parametrize("attention", ["block", "causal"])
+def test_plain_backbone_computes_what_megatrons_does(attention, tiny_model, seed):
     """The bench compares two ways of computing one function, and each is a witness for the other."""
-    model = tiny_model()
+    model = tiny_model("--model.attention", attention, "--diffusion.next_token", "0")
     b = model.config.model.backbone
     for parameter in model.backbone.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms that are not one show which goes where
-    plain = PlainBackbone(b, model.block_size)
+    plain = PlainBackbone(b, 4 if attention == "block" else 1)
     copy_weights(plain, model.backbone, b.heads, b.kv_heads, b.head_width)
     x, ids = torch.randn(2, 32, 32), torch.tensor([[0] * 12 + [1] * 20] * 2)
     torch.testing.assert_close(plain(x, ids), model.backbone(x, ids), rtol=1e-4, atol=1e-4)

@@ -59,12 +59,13 @@ def test_one_token_blocks_are_causal_attention(seed):
         torch.testing.assert_close(block_causal_attention(q, k, v, block=1, backend=backend), expected)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("block", [1, 2, 4, 7])
-def test_in_block_attention_equals_sdpa(block, seed):
+def test_in_block_attention_equals_sdpa(block, causal, seed):
     qkv = torch.randn(5, 3, block, 3, 2, 8, requires_grad=True)
     q, k, v = (x.transpose(-2, -3) for x in qkv.unbind(-3))
-    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(-2, -3)
-    out = in_block_attention(qkv, block)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(-2, -3)
+    out = in_block_attention(qkv, block, causal)
     torch.testing.assert_close(out, expected)
     weight = torch.randn_like(out)
     grads = [torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, expected)]

@@ -73,15 +73,31 @@ def test_untrained_paper_model_costs_one_a_token_under_eq_12(tiny):
     assert (model.loss(batch, seed=0, step=0) / valid).item() == pytest.approx(1.0)
 
 
-def test_untrained_default_model_costs_at_most_ln_2_a_bit_twice(tiny_model):
-    """Denoising costs less than a free bit, the context logits near one: small random logits, no knowledge."""
+def test_untrained_default_model_costs_at_most_ln_2_a_bit_for_each_of_its_losses(tiny_model):
+    """Denoising costs less than a free bit; context, next token and chain one each: no knowledge yet."""
     from bitlm_dist.codes import BitCodes, natural  # noqa: F401
 
     model, batch = tiny_model(), batch_of()
     for parameter in (model.head.context_out.weight, model.head.context_out.bias, model.head.final.weight):
         torch.nn.init.zeros_(parameter)
     loss = (model.loss(batch, seed=0, step=0) / target_mask(batch, 4, 1).sum()).item()
-    assert math.log(2) < loss < 2 * math.log(2)
+    assert 3 * math.log(2) < loss < 4 * math.log(2)
+
+
+def test_every_state_learns_the_token_after_it(tiny_model, seed):
+    """The next-token loss against a sum, token by token, of what place 0 of the context logits says after each state."""
+    base, model = tiny_model("--diffusion.next_token", "0"), tiny_model("--diffusion.next_token", "0.5")
+    model.load_state_dict(base.state_dict())
+    batch = batch_of()
+    hidden = model.hidden(batch.tokens, batch.document_ids)
+    expected = 0.0
+    for row in range(len(batch.tokens)):
+        for place in [*range(4, 11), *range(16, 28)]:  # not BOS blocks, nothing after the first EOS
+            context = model.head.read(hidden[row, place - 1].expand(1, 4, -1))  # four times the last state: place 0 is its own
+            clean = model.codes.encode(batch.tokens[row, place].expand(1, 4))
+            expected -= 0.5 * model.head.output.log_prob(context.logits, clean)[0, 0].item() / 9
+    got = model.loss(batch, seed=0, step=0) - base.loss(batch, seed=0, step=0)
+    assert got.item() == pytest.approx(expected, rel=1e-3)
 
 
 def test_noise_of_the_loss_depends_on_seed_step_and_sample_only(tiny_model, seed):

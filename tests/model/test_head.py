@@ -45,6 +45,17 @@ def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, se
     assert all(grad[1, i].any() for i in range(4))
 
 
+def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
+    head = tiny_model().head
+    clean = torch.randn(3, 4, 9).sign().requires_grad_()
+    raw = head.chain(clean, head.read(torch.randn(3, 4, 32)))
+    for i in range(4):
+        (grad,) = torch.autograd.grad(raw[1, i].square().sum(), clean, retain_graph=True)
+        assert not grad[0].any()
+        assert not grad[2].any()
+        assert [bool(place.any()) for place in grad[1]] == [place < i for place in range(4)]
+
+
 def test_state_i_modulates_token_i(tiny_model, seed):
     """In a head of one block whose attention is cut, token i depends on state i alone (one-block shift, token-wise)."""
     head = tiny_model(*PAPER).head

@@ -11,6 +11,7 @@ from bitlm_dist.planning.flops import generation_flops, training_flops
 CASES = [
     (),
     ("--diffusion.draws", "3"),
+    ("--model.attention", "block", "--diffusion.next_token", "0"),
     ("--model.block_size", "1"),
     ("--preset", "paper"),
     ("--model.output", "softmax"),
@@ -31,9 +32,14 @@ def test_counts_are_those_that_torch_sees(overrides, tiny):
     targets = (length - m) / length  # all blocks but the first
     expected = (predicted.backbone + predicted.input + targets * (predicted.head + predicted.output)) / 3
     # the reference kernel computes unseen scores too; attention inside a block is elementwise there
-    expected += b.layers * 4 * b.heads * b.head_width * (length - (length + m) / 2)
+    seen = m if config.model.attention == "block" else 1
+    expected += b.layers * 4 * b.heads * b.head_width * (length - (length + seen) / 2)
     bits = config.model.output == "bits"
-    expected -= targets * config.diffusion.draws * config.head.layers * 4 * config.head.width * m if bits else 0
+    expected -= (
+        targets * (config.diffusion.draws + bool(config.diffusion.chain)) * config.head.layers * 4 * config.head.width * m
+        if bits
+        else 0
+    )
     mixture = bits and config.head.output == "mixture"  # its sums over patterns are small products too
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(expected, rel=0.05 if mixture else 0.005)
 

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.model.bit_embedding import BitEmbedding
+
+
+def encoded(vocabulary, bits):
+    return BitCodes(natural(vocabulary), bits).encode(torch.arange(vocabulary))
+
+
+def test_without_windows_it_is_the_papers_mlp(seed):
+    embedding, bits = BitEmbedding(5, 16), encoded(32, 5)
+    assert {name for name, _ in embedding.named_parameters()} == {"up.weight", "up.bias", "down.weight", "down.bias"}
+    torch.testing.assert_close(embedding(bits), embedding.down(torch.nn.functional.gelu(embedding.up(bits))))
+
+
+@pytest.mark.parametrize(("bits", "window", "starts"), [(12, 8, [0, 2, 4]), (17, 8, [0, 2, 4, 6, 8, 9]), (6, 8, [0])])
+def test_windows_cover_all_bits_and_add_their_rows(bits, window, starts, seed):
+    """Against the sum over windows of the row that the window's own bits name, read as an integer from the token id."""
+    embedding = BitEmbedding(bits, 16, window)
+    assert embedding.starts == starts
+    ids = torch.randint(2**bits, (50,))
+    got = embedding((2 * (ids.unsqueeze(-1) >> torch.arange(bits) & 1) - 1).float())
+    plain = BitEmbedding(bits, 16)
+    plain.load_state_dict({n: p for n, p in embedding.state_dict().items() if n.startswith(("up", "down"))})
+    expected = plain((2 * (ids.unsqueeze(-1) >> torch.arange(bits) & 1) - 1).float())
+    for start, table in zip(starts, embedding.tables, strict=True):
+        expected = expected + table.weight[(ids >> start) % 2 ** min(window, bits)]
+    torch.testing.assert_close(got, expected)
+
+
+def test_every_row_that_occurs_is_trained(seed):
+    embedding = BitEmbedding(10, 8, 8)
+    embedding(encoded(1024, 10)).square().sum().backward()
+    assert all(table.weight.grad.any(-1).all() for table in embedding.tables)

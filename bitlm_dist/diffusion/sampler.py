@@ -136,7 +136,7 @@ def sde_sample(
 
 
 def sequential_sample(
-    raw: Callable[[Tensor, Tensor], Tensor],
+    raw: Callable[[int, Tensor], Tensor],
     output: Output,
     start: Tensor,
     u: Tensor,
@@ -146,15 +146,15 @@ def sequential_sample(
     known: Known,
     watch: Watcher | None = None,
 ) -> Sampled:
-    """Left to right inside the block: tokens before are clean, the rest pure noise; M head passes, no ODE (method, section 9).
+    """Left to right inside the block: M head passes, no ODE (method, section 9).
 
     Args:
-        raw: the head without its output law, (noisy, t) -> [N, M, size].
+        raw: (i, bits [N, M, K] whose tokens before i are clean and whose others are ``start``) -> logits of token i [N, size].
         output: the output law.
-        start: Gaussian noise [N, M, K].
+        start: bits [N, M, K] before anything is drawn.
         u: uniform numbers [N, M, K + 1].
         temperature: divides the logits; 0 takes the likeliest pattern.
-        settle: makes a drawn token valid before the next one sees it: bits [N, M, K] -> bits [N, M, K].
+        settle: makes a drawn token valid before the next one sees it: bits [N, K] -> bits [N, K].
         known, watch: as in :func:`ode_sample`.
     """
     tokens = start.shape[-2]
@@ -162,9 +162,8 @@ def sequential_sample(
     bits = known.put(start)
     place = torch.arange(tokens, device=start.device)
     for i in range(first, tokens):
-        t = (place >= i).float().expand(start.shape[:-1])
-        drawn = output.sample(raw(bits, t), u, temperature)
-        bits = torch.where((place == i).unsqueeze(-1), settle(drawn), bits)
+        drawn = settle(output.sample(raw(i, bits), u[:, i], temperature))
+        bits = torch.where((place == i).unsqueeze(-1), drawn.unsqueeze(1), bits)
         if watch:
             watch(i - first + 1, bits.masked_fill((place > i).unsqueeze(-1), 0.0))
     return Sampled(sign(bits), tokens - first, bits)

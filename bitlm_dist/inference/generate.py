@@ -14,6 +14,7 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.sampler import Known, Sampled, guided, ode_sample, sde_sample, sequential_sample
 from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.head import ChainDecoder
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 
@@ -52,12 +53,13 @@ def sample_block(
     def valid(bits: Tensor) -> Tensor:
         return codes.encode(codes.project(bits)) if settle else bits
 
-    start, context = normal(0), head.read(hidden)
-    known = Known.none(start) if known is None else known
+    chained = sampling.sampler == "sequential" and head.before_in is not None
+    start = hidden.new_zeros(shape) if chained else normal(0)
+    context, known = head.read(hidden), Known.none(start) if known is None else known
     if sampling.sampler == "sequential":
         u = source.at(step=1).uniforms(noise.SAMPLING, shape[1] * (shape[2] + 1)).view(*shape[:2], -1)
         return sequential_sample(
-            lambda noisy, t: head(noisy, t, context) if head.before_in is None else head.chain(noisy, context),
+            head.left_to_right(context) if head.before_in is None else ChainDecoder(head, context),
             head.output,
             start,
             u,

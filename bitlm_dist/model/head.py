@@ -7,6 +7,7 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the b
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,19 @@ class Context:
         """The same context for several draws: [draws, N, M, ...]."""
         logits = None if self.logits is None else self.logits.expand(draws, *self.logits.shape)
         return Context(self.states.expand(draws, *self.states.shape), self.condition.expand(draws, *self.condition.shape), logits)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Time and context y [N, M, W], the six vectors [N, M, 6W] of each run of blocks, and those of the final layer [N, M, 2W]."""
+
+    y: Tensor
+    runs: list[Tensor]
+    final: Tensor
+
+    def of_layer(self, number: int, layers: int) -> Tensor:
+        """The vectors of block ``number`` of ``layers``."""
+        return self.runs[number // -(-layers // len(self.runs))]
 
 
 def exact(like: Tensor) -> torch.autocast:
@@ -64,11 +78,21 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, modulation: Tensor, causal: bool) -> Tensor:
-        """x [N, M, W], modulation [N, M, 6W] -> [N, M, W]; ``causal``: a token sees itself and those before it."""
+    def forward(self, x: Tensor, modulation: Tensor, causal: bool, before: list[Tensor] | None = None) -> Tensor:
+        """x [N, M, W], modulation [N, M, 6W] -> [N, M, W].
+
+        Args:
+            causal: a token sees itself and those before it.
+            before: queries, keys and values [N, 1, 3, H, W/H] of each token before x, which is then one token; its own are
+                appended.
+        """
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, -1)
         qkv = self.qkv(_modulated(x, shift1, scale1)).unflatten(-1, (3, self.heads, -1))
-        x = x + gate1 * self.attention_out(in_block_attention(qkv, x.shape[-2], causal).flatten(-2))
+        if before is not None:
+            before.append(qkv)
+            qkv = torch.cat(before, 1)
+        attended = in_block_attention(qkv, qkv.shape[1] if before is not None else x.shape[-2], causal)
+        x = x + gate1 * self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2))
         gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * up)
 
@@ -158,31 +182,77 @@ class DiffusionHead(nn.Module):
         """
         assert self.before_in is not None
         before = self.before_in(clean[..., :-1, :])
-        t = torch.ones(clean.shape[:-1], device=clean.device)
+        t = clean.new_ones(1, 1)  # one for all: its features are computed once
         return self._transform(F.pad(before, (0, 0, 1, 0)), t, context, causal=True)
 
-    def _transform(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
-        """Input x [N, M, W] at time t [N, M] -> raw output [N, M, size]."""
+    def left_to_right(self, context: Context) -> Callable[[int, Tensor], Tensor]:
+        """(i, bits [N, M, K]) -> raw output [N, size] of token i, the tokens before it clean, it and those after it pure noise."""
+
+        def raw(i: int, bits: Tensor) -> Tensor:
+            t = (torch.arange(bits.shape[-2], device=bits.device) >= i).float().expand(bits.shape[:-1])
+            return self(bits, t, context)[:, i]
+
+        return raw
+
+    def modulate(self, t: Tensor, context: Context) -> Modulation:
+        """Time t [N, M] or [1, 1] and context -> what modulates every layer."""
         y = F.silu(self.time_in(time_features(t)) + context.condition)
+        return Modulation(y, [layer(y) for layer in self.modulations], self.final_modulation(y))
+
+    def _transform(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
+        """Input x [N, M, W] at time t [N, M] or [1, 1] -> raw output [N, M, size]."""
+        modulation = self.modulate(t, context)
         if self.places is not None:
-            x = x + y + self.places
-        run = -(-len(self.blocks) // len(self.modulations))
+            x = x + modulation.y + self.places
         for number, block in enumerate(self.blocks):
-            if number % run == 0:
-                modulation = self.modulations[number // run](y)
-            x = block(x, modulation, causal)
-        out = self.final(_modulated(x, *self.final_modulation(y).chunk(2, -1)))
+            x = block(x, modulation.of_layer(number, len(self.blocks)), causal)
+        return self.finish(x, modulation.final, context.states, context.logits)
+
+    def finish(self, x: Tensor, modulation: Tensor, states: Tensor, logits: Tensor | None) -> Tensor:
+        """The last layer: x [N, M, W], its modulation [N, M, 2W], states and logits of the context -> raw output [N, M, size]."""
+        out: Tensor = self.final(_modulated(x, *modulation.chunk(2, -1)))
         if self.shared_readout:
             assert self.context_out is not None
-            raw: Tensor = self.context_out(context.states + out)
+            raw: Tensor = self.context_out(states + out)
             return raw
-        return out if context.logits is None else out + context.logits
+        return out if logits is None else out + logits
 
     def denoise(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
         """A0_hat [N, M, K]."""
         raw = self(noisy, t, context)
         with exact(noisy):
             return self.output.denoise(raw, noisy, t)
+
+
+class ChainDecoder:
+    """:meth:`DiffusionHead.chain` token by token: (i, bits [N, M, K]) -> raw output [N, size], for i = 0, 1, … in turn.
+
+    The modulation is computed once for the block, and every pass handles one token: keys and values of those before it are kept.
+    """
+
+    def __init__(self, head: DiffusionHead, context: Context) -> None:
+        self._head, self._context = head, context
+        self._modulation = head.modulate(context.states.new_ones(1, 1), context)
+        self._before: list[list[Tensor]] = [[] for _ in head.blocks]
+        self._done = 0
+
+    def __call__(self, i: int, bits: Tensor) -> Tensor:
+        """Handle the tokens up to i, of which those before it are clean in ``bits``."""
+        while self._done <= i:
+            raw = self._step(self._done, bits)
+            self._done += 1
+        return raw
+
+    def _step(self, i: int, bits: Tensor) -> Tensor:
+        head, modulation, here = self._head, self._modulation, slice(i, i + 1)
+        assert head.before_in is not None
+        x = head.before_in(bits[:, i - 1 : i]) if i else torch.zeros_like(modulation.y[:, :1])
+        if head.places is not None:
+            x = x + modulation.y[:, here] + head.places[here]
+        for number, (block, before) in enumerate(zip(head.blocks, self._before, strict=True)):
+            x = block(x, modulation.of_layer(number, len(head.blocks))[:, here], True, before)
+        logits = None if self._context.logits is None else self._context.logits[:, here]
+        return head.finish(x, modulation.final[:, here], self._context.states[:, here], logits)[:, 0]
 
 
 def make_output(config: Config, bits: int) -> Output:

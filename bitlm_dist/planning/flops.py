@@ -71,9 +71,9 @@ def _forward(config: Config, bits: int, vocabulary: int, denoised: int, chained:
     head, w, m = config.head, config.head.width, config.model.block_size
     output = make_output(config, bits)
     block = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m  # maps, then scores and values over the block
-    each = TIME_FEATURES * w + w * w + head.modulations * 6 * w * w + 2 * w * w + head.layers * block
+    each = head.modulations * 6 * w * w + 2 * w * w + head.layers * block
     each += w * width if head.shared_readout else 0
-    noisy_in = bits * w + (w * output.evidence_size if head.posterior_input else 0)
+    noisy_in = bits * w + TIME_FEATURES * w + w * w + (w * output.evidence_size if head.posterior_input else 0)
     clean_in = bits * w + w * w
     context = width * w + (width * width if head.context_ahead and m > 1 else 0)
     law = output.size * (denoised + chained) * (width if head.shared_readout else w)

@@ -112,16 +112,6 @@ def test_an_invalid_code_is_projected_by_the_estimate_not_by_its_signs(tiny_mode
     assert not torch.equal(model.codes.project(drawn.bits), expected)
 
 
-def test_sequential_samples_the_chain_that_is_scored(model, seed):
-    """Token by token the sampler meets the very logits that one pass over the finished block gives."""
-    hidden = torch.randn(50, 4, 32)
-    source = Source(1, torch.arange(50), torch.zeros(50, dtype=torch.int64))
-    likeliest = SAMPLERS["sequential"].model_copy(update={"temperature": 0.0})
-    bits = sample_block(model, hidden, likeliest, source, settle=False).bits
-    raw = model.head.chain(bits, model.head.read(hidden))
-    assert torch.equal(model.head.output.sample(raw, torch.full((50, 4, 10), 0.5), 0.0), bits)
-
-
 def test_watch_sees_every_pass(model):
     seen = []
     generated(model, blocks=2, watch=lambda step, denoised: seen.append((step, denoised.shape)))

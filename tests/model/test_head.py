@@ -3,6 +3,7 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.head import ChainDecoder
 
 
 def head_of(tiny, *overrides):
@@ -54,6 +55,22 @@ def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
         assert not grad[0].any()
         assert not grad[2].any()
         assert [bool(place.any()) for place in grad[1]] == [place < i for place in range(4)]
+
+
+@pytest.mark.parametrize("overrides", [(), ("--head.shared_readout", "false", "--head.input_condition", "false")])
+def test_a_chain_decoded_token_by_token_is_the_chain_of_one_pass(overrides, tiny_model, seed):
+    head = tiny_model(*overrides).head
+    clean, context = torch.randn(5, 4, 9).sign(), head.read(torch.randn(5, 4, 32))
+    decoder, whole = ChainDecoder(head, context), head.chain(clean, context)
+    for i in (0, 1, 3):  # a prompt may have fixed what lies between
+        torch.testing.assert_close(decoder(i, clean), whole[:, i], rtol=1e-4, atol=1e-5)
+
+
+def test_left_to_right_shows_the_tokens_before_clean_and_the_others_as_noise(tiny_model, seed):
+    head = tiny_model("--diffusion.chain", "0").head
+    bits, context = torch.randn(5, 4, 9), head.read(torch.randn(5, 4, 32))
+    t = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(5, 4)
+    torch.testing.assert_close(head.left_to_right(context)(2, bits), head(bits, t, context)[:, 2])
 
 
 def test_state_i_modulates_token_i(tiny_model, seed):

@@ -248,7 +248,7 @@ class LoggingConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    preset: Literal["default", "paper"] = "default"
+    preset: Literal["default", "paper", "bare"] = "default"
     """What the fields start from."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

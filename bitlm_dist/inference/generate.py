@@ -126,7 +126,7 @@ def _known(model: BitLM, fixed: Tensor) -> Known:
     return Known(model.codes.encode(filled), mask, clean_time=model.noise_law.per_token > 0)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate_batch(
     model: LanguageModel,
     prompts: Tensor,

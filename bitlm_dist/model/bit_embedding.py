@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlm_dist.kernels.few_rows import Linear
+
 WINDOW_STRIDE = 2  # bits from one window to the next
 
 
@@ -27,22 +29,27 @@ class BitEmbedding(nn.Module):
         window: w, cut to K; 0: the MLP alone, as in the paper.
     """
 
-    places: Tensor  # [w] powers of two
+    windows: Tensor  # [n, w], the places of each window's bits
+    weights: Tensor  # [w], powers of two
+    offsets: Tensor  # [n], where each window's rows begin
 
     def __init__(self, bits: int, width: int, window: int = 0) -> None:
         super().__init__()
-        self.up = nn.Linear(bits, width)
-        self.down = nn.Linear(width, width)
         window = min(window, bits)
+        self.up = Linear(bits, width)
+        self.down = Linear(width, width)
         last = bits - window
-        self.starts = sorted({*range(0, last, WINDOW_STRIDE), last}) if window else []
-        self.tables = nn.ModuleList(token_table(2**window, width) for _ in self.starts)
-        self.register_buffer("places", 2 ** torch.arange(window), persistent=False)
+        starts = torch.tensor(sorted({*range(0, last, WINDOW_STRIDE), last}))
+        tables = [token_table(2**window, width).weight for _ in starts] if window else []
+        self.table = nn.Parameter(torch.cat(tables).detach()) if window else None  # one below the other
+        self.register_buffer("windows", starts[:, None] + torch.arange(window), persistent=False)
+        self.register_buffer("weights", 2 ** torch.arange(window), persistent=False)
+        self.register_buffer("offsets", 2**window * torch.arange(len(starts)), persistent=False)
 
     def forward(self, bits: Tensor) -> Tensor:
         """bits [B, S, K] -> [B, S, D]; the windows read signs."""
         out: Tensor = self.down(F.gelu(self.up(bits)))
-        on = (bits > 0).long()
-        for start, table in zip(self.starts, self.tables, strict=True):
-            out = out + table((on[..., start : start + len(self.places)] * self.places).sum(-1))
-        return out
+        if self.table is None:
+            return out
+        rows = ((bits > 0)[..., self.windows] * self.weights).sum(-1) + self.offsets
+        return out + F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").view(out.shape)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
 from bitlm_dist.kernels import in_block_attention
+from bitlm_dist.kernels.few_rows import Linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
 
 TIME_FEATURES = 256
@@ -73,10 +74,10 @@ class Block(nn.Module):
         super().__init__()
         hidden = 3 * width // 2
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.attention_out = nn.Linear(width, width, bias=False)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
+        self.attention_out = Linear(width, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden, bias=False)
+        self.down = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor, modulation: Tensor, causal: bool, before: list[Tensor] | None = None) -> Tensor:
         """x [N, M, W], modulation [N, M, 6W] -> [N, M, W].
@@ -99,7 +100,7 @@ class Block(nn.Module):
 
 def _ahead(block: int, width: int) -> nn.ModuleList:
     """One d x d map a place, from the block's last state; zero at the start."""
-    maps = [nn.Linear(width, width, bias=False) for _ in range(block)]
+    maps = [Linear(width, width, bias=False) for _ in range(block)]
     for layer in maps:
         nn.init.zeros_(layer.weight)
     return nn.ModuleList(maps)
@@ -117,22 +118,22 @@ class DiffusionHead(nn.Module):
         head, block, width = config.head, config.model.block_size, config.head.width
         backbone_width = config.model.backbone.width
         self.output = make_output(config, bits)
-        self.bits_in = nn.Linear(bits, width)
-        self.context_in = nn.Linear(backbone_width, width)
-        self.time_in = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.bits_in = Linear(bits, width)
+        self.context_in = Linear(backbone_width, width)
+        self.time_in = nn.Sequential(Linear(TIME_FEATURES, width), nn.SiLU(), Linear(width, width))
         self.null = nn.Parameter(torch.zeros(backbone_width))
         self.positions = nn.Parameter(torch.zeros(block, backbone_width)) if head.position_table else None
         self.ahead = _ahead(block, backbone_width) if head.context_ahead and block > 1 else None
         self.places = nn.Parameter(torch.randn(block, width) * 0.1) if head.input_condition else None
-        self.context_out = nn.Linear(backbone_width, self.output.size) if head.context_logits else None
-        self.evidence_in = nn.Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
+        self.context_out = Linear(backbone_width, self.output.size) if head.context_logits else None
+        self.evidence_in = Linear(self.output.evidence_size, width, bias=False) if head.posterior_input else None
         window = config.model.input_window
         self.before_in = BitEmbedding(bits, width, window) if config.diffusion.chain and block > 1 else None
         self.blocks = nn.ModuleList(Block(width, head.heads) for _ in range(head.layers))
-        self.modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(head.modulations))
-        self.final_modulation = nn.Linear(width, 2 * width)
+        self.modulations = nn.ModuleList(Linear(width, 6 * width) for _ in range(head.modulations))
+        self.final_modulation = Linear(width, 2 * width)
         # What the backbone learns of the output law at every step, the head need not learn again.
-        self.final = nn.Linear(width, backbone_width if head.shared_readout else self.output.size)
+        self.final = Linear(width, backbone_width if head.shared_readout else self.output.size)
         self.shared_readout = head.shared_readout
         for layer in (*self.modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)

@@ -54,7 +54,7 @@ class Timing:
         return min(self.rates), max(self.rates)
 
 
-def contest(contenders: Mapping[str, Contender], *, repeats: int, warmup: int) -> dict[str, Timing]:
+def contest(contenders: Mapping[str, Contender], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:
     """Time every contender ``repeats`` times, in turn, after ``warmup`` repeats that do not count.
 
     Raises:

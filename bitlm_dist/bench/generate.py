@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
-from bitlm_dist.bench.results import Results, describe, environment_of
-from bitlm_dist.bench.train import as_softmax
+from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
+from bitlm_dist.bench.train import as_softmax, refuse_itself
 from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
@@ -16,8 +16,6 @@ from bitlm_dist.model.build import build_model
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import generation_flops
 from bitlm_dist.planning.memory import check_memory, generation_bytes
-
-WARMUP = 1  # repeats
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ def bench_generate(config: Config, request: Request, against: list[str], sampler
         samplers: ``sequential``, or ``ode:K`` for K steps, ``sde:K``; empty: as the config says.
         repeats: at least 1.
     """
+    refuse_itself(config, against)
     if "plain" in against:
         raise UserError("--vs plain compares training steps: use it with `bitlm bench train`")
     if config.model.output == "softmax":
@@ -77,7 +76,7 @@ def bench_generate(config: Config, request: Request, against: list[str], sampler
         configs["softmax"] = as_softmax(config)
     check_memory({name: generation_bytes(c, request.vocabulary) for name, c in configs.items()})
     contenders = {name: Contender(build_writer, (c, request)) for name, c in configs.items()}
-    timings = contest(contenders, repeats=repeats, warmup=WARMUP)
+    timings = contest(contenders, repeats=repeats)
     bits, keys = bits_needed(request.vocabulary), request.prompt + request.tokens / 2
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
@@ -87,15 +86,10 @@ def bench_generate(config: Config, request: Request, against: list[str], sampler
         first=first,
         sides=sides,
         settings={
-            "vocabulary": request.vocabulary,
-            "width": config.model.backbone.width,
-            "layers": config.model.backbone.layers,
-            "block_size": config.model.block_size,
+            **settings_of(config, request.vocabulary, repeats),
             "batch": request.batch,
             "new_tokens": request.tokens,
             "prompt_tokens": request.prompt,
-            "repeats": repeats,
-            "precision": config.training.precision,
         },
         environment=environment_of(),
     )

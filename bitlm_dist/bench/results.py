@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from bitlm_dist.bench.contest import Timing
+from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 from bitlm_dist.parallel import mesh
@@ -58,8 +59,24 @@ def read_results(file: Path) -> Results:
         raise UserError(f"{file} holds no bench results: name a file that `bitlm bench … --out FILE` wrote")
     if found["version"] != VERSION:
         raise UserError(f"{file} holds results of version {found['version']}, this program reads {VERSION}: run the bench again")
-    del found["ratio_tokens_per_second"]
-    return Results(**found)
+    names = {field.name for field in fields(Results)}
+    if not names <= found.keys():
+        raise UserError(f"{file} lacks {', '.join(sorted(names - found.keys()))}: run the bench again")
+    return Results(**{name: found[name] for name in names})
+
+
+def settings_of(config: Config, vocabulary: int, repeats: int) -> dict[str, Any]:
+    """What every bench records of its model and itself."""
+    model = config.model
+    return {
+        "vocabulary": vocabulary,
+        "width": model.backbone.width,
+        "layers": model.backbone.layers,
+        "block_size": model.block_size,
+        "head_width": config.head.width,
+        "precision": config.training.precision,
+        "repeats": repeats,
+    }
 
 
 def environment_of() -> dict[str, Any]:

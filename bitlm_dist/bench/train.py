@@ -9,7 +9,7 @@ import torch
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
 from bitlm_dist.bench.plain import PlainBitLM
-from bitlm_dist.bench.results import Results, describe, environment_of
+from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
 from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed
@@ -22,8 +22,6 @@ from bitlm_dist.planning.memory import check_memory, training_bytes
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.optimizer import Optimizers
 from bitlm_dist.training.trainer import optimize
-
-WARMUP = 1  # repeats
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class StackRunner:
         codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
         self.model = build_model(config, codes, load.eos).to(self.device)
         self.optimizers = Optimizers(self.model, config.optimizer)
-        self.log = MetricsLog(Path(tempfile.mkdtemp(prefix="bitlm-bench-")), config.logging)
+        self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
+        self.log = MetricsLog(Path(self.folder.name), config.logging)
         self.feed = None
         if load.real:
             assert config.data.path is not None
@@ -120,6 +119,7 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
     Raises:
         UserError: a model does not fit into memory, before it is built.
     """
+    refuse_itself(config, against)
     if "plain" in against and config.model.output != "bits":
         raise UserError("--vs plain compares model.output = bits: the softmax has no plain counterpart")
     configs: dict[str, Config] = {config.model.output: config}
@@ -130,7 +130,7 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
         contenders["plain"] = Contender(build_plain, (config, load))
         configs["plain"] = config
     check_memory({name: training_bytes(c, load.vocabulary) for name, c in configs.items()})
-    timings = contest(contenders, repeats=repeats, warmup=WARMUP)
+    timings = contest(contenders, repeats=repeats)
     bits = bits_needed(load.vocabulary)
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
@@ -140,20 +140,21 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
         first=config.model.output,
         sides=sides,
         settings={
-            "vocabulary": load.vocabulary,
-            "width": config.model.backbone.width,
-            "layers": config.model.backbone.layers,
-            "block_size": config.model.block_size,
+            **settings_of(config, load.vocabulary, repeats),
             "batch_tokens": config.training.global_batch_tokens,
             "sequence_length": config.data.sequence_length,
             "draws": config.diffusion.draws,
             "data": str(config.data.path) if load.real else "synthetic",
             "steps_a_repeat": load.steps,
-            "repeats": repeats,
-            "precision": config.training.precision,
         },
         environment=environment_of(),
     )
+
+
+def refuse_itself(config: Config, against: list[str]) -> None:
+    """Raise :class:`UserError` where the config is already what it is to be compared with."""
+    if config.model.output in against:
+        raise UserError(f"--vs {config.model.output}: model.output is that already; leave it at bits")
 
 
 def as_softmax(config: Config) -> Config:

@@ -72,6 +72,10 @@ BAD = [
     (["train"], "how many tokens are there"),
     (["train", "--plot", "x.txt", "--vocabulary", "300"], "--plot x.txt: name a file that ends in"),
     (["train", "--vocabulary", "300", "--vs", "plain", "--model.output", "softmax"], "--vs plain compares model.output = bits"),
+    (
+        ["train", "--vocabulary", "300", "--vs", "softmax", "--model.output", "softmax"],
+        "--vs softmax: model.output is that already",
+    ),
     (["train", "--vocabulary", "4000000000"], "the models need about bits .* GiB"),
     (["generate", "--vocabulary", "300", "--prompt", "-1"], "--prompt -1: must be at least 0"),
     (["generate", "--vocabulary", "300", "--vs", "plain"], "use it with `bitlm bench train`"),
@@ -87,7 +91,13 @@ def test_bad_benches_are_refused_in_one_line(words, message, tiny):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("{}", "holds no bench results"), ("x", "holds no JSON"), (None, "cannot be read")]
+    ("content", "message"),
+    [
+        ("{}", "holds no bench results"),
+        ('{"version": 1}', "lacks environment, first, kind"),
+        ("x", "holds no JSON"),
+        (None, "cannot be read"),
+    ],
 )
 def test_files_that_are_no_results_are_named(content, message, tmp_path):
     file = tmp_path / "r.json"

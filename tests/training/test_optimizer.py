@@ -10,12 +10,13 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape, seed):
-    matrix = torch.randn(*shape, dtype=torch.float64)
+    # five iterations lift a singular value about 3.4^5 times, so the smallest must not be next to nothing
+    u, _, v = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
+    matrix = u @ torch.diag(torch.rand(8, dtype=torch.float64) * 0.9 + 0.1) @ v
     out = orthogonalize(matrix.unsqueeze(0), COEFFICIENTS, 5, 1e-7)[0]
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.4
     assert values.max() < 1.3
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     inner = u.T @ out @ v.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-4)
 

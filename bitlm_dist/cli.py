@@ -99,13 +99,7 @@ def _evaluator(config: Config, split: str = "validation") -> Iterator[Callable[[
 
     assert config.data.path is not None
     byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths()
-    feed = Feed(
-        config.data.path,
-        split,
-        block=config.model.block_size,
-        sequence_length=config.data.sequence_length,
-        cache=config.data.cache,
-    )
+    feed = Feed.of_config(config, split)
     try:
         yield lambda model: asdict(score(model, feed, byte_lengths, config.evaluation, config.sampling))
     finally:

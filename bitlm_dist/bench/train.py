@@ -53,11 +53,7 @@ class StackRunner:
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
         self.log = MetricsLog(Path(self.folder.name), config.logging)
-        self.feed = None
-        if load.real:
-            assert config.data.path is not None
-            block, length = config.model.block_size, config.data.sequence_length
-            self.feed = Feed(config.data.path, "train", block=block, sequence_length=length, shuffle=config.data.shuffle)
+        self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
         self.step = 0
 
     def _batch(self) -> Batch:

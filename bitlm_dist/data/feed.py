@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bitlm_dist.config import Config
 from bitlm_dist.data.packing import Plan, assemble, pack
 from bitlm_dist.data.shards import Shards, read_manifest
 from bitlm_dist.model.language_model import Batch
@@ -44,6 +45,20 @@ class Feed:
         self._starts = [0]  # global number of each epoch's first sequence, as far as known
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._read = lru_cache(maxsize=64)(self._shards.tokens)
+
+    @classmethod
+    def of_config(cls, config: Config, split: str, shuffle: bool = False) -> "Feed":
+        """The feed of a config whose ``data.path`` is set; training passes ``data.shuffle``, evaluation reads as documents lie."""
+        assert config.data.path is not None
+        return cls(
+            config.data.path,
+            split,
+            block=config.model.block_size,
+            sequence_length=config.data.sequence_length,
+            seed=config.training.seed,
+            shuffle=shuffle,
+            cache=config.data.cache,
+        )
 
     def _make_plan(self, epoch: int) -> Plan:
         lengths = self._shards.lengths

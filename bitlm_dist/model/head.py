@@ -92,7 +92,7 @@ class Block(nn.Module):
         if before is not None:
             before.append(qkv)
             qkv = torch.cat(before, 1)
-        attended = in_block_attention(qkv, qkv.shape[1] if before is not None else x.shape[-2], causal)
+        attended = in_block_attention(qkv, qkv.shape[-4], causal)
         x = x + gate1 * self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2))
         gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
         return x + gate2 * self.down(F.silu(gate) * up)

@@ -55,15 +55,7 @@ class Trainer:
             raise UserError(
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
             )
-        self.feed = Feed(
-            config.data.path,
-            "train",
-            block=config.model.block_size,
-            sequence_length=config.data.sequence_length,
-            seed=config.training.seed,
-            shuffle=config.data.shuffle,
-            cache=config.data.cache,
-        )
+        self.feed = Feed.of_config(config, "train", config.data.shuffle)
         self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
         torch.manual_seed(config.training.seed)

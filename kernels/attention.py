@@ -80,7 +80,7 @@ def _visible(first: int, last: int, keys: int, block: int, document_ids: Tensor 
     """Mask of the queries at positions first..last-1 over ``keys`` keys: [B or 1, 1, last - first, keys]."""
     query = torch.arange(first, last, device=like.device)
     key = torch.arange(keys, device=like.device)
-    mask = (key[None, :] // block <= query[:, None] // block)[None, None]
+    mask = (key < (query // block * block + block)[:, None])[None, None]
     if document_ids is not None:
         mask = mask & (document_ids[:, None, first:last, None] == document_ids[:, None, None, :keys])
     return mask

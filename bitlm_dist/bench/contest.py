@@ -8,10 +8,11 @@ import multiprocessing
 import resource
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,12 +20,15 @@ from bitlm_dist.errors import UserError, silence_announcements
 from bitlm_dist.parallel import mesh
 
 
-class Runner(Protocol):
+class Runner(ABC):
     """One contender, ready to run."""
 
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to do
+        """What comes before every repeat and is timed apart from it, like reading a prompt."""
+
+    @abstractmethod
     def __call__(self) -> int:
         """Do one repeat -> tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -35,12 +39,22 @@ class Contender:
     arguments: tuple[Any, ...]
 
 
+class Sample(NamedTuple):
+    """One repeat."""
+
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    preparing: float  # seconds
+
+
 @dataclass(frozen=True)
 class Timing:
     """Tokens a second of each repeat, and the peak memory of the process (CPU) or of the device (CUDA), bytes."""
 
     rates: list[float]
     cpu_seconds_per_token: float
+    seconds_before: float  # median of what came before a repeat
     peak_bytes: int
 
     @property
@@ -70,7 +84,7 @@ def contest(contenders: Mapping[str, Contender], *, repeats: int, warmup: int = 
             theirs.close()
             children[name] = (process, ours)
             _receive(name, ours)  # built
-        samples: dict[str, list[tuple[int, float, float]]] = {name: [] for name in contenders}
+        samples: dict[str, list[Sample]] = {name: [] for name in contenders}
         for _ in range(warmup + repeats):
             for name, (_, connection) in children.items():
                 connection.send("run")
@@ -84,9 +98,13 @@ def contest(contenders: Mapping[str, Contender], *, repeats: int, warmup: int = 
                 process.kill()
 
 
-def _timing(samples: Sequence[tuple[int, float, float]], peak: int) -> Timing:
-    tokens = sum(count for count, _, _ in samples)
-    return Timing([count / seconds for count, seconds, _ in samples], sum(cpu for _, _, cpu in samples) / tokens, peak)
+def _timing(samples: Sequence[Sample], peak: int) -> Timing:
+    return Timing(
+        rates=[sample.tokens / sample.seconds for sample in samples],
+        cpu_seconds_per_token=sum(sample.cpu_seconds for sample in samples) / sum(sample.tokens for sample in samples),
+        seconds_before=statistics.median(sample.preparing for sample in samples),
+        peak_bytes=peak,
+    )
 
 
 def _ask(name: str, connection: Connection, what: str) -> Any:
@@ -121,15 +139,20 @@ def _serve(connection: Connection, contender: Contender) -> None:
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _timed(runner: Runner) -> tuple[int, float, float]:
-    on_gpu = mesh.device().type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-    began, cpu_began = time.perf_counter(), time.process_time()
+def _timed(runner: Runner) -> Sample:
+    entered = _now()
+    runner.prepare()
+    began, cpu_began = _now(), time.process_time()
     tokens = runner()
-    if on_gpu:
+    ended = _now()
+    return Sample(tokens, ended - began, time.process_time() - cpu_began, began - entered)
+
+
+def _now() -> float:
+    """Seconds, when the device has done all that it was given."""
+    if mesh.device().type == "cuda":
         torch.cuda.synchronize()
-    return tokens, time.perf_counter() - began, time.process_time() - cpu_began
+    return time.perf_counter()
 
 
 def _peak_bytes() -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
 from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
@@ -28,7 +29,7 @@ class Request:
     prompt: int
 
 
-class Writer:
+class Writer(Runner):
     """Writes the request with an untrained model: the cost does not depend on the weights."""
 
     def __init__(self, config: Config, request: Request) -> None:
@@ -37,15 +38,25 @@ class Writer:
         self.model = build_model(config, codes, eos=1).to(mesh.device()).eval()
         self.config, self.request = config, request
 
-    def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
+    def prepare(self) -> None:
+        """Read the prompt and write the first block."""
         request, m = self.request, self.model.block_size
         prompts = torch.full((request.batch, request.prompt // m * m), 2, device=mesh.device())
-        blocks = -(-request.tokens // m)
+        blocks = 1 + -(-request.tokens // m)
+        self._text = generate_batch(self.model, prompts, bos=0, blocks=blocks, sampling=self.config.sampling, seed=0)
+        self._next()
+
+    def __call__(self) -> int:
+        """See :class:`~bitlm_dist.bench.contest.Runner`: the blocks after the first."""
+        m, blocks = self.model.block_size, 0
+        while (block := self._next()) is not None:
+            assert block.shape == (self.request.batch, m)
+            blocks += 1
+        return self.request.batch * blocks * m
+
+    def _next(self) -> Tensor | None:
         with torch.autocast(mesh.device().type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
-            for block in generate_batch(self.model, prompts, bos=0, blocks=blocks, sampling=self.config.sampling, seed=0):
-                assert block.shape == (request.batch, m)
-        return request.batch * blocks * m
+            return next(self._text, None)
 
 
 def build_writer(config: Config, request: Request) -> Runner:

@@ -1,9 +1,9 @@
 """The same training step as anyone would write it in plain PyTorch: no Megatron, no counter-based noise, no data pipeline.
 
-What the stack costs is measured against it. The diffusion head is the same module, which is plain PyTorch already; the backbone is
-written anew and computes the same function, so a test can compare the two.
+What the stack costs is measured against it. The diffusion head is the same module, which is plain PyTorch already; the backbone's
+layer is the one that decoding runs.
 
-Legend: B batch, S sequence, D width, H query heads, G key-value heads, E width of a head.
+Legend: B batch, S sequence, D width.
 """
 
 import torch
@@ -15,31 +15,27 @@ from bitlm_dist.config import BackboneConfig, Config
 from bitlm_dist.diffusion.process import logit_normal
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.head import DiffusionHead
+from bitlm_dist.model.plain_layer import LayerWeights, layer, rotary
 
 
 class PlainLayer(nn.Module):
-    """Pre-norm attention with QK-norm and rotary positions, then SwiGLU."""
+    """The weights of :func:`bitlm_dist.model.plain_layer.layer`."""
 
     def __init__(self, b: BackboneConfig) -> None:
         super().__init__()
-        self.heads, self.groups, self.size = b.heads, b.kv_heads, b.head_width
-        self.norm1, self.norm2 = nn.RMSNorm(b.width, 1e-6), nn.RMSNorm(b.width, 1e-6)
-        self.q_norm, self.k_norm = nn.RMSNorm(b.head_width, 1e-6), nn.RMSNorm(b.head_width, 1e-6)
+        self.norm1, self.norm2 = nn.Parameter(torch.ones(b.width)), nn.Parameter(torch.ones(b.width))
+        self.q_norm, self.k_norm = nn.Parameter(torch.ones(b.head_width)), nn.Parameter(torch.ones(b.head_width))
         self.qkv = nn.Linear(b.width, (b.heads + 2 * b.kv_heads) * b.head_width, bias=False)
         self.out = nn.Linear(b.heads * b.head_width, b.width, bias=False)
         self.gate_up = nn.Linear(b.width, 2 * b.ffn_width, bias=False)
         self.down = nn.Linear(b.ffn_width, b.width, bias=False)
+        self.per_group = b.heads // b.kv_heads
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, D], cos and sin [S, E], mask [S, S] or [B, 1, S, S] -> [B, S, D]."""
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (-1, self.size)).transpose(1, 2)
-        q, k, v = qkv.split((self.heads, self.groups, self.groups), 1)
-        q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (z * cos + torch.cat((-z[..., self.size // 2 :], z[..., : self.size // 2]), -1) * sin for z in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.groups)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        gate, up = self.gate_up(self.norm2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+    def weights(self) -> LayerWeights:
+        """In the order that the function takes."""
+        qk_norm = torch.cat((self.q_norm.expand(self.per_group, -1), self.k_norm[None]))
+        out, gate_up, down = self.out.weight, self.gate_up.weight, self.down.weight
+        return LayerWeights(self.norm1, self.qkv.weight, qk_norm, out, self.norm2, gate_up, down)
 
 
 class PlainBackbone(nn.Module):
@@ -49,17 +45,21 @@ class PlainBackbone(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(PlainLayer(b) for _ in range(b.layers))
         self.norm = nn.RMSNorm(b.width, 1e-6)
-        self.block, self.base, self.size = block, b.rope_base, b.head_width
+        self.block, self.config = block, b
 
     def forward(self, x: Tensor, document_ids: Tensor) -> Tensor:
         """x [B, S, D], document_ids [B, S] -> [B, S, D]."""
-        place = torch.arange(x.shape[1], device=x.device)
-        angles = place[:, None] * self.base ** (-torch.arange(0, self.size, 2, device=x.device) / self.size)
-        angles = torch.cat((angles, angles), -1)
+        b, place = self.config, torch.arange(x.shape[1], device=x.device)
         mask = place[None, :] // self.block <= place[:, None] // self.block
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-        for layer in self.layers:
-            x = layer(x, angles.cos(), angles.sin(), mask)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=b.heads != b.kv_heads)
+
+        cos, sin = rotary(0, x.shape[1], b.rope_base, b.head_width, x.device)
+        for plain in self.layers:
+            assert isinstance(plain, PlainLayer)
+            x = layer(x, plain.weights(), cos, sin, attend, b.kv_heads)
         return self.norm(x)
 
 

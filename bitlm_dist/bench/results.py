@@ -14,7 +14,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import Flops, peak_flops
 from bitlm_dist.training.run_folder import environment
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def describe(timing: Timing, flops: Flops) -> dict[str, Any]:
     return {
         "tokens_per_second": {"median": timing.median, "lowest": low, "highest": high, "all": timing.rates},
         "cpu_seconds_per_token": timing.cpu_seconds_per_token,
+        "seconds_before": timing.seconds_before,
         "flops_per_token": {**asdict(flops), "total": flops.total},
         "flops_per_second": flops.total * timing.median,
         "mfu": None if peak is None else flops.total * timing.median / peak,
@@ -104,12 +105,14 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
     """Columns (one a side) and rows (one a measure) for the terminal."""
     sides, ratios = results.sides.values(), results.ratios
     rates = [side["tokens_per_second"] for side in sides]
+    before = [f"{1e3 * side['seconds_before']:,.0f}" for side in sides]
     mega = {part: [f"{side['flops_per_token'][part] / 1e6:,.2f}" for side in sides] for part in ("backbone", "head", "output")}
     rows = [
         ["tokens/s, median", *(f"{rate['median']:,.1f}" for rate in rates)],
         ["lowest … highest", *(f"{rate['lowest']:,.1f} … {rate['highest']:,.1f}" for rate in rates)],
         [f"{results.first} / this side", *(f"{ratios[name]:.2f}" if name in ratios else "" for name in results.sides)],
         ["CPU-ms a token", *(f"{1e3 * side['cpu_seconds_per_token']:.3f}" for side in sides)],
+        *([["ms to the first block", *before]] if results.kind == "generate" else []),
         *([f"MFLOP a token, {part}", *numbers] for part, numbers in mega.items()),
         ["GFLOP/s", *(f"{side['flops_per_second'] / 1e9:,.1f}" for side in sides)],
         ["MFU", *("peak not known" if side["mfu"] is None else f"{100 * side['mfu']:.1f} %" for side in sides)],

@@ -42,7 +42,7 @@ def synthetic_batch(config: Config, vocabulary: int, number: int, device: torch.
     return Batch(tokens.to(device), torch.zeros_like(tokens, device=device), torch.arange(sequences, device=device))
 
 
-class StackRunner:
+class StackRunner(Runner):
     """Steps through this project's own path: feed, loss, optimizers, metrics."""
 
     def __init__(self, config: Config, load: Load) -> None:
@@ -71,7 +71,7 @@ class StackRunner:
         return self.load.steps * self.config.training.global_batch_tokens
 
 
-class PlainRunner:
+class PlainRunner(Runner):
     """The same steps in plain PyTorch on one batch that lies ready."""
 
     def __init__(self, config: Config, load: Load) -> None:

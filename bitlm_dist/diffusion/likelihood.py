@@ -61,7 +61,7 @@ def bound(denoise: Denoiser, clean: Tensor, *, strata: int, source: Source, vali
         drawn = source.at(step=stratum)
         g = (stratum + drawn.uniforms(noise.TIME, 1)) * (G_MAX / strata)
         eps = drawn.normals(noise.NOISE, clean[0].numel()).view(clean.shape)
-        t = (1 / (1 + g)).expand(clean.shape[:-1])
+        t = 1 / (1 + g)  # [N, 1]
         denoised = denoise(add_noise(clean, eps, t), t)
         nats = nats + G_MAX / strata * g * (clean - denoised).square().sum(-1)
         accuracy.append((sign(denoised) == clean).float().mean(-1)[valid].mean())

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CPU_SLICE, GPU_SLICE = 2**18, 2**27  # logits of a slice
+RAREST = 1e-30  # least probability of a pattern: it and its reciprocal are fp32 numbers
 
 
 def _slice_rows(raw: Tensor) -> int:
@@ -115,20 +116,43 @@ def mixture_nll(raw: Tensor, field: Tensor | None, index: Tensor, surplus: Tenso
     return out
 
 
+def pattern_probabilities(raw: Tensor, surplus: Tensor) -> tuple[Tensor, Tensor]:
+    """Raw output [T, R(1 + G·P)] -> mixture logits [T, R] and the probability of every pattern [T, G, R, P].
+
+    Probabilities are at least ``RAREST``, so that bits which the channel leaves no doubt about are read as they are, however
+    unlikely the model finds them.
+    """
+    weights, logits = split(raw, raw.shape[-1] // (1 + surplus.numel()), surplus)
+    return weights, logits.softmax(-1).clamp_min_(RAREST).transpose(-2, -3)
+
+
+def posterior_marginals(weights: Tensor, patterns: Tensor, field: Tensor, surplus: Tensor) -> Tensor:
+    """Posterior probability of every pattern, components summed: [T, G, P].
+
+    With p the pattern probabilities and f the field, s_kg = Σ_y p_kgy exp(f_gy) is group g's evidence for component k,
+    r ~ w Π_g s_kg are the responsibilities, and the marginal of y is exp(f_gy) Σ_k r_k p_kgy / s_kg. The products over patterns
+    are matrix products, and the prior's exponentials are shared by all noise levels.
+
+    Args:
+        weights, patterns: of :func:`pattern_probabilities`.
+        field: <lambda_g, phi_p> of the noisy bits, [T, G, P].
+        surplus: [G, P], see :func:`split`.
+    """
+    likely = (field + surplus).softmax(-1)
+    given = torch.matmul(patterns, likely.unsqueeze(-1)).squeeze(-1)  # [T, G, R]
+    r = (weights + given.log().sum(-2)).softmax(-1)
+    return likely * torch.matmul((r.unsqueeze(-2) / given).unsqueeze(-2), patterns).squeeze(-2)
+
+
 @torch.no_grad()
 def mixture_marginals(raw: Tensor, field: Tensor, surplus: Tensor) -> Tensor:
-    """Posterior probability of every pattern, components summed: arguments as in :func:`mixture_nll` -> [T, G, P].
+    """:func:`posterior_marginals` from the raw output, arguments as in :func:`mixture_nll` -> [T, G, P].
 
     Not differentiable: as an input feature it is a constant, and as A0_hat it is only sampled or scored.
     """
-    components = raw.shape[-1] // (1 + surplus.numel())
     out = torch.empty_like(field)
     rows = _slice_rows(raw)
     for first in range(0, raw.shape[0], rows):
         part = slice(first, first + rows)
-        weights, logits = split(raw[part], components, surplus)
-        prior_sum = logits.logsumexp(-1)
-        posterior_sum, posterior = _normalised(logits + field[part].unsqueeze(-3))
-        r = (weights + (posterior_sum - prior_sum).sum(-1)).softmax(-1)
-        torch.matmul(r.unsqueeze(-2), posterior.flatten(-2), out=out[part].flatten(-2).unsqueeze(-2))
+        out[part] = posterior_marginals(*pattern_probabilities(raw[part], surplus), field[part], surplus)
     return out

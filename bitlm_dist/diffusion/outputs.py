@@ -7,6 +7,8 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, R mixture compon
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -14,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.diffusion import losses
-from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, split
+from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, pattern_probabilities, posterior_marginals, split
 from bitlm_dist.diffusion.process import channel_field
+
+Reader = Callable[[Tensor, Tensor], Tensor]
 
 
 class Output(Protocol):
@@ -34,6 +38,10 @@ class Output(Protocol):
 
     def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """The posterior as features [N, M, evidence_size] for the head's input."""
+        ...
+
+    def reader(self, raw: Tensor) -> Reader:
+        """:meth:`evidence` of one ``raw`` for many noise levels: (noisy, t) -> features."""
         ...
 
     def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
@@ -83,6 +91,10 @@ class BitOutput:
     def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """See :class:`Output`."""
         return self.denoise(raw, noisy, t)
+
+    def reader(self, raw: Tensor) -> Reader:
+        """See :class:`Output`."""
+        return partial(self.denoise, raw)
 
     def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
         """See :class:`Output`; at pure noise the channel adds nothing."""
@@ -139,6 +151,17 @@ class MixtureOutput(nn.Module):
         """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P], without gradient."""
         marginals = mixture_marginals(raw.flatten(0, -2), self._field(noisy, t), self.surplus)
         return marginals.flatten(-2).view(*raw.shape[:-1], -1)
+
+    @torch.no_grad()
+    def reader(self, raw: Tensor) -> Reader:
+        """See :class:`Output`; keeps the pattern probabilities, as large as ``raw``."""
+        weights, patterns = pattern_probabilities(raw.flatten(0, -2), self.surplus)
+
+        def read(noisy: Tensor, t: Tensor) -> Tensor:
+            marginals = posterior_marginals(weights, patterns, self._field(noisy, t), self.surplus)
+            return marginals.flatten(-2).view(*raw.shape[:-1], -1)
+
+        return read
 
     def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """See :class:`Output`: the posterior mean, bounded by construction; without gradient."""

@@ -12,35 +12,46 @@ from torch import Tensor
 
 from bitlm_dist.diffusion.outputs import Output
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy [N, M, K], t that broadcasts to [N, M] -> A0_hat
 Watcher = Callable[[int, Tensor], None]
 SDE_END = 0.05  # Euler-Maruyama stops here; one exact step does the rest
 
 
 @dataclass(frozen=True)
 class Known:
-    """Tokens that the prompt fixes: bits [N, M, K] where mask [N, M].
+    """Tokens that the prompt fixes: bits [N, M, K] where mask [N, M]; no mask: none.
 
     They are put in clean at every step. A head trained with per-token noise is told so (t = 0 at them); a head that only knows
     one time a block gets the block's.
     """
 
     bits: Tensor
-    mask: Tensor
+    mask: Tensor | None
     clean_time: bool
 
     def put(self, bits: Tensor) -> Tensor:
         """``bits`` with the known tokens in their places."""
-        return torch.where(self.mask.unsqueeze(-1), self.bits, bits)
+        return bits if self.mask is None else torch.where(self.mask.unsqueeze(-1), self.bits, bits)
 
-    def time(self, t: Tensor) -> Tensor:
-        """The times that the head is told."""
-        return t.masked_fill(self.mask, 0.0) if self.clean_time else t
+    def time(self, t: float) -> Tensor:
+        """The times that the head is told: [N, M], or one for all [1, 1]."""
+        if self.mask is None:
+            return torch.full((1, 1), t, device=self.bits.device)
+        level = torch.full(self.mask.shape, t, device=self.bits.device)
+        return level.masked_fill_(self.mask, 0.0) if self.clean_time else level
+
+    def count(self) -> int:
+        """How many tokens are known in every block."""
+        return 0 if self.mask is None else int(self.mask.flatten(0, -2).all(0).sum())
+
+    def open(self, bits: Tensor) -> Tensor:
+        """Those of ``bits`` that are not known."""
+        return bits if self.mask is None else bits[~self.mask]
 
     @classmethod
     def none(cls, like: Tensor) -> "Known":
-        """No token known, for bits of the shape of ``like`` [N, M, K]."""
-        return cls(like, torch.zeros(like.shape[:-1], dtype=torch.bool, device=like.device), clean_time=False)
+        """No token known; ``like`` tells the device."""
+        return cls(like, None, clean_time=False)
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,7 @@ def sign(bits: Tensor) -> Tensor:
 
 
 def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
-    """Classifier-free guidance u + s·(c - u), both on the same noise; s = 1 is no guidance and calls only ``conditional``."""
-    if scale == 1.0:
-        return conditional
+    """Classifier-free guidance u + s·(c - u), both on the same noise."""
 
     def denoise(noisy: Tensor, t: Tensor) -> Tensor:
         u = unconditional(noisy, t)
@@ -90,11 +99,10 @@ def ode_sample(
     """
     noisy = start
     for k in range(steps, 0, -1):
-        t = known.time(torch.full(start.shape[:-1], k / steps, device=start.device))
-        denoised = known.put(denoise(known.put(noisy), t))
+        denoised = known.put(denoise(known.put(noisy), known.time(k / steps)))
         if watch:
             watch(steps - k + 1, denoised)
-        if k == 1 or (confidence is not None and bool((denoised.abs() >= confidence)[~known.mask].all())):
+        if k == 1 or (confidence is not None and bool((known.open(denoised).abs() >= confidence).all())):
             break
         shrink = (k - 1) / k
         noisy = shrink * noisy + (1 - shrink) * denoised
@@ -122,8 +130,7 @@ def sde_sample(
     times = torch.linspace(1.0, SDE_END, steps).tolist()
     noisy = start
     for number, (t, following) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
-        level = known.time(torch.full(start.shape[:-1], t, device=start.device))
-        denoised = known.put(denoise(known.put(noisy), level))
+        denoised = known.put(denoise(known.put(noisy), known.time(t)))
         if watch:
             watch(number + 1, denoised)
         if number == 0 or following == 0.0:
@@ -158,7 +165,7 @@ def sequential_sample(
         known, watch: as in :func:`ode_sample`.
     """
     tokens = start.shape[-2]
-    first = int(known.mask.flatten(0, -2).all(0).sum())  # the prompt's tokens open the block
+    first = known.count()  # the prompt's tokens open the block
     bits = known.put(start)
     place = torch.arange(tokens, device=start.device)
     for i in range(first, tokens):

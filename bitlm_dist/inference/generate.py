@@ -68,12 +68,9 @@ def sample_block(
             known=known,
             watch=watch,
         )
-    null = head.unconditional(context)
-    denoise = guided(
-        lambda noisy, t: head.denoise(noisy, t, context),
-        lambda noisy, t: head.denoise(noisy, t, null),
-        sampling.guidance,
-    )
+    denoise = head.denoiser(context)
+    if sampling.guidance != 1:
+        denoise = guided(denoise, head.denoiser(head.unconditional(context)), sampling.guidance)
     start = start * sampling.temperature
     if sampling.sampler == "sde":
         sampled = sde_sample(denoise, start, sampling.steps, lambda step: normal(2 + step), known=known, watch=watch)
@@ -156,7 +153,7 @@ def generate_batch(
     prefix = torch.cat((prompts.new_full((len(prompts), m), bos), prompts[:, :complete]), 1)
     row = torch.arange(len(prompts), device=prompts.device)
     fresh, fixed = prefix, prompts[:, complete:]
-    with model.backbone.decoding() if cached else nullcontext():
+    with model.decoding() if cached else nullcontext():
         for number in range(blocks):
             began = time.perf_counter()
             hidden = model.hidden(fresh if cached else prefix)[:, -m:]

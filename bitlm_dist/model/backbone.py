@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitlm_dist.model.block_attention import BlockCausalAttention, KeyValueCache
+from bitlm_dist.model.block_attention import BlockCausalAttention
+from bitlm_dist.model.decoding import Decoder
 from bitlm_dist.parallel import mesh
 
 if TYPE_CHECKING:
@@ -123,30 +124,26 @@ class Backbone(nn.Module):
         self.rotary = RotaryEmbedding(
             model.backbone.head_width, 1.0, rotary_base=model.backbone.rope_base, use_cpu_initialization=True
         )
-        self._decoded = 0
+        self._model = model
+        self._decoder: Decoder | None = None
 
     def forward(self, embedded: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """embedded [B, S, D], document_ids [B, S] or None -> hidden states [B, S, D] after the final norm.
 
         S is a multiple of the block size. Inside :meth:`decoding`, the S tokens continue those of the calls before.
         """
-        positions = self.rotary(embedded.shape[1], offset=self._decoded)
-        hidden = self.block(embedded.transpose(0, 1).contiguous(), document_ids, rotary_pos_emb=positions)
-        if self._attentions()[0].cache is not None:
-            self._decoded += embedded.shape[1]
+        if self._decoder is not None:
+            assert document_ids is None, "decoding reads one document a row"
+            return self._decoder(embedded)
+        positions = self.rotary(embedded.shape[1])
+        hidden: Tensor = self.block(embedded.transpose(0, 1).contiguous(), document_ids, rotary_pos_emb=positions)
         return hidden.transpose(0, 1)
-
-    def _attentions(self) -> list[BlockCausalAttention]:
-        return [layer.self_attention.core_attention for layer in self.block.layers]
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """While open, every forward call appends to a key-value cache and attends to all that came before."""
-        for attention in self._attentions():
-            attention.cache = KeyValueCache()
+        self._decoder = Decoder(self.block, self._model)
         try:
             yield
         finally:
-            self._decoded = 0
-            for attention in self._attentions():
-                attention.cache = None
+            self._decoder = None

@@ -3,6 +3,9 @@
 Legend: B batch, S sequence, K bits, D width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +51,12 @@ class BitLM(LanguageModel):
     def parts(self) -> dict[str, nn.Module]:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
         return {"backbone": self.backbone, "head": self.head, "input": self.embedding}
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+        with super().decoding(), self.head.decoding():
+            yield
 
     def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
         """Sum of the loss over the batch's valid tokens, a mean over draws and bits; divide by the global count of valid tokens.

@@ -7,7 +7,8 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the b
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.config import Config
-from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
+from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output, Reader
+from bitlm_dist.diffusion.sampler import Denoiser
 from bitlm_dist.kernels import in_block_attention
-from bitlm_dist.kernels.few_rows import Linear
+from bitlm_dist.kernels.few_rows import Linear, linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
 
 TIME_FEATURES = 256
@@ -27,14 +29,14 @@ TIME_FEATURES = 256
 class Context:
     """What the head needs of the hidden states, computed once for all noise draws and denoising steps."""
 
-    states: Tensor  # [N, M, D]
     condition: Tensor  # [N, M, W]
     logits: Tensor | None  # [N, M, size] of the output law
+    readout: tuple[Tensor, Tensor]  # of the head's last features: weight [size, W], bias [size]
 
     def broadcast(self, draws: int) -> "Context":
         """The same context for several draws: [draws, N, M, ...]."""
         logits = None if self.logits is None else self.logits.expand(draws, *self.logits.shape)
-        return Context(self.states.expand(draws, *self.states.shape), self.condition.expand(draws, *self.condition.shape), logits)
+        return Context(self.condition.expand(draws, *self.condition.shape), logits, self.readout)
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,15 @@ def time_features(t: Tensor) -> Tensor:
 
 
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+    """norm(x)·(1 + scale) + shift."""
+    normed = F.layer_norm(x, x.shape[-1:])
+    return torch.addcmul(normed + shift, normed, scale)
+
+
+def finish(x: Tensor, modulation: Tensor, logits: Tensor | None, readout: tuple[Tensor, Tensor]) -> Tensor:
+    """The last layer: x [N, M, W], its modulation [N, M, 2W], logits and read-out of the context -> raw output [N, M, size]."""
+    out = linear(_modulated(x, *modulation.chunk(2, -1)), *readout)
+    return out if logits is None else out + logits
 
 
 class Block(nn.Module):
@@ -93,9 +103,9 @@ class Block(nn.Module):
             before.append(qkv)
             qkv = torch.cat(before, 1)
         attended = in_block_attention(qkv, qkv.shape[-4], causal)
-        x = x + gate1 * self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2))
+        x = torch.addcmul(x, gate1, self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2)))
         gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
-        return x + gate2 * self.down(F.silu(gate) * up)
+        return torch.addcmul(x, gate2, self.down(F.silu(gate) * up))
 
 
 def _ahead(block: int, width: int) -> nn.ModuleList:
@@ -135,6 +145,7 @@ class DiffusionHead(nn.Module):
         # What the backbone learns of the output law at every step, the head need not learn again.
         self.final = Linear(width, backbone_width if head.shared_readout else self.output.size)
         self.shared_readout = head.shared_readout
+        self._readout: tuple[Tensor, Tensor] | None = None  # while decoding
         for layer in (*self.modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -148,7 +159,8 @@ class DiffusionHead(nn.Module):
             hidden = hidden + torch.stack([look(last) for look in self.ahead], -2)
         if self.positions is not None:
             hidden = hidden + self.positions
-        return Context(hidden, self.context_in(hidden), None if self.context_out is None else self.context_out(hidden))
+        logits = None if self.context_out is None else self.context_out(hidden)
+        return Context(self.context_in(hidden), logits, self._make_readout() if self._readout is None else self._readout)
 
     def next_logits(self, states: Tensor) -> Tensor:
         """States C [..., D] -> context logits [..., size] of the one token after each: place 0 of a block that begins there."""
@@ -165,13 +177,17 @@ class DiffusionHead(nn.Module):
         null = self.null.expand(*context.condition.shape[:-1], -1)
         return self.read(null)
 
-    def forward(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
-        """noisy [N, M, K], t [N, M] -> raw output [N, M, size] for ``self.output``."""
+    def forward(self, noisy: Tensor, t: Tensor, context: Context, reader: Reader | None = None) -> Tensor:
+        """noisy [N, M, K], t that broadcasts to [N, M] -> raw output [N, M, size] for ``self.output``.
+
+        Args:
+            reader: that of the context's logits, where it is used more than once.
+        """
         x = self.bits_in(noisy)
         if self.evidence_in is not None:
             assert context.logits is not None
             with exact(noisy):
-                evidence = self.output.evidence(context.logits, noisy, t)
+                evidence = self.output.evidence(context.logits, noisy, t) if reader is None else reader(noisy, t)
             x = x + self.evidence_in(evidence)
         return self._transform(x, t, context, causal=False)
 
@@ -196,33 +212,52 @@ class DiffusionHead(nn.Module):
         return raw
 
     def modulate(self, t: Tensor, context: Context) -> Modulation:
-        """Time t [N, M] or [1, 1] and context -> what modulates every layer."""
+        """Time t, which broadcasts to [N, M], and context -> what modulates every layer."""
         y = F.silu(self.time_in(time_features(t)) + context.condition)
         return Modulation(y, [layer(y) for layer in self.modulations], self.final_modulation(y))
 
     def _transform(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
-        """Input x [N, M, W] at time t [N, M] or [1, 1] -> raw output [N, M, size]."""
+        """Input x [N, M, W] at time t -> raw output [N, M, size]."""
         modulation = self.modulate(t, context)
         if self.places is not None:
             x = x + modulation.y + self.places
         for number, block in enumerate(self.blocks):
             x = block(x, modulation.of_layer(number, len(self.blocks)), causal)
-        return self.finish(x, modulation.final, context.states, context.logits)
+        return finish(x, modulation.final, context.logits, context.readout)
 
-    def finish(self, x: Tensor, modulation: Tensor, states: Tensor, logits: Tensor | None) -> Tensor:
-        """The last layer: x [N, M, W], its modulation [N, M, 2W], states and logits of the context -> raw output [N, M, size]."""
-        out: Tensor = self.final(_modulated(x, *modulation.chunk(2, -1)))
-        if self.shared_readout:
-            assert self.context_out is not None
-            raw: Tensor = self.context_out(states + out)
-            return raw
-        return out if logits is None else out + logits
+    def _make_readout(self) -> tuple[Tensor, Tensor]:
+        """The map from the last features to the output law.
 
-    def denoise(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
-        """A0_hat [N, M, K]."""
-        raw = self(noisy, t, context)
+        A shared read-out, context_out(state + final(x)), is linear: the state's logits are there already, the product of the two
+        matrices is small, and no token takes the detour over D.
+        """
+        if not self.shared_readout:
+            return self.final.weight, self.final.bias
+        assert self.context_out is not None
+        return self.context_out.weight @ self.final.weight, F.linear(self.final.bias, self.context_out.weight)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """While open, no weight may change: what depends on weights alone is computed once."""
+        self._readout = self._make_readout()
+        try:
+            yield
+        finally:
+            self._readout = None
+
+    def denoise(self, noisy: Tensor, t: Tensor, context: Context, reader: Reader | None = None) -> Tensor:
+        """A0_hat [N, M, K]; arguments as in :meth:`forward`."""
+        raw = self(noisy, t, context, reader)
         with exact(noisy):
             return self.output.denoise(raw, noisy, t)
+
+    def denoiser(self, context: Context) -> Denoiser:
+        """(noisy, t) -> A0_hat, for the many steps of a sampler."""
+        reader = None
+        if self.evidence_in is not None:
+            assert context.logits is not None
+            reader = self.output.reader(context.logits)
+        return lambda noisy, t: self.denoise(noisy, t, context, reader)
 
 
 class ChainDecoder:
@@ -233,7 +268,7 @@ class ChainDecoder:
 
     def __init__(self, head: DiffusionHead, context: Context) -> None:
         self._head, self._context = head, context
-        self._modulation = head.modulate(context.states.new_ones(1, 1), context)
+        self._modulation = head.modulate(context.condition.new_ones(1, 1), context)
         self._before: list[list[Tensor]] = [[] for _ in head.blocks]
         self._done = 0
 
@@ -253,7 +288,7 @@ class ChainDecoder:
         for number, (block, before) in enumerate(zip(head.blocks, self._before, strict=True)):
             x = block(x, modulation.of_layer(number, len(head.blocks))[:, here], True, before)
         logits = None if self._context.logits is None else self._context.logits[:, here]
-        return head.finish(x, modulation.final[:, here], self._context.states[:, here], logits)[:, 0]
+        return finish(x, modulation.final[:, here], logits, self._context.readout)[:, 0]
 
 
 def make_output(config: Config, bits: int) -> Output:

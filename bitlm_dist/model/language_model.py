@@ -4,6 +4,8 @@ Legend: B batch, S sequence, N blocks a sequence, M tokens a block, K bits, D wi
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +80,12 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts by the name that reports give them."""
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """While open, :meth:`hidden` continues the tokens of the calls before, and no weight may change."""
+        with self.backbone.decoding():
+            yield
 
     def targets(self, batch: Batch, hidden: Tensor) -> Targets:
         """Pick the blocks that carry loss, each with the states of the block before it (one-block shift)."""

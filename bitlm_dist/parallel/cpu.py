@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from bitlm_dist.kernels import few_rows
-
 MEGATRON_TESTED = ((0, 16, 1), (0, 20, 0))  # first tested version, first version not tested
 
 # Megatron imports these inside functions: they must be loaded before the stand-in is installed.
@@ -82,7 +80,7 @@ def _torch_stand_in() -> types.ModuleType:
         random=_Overlay(torch.cuda.random, **generator),
         **generator,
     )
-    return _Overlay(torch, cuda=cuda, matmul=few_rows.matmul, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+    return _Overlay(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
 
 
 def _check_version() -> None:

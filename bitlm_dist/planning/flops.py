@@ -50,6 +50,9 @@ def training_flops(config: Config, bits: int, vocabulary: int) -> Flops:
     if diffusion.next_token and m > 1 and config.model.output == "bits":
         width = config.model.backbone.width
         output += 2.0 * width * (make_output(config, bits).size + (width if config.head.context_ahead else 0))
+    if config.head.shared_readout and config.model.output == "bits":  # the product of its two matrices, once a microbatch
+        tokens = config.parallel.microbatch * length or config.training.global_batch_tokens
+        output += 2.0 * make_output(config, bits).size * config.model.backbone.width * config.head.width / tokens
     return Flops(*(part * (1 + BACKWARD) for part in (forward.backbone, forward.head, output, forward.input)))
 
 
@@ -72,12 +75,10 @@ def _forward(config: Config, bits: int, vocabulary: int, denoised: int, chained:
     output = make_output(config, bits)
     block = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m  # maps, then scores and values over the block
     each = head.modulations * 6 * w * w + 2 * w * w + head.layers * block
-    each += w * width if head.shared_readout else 0
     noisy_in = bits * w + TIME_FEATURES * w + w * w + (w * output.evidence_size if head.posterior_input else 0)
     clean_in = bits * w + w * w
     context = width * w + (width * width if head.context_ahead and m > 1 else 0)
-    law = output.size * (denoised + chained) * (width if head.shared_readout else w)
-    law += width * output.size if head.context_logits else 0
+    law = output.size * ((denoised + chained) * w + (width if head.context_logits else 0))
     read = 0.0 if config.model.input == "table" else 2.0 * width * (bits + width)
     passes = denoised * (each + noisy_in) + chained * (each + clean_in)
     return Flops(backbone, 2.0 * (passes + context), 2.0 * law, read)

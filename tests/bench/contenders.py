@@ -1,7 +1,9 @@
 """Contenders for test_bench.py, in a module of their own so that spawned processes can import them."""
 
+from bitlm_dist.bench.contest import Runner
 
-class Counter:
+
+class Counter(Runner):
     """Leaves its name in a file at every repeat."""
 
     def __init__(self, order, name):

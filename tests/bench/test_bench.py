@@ -53,7 +53,7 @@ def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, pr
     assert plot.read_text().startswith("<?xml")
     assert "tokens/s, median" in run("bench", "show", out, "--plot", tmp_path / "again.png")
     out.write_text(json.dumps({**found, "version": 99}))
-    with pytest.raises(UserError, match=r"holds results of version 99, this program reads 1: run the bench again"):
+    with pytest.raises(UserError, match=r"holds results of version 99, this program reads 2: run the bench again"):
         read_results(out)
 
 
@@ -62,6 +62,7 @@ def test_generate_bench_takes_several_samplers(tiny):
     found = json.loads(run(*words, "--sampler", "sequential", "--sampler", "ode:3", "--repeats", "1", "--json"))
     assert list(found["sides"]) == ["bits sequential", "bits ode:3", "softmax"]
     assert set(found["ratio_tokens_per_second"]) == {"bits ode:3", "softmax"}
+    assert all(side["seconds_before"] > 0 for side in found["sides"].values())
 
 
 BAD = [
@@ -94,7 +95,7 @@ def test_bad_benches_are_refused_in_one_line(words, message, tiny):
     ("content", "message"),
     [
         ("{}", "holds no bench results"),
-        ('{"version": 1}', "lacks environment, first, kind"),
+        ('{"version": 2}', "lacks environment, first, kind"),
         ("x", "holds no JSON"),
         (None, "cannot be read"),
     ],

@@ -5,37 +5,32 @@ from bitlm_dist.bench.plain import PlainBackbone
 from bitlm_dist.model.backbone import Backbone
 
 
-def copy_weights(plain: PlainBackbone, backbone: Backbone, heads: int, groups: int, size: int) -> None:
-    """Megatron keeps queries, keys and values of a group together; the plain model all queries first."""
-    per_group = heads // groups
+def copy_weights(plain: PlainBackbone, backbone: Backbone) -> None:
     for ours, layer in zip(plain.layers, backbone.block.layers, strict=True):
         attention, mlp = layer.self_attention, layer.mlp
-        packed = attention.linear_qkv.weight.detach().view(groups, per_group + 2, size, -1)
-        parts = packed.split((per_group, 1, 1), 1)
-        ours.qkv.weight.data = torch.cat([part.flatten(0, 2) for part in parts])
-        ours.out.weight.data = attention.linear_proj.weight.detach()
-        ours.gate_up.weight.data = mlp.linear_fc1.weight.detach()
-        ours.down.weight.data = mlp.linear_fc2.weight.detach()
         for mine, theirs in (
-            (ours.norm1, layer.input_layernorm),
-            (ours.norm2, layer.pre_mlp_layernorm),
-            (ours.q_norm, attention.q_layernorm),
-            (ours.k_norm, attention.k_layernorm),
+            (ours.norm1, layer.input_layernorm.weight),
+            (ours.qkv.weight, attention.linear_qkv.weight),
+            (ours.q_norm, attention.q_layernorm.weight),
+            (ours.k_norm, attention.k_layernorm.weight),
+            (ours.out.weight, attention.linear_proj.weight),
+            (ours.norm2, layer.pre_mlp_layernorm.weight),
+            (ours.gate_up.weight, mlp.linear_fc1.weight),
+            (ours.down.weight, mlp.linear_fc2.weight),
+            (plain.norm.weight, backbone.block.final_layernorm.weight),
         ):
-            mine.weight.data = theirs.weight.detach()
-    plain.norm.weight.data = backbone.block.final_layernorm.weight.detach()
+            mine.data = theirs.detach()
 
 
 @pytest.mark.parametrize("attention", ["block", "causal"])
 def test_plain_backbone_computes_what_megatrons_does(attention, tiny_model, seed):
     """The bench compares two ways of computing one function, and each is a witness for the other."""
     model = tiny_model("--model.attention", attention, "--diffusion.next_token", "0")
-    b = model.config.model.backbone
     for parameter in model.backbone.parameters():
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)  # norms that are not one show which goes where
-    plain = PlainBackbone(b, 4 if attention == "block" else 1)
-    copy_weights(plain, model.backbone, b.heads, b.kv_heads, b.head_width)
+    plain = PlainBackbone(model.config.model.backbone, 4 if attention == "block" else 1)
+    copy_weights(plain, model.backbone)
     x, ids = torch.randn(2, 32, 32), torch.tensor([[0] * 12 + [1] * 20] * 2)
     torch.testing.assert_close(plain(x, ids), model.backbone(x, ids), rtol=1e-4, atol=1e-4)
 
@@ -46,9 +41,8 @@ def test_plain_and_stack_losses_have_the_same_mean(tiny_model, seed):
     from bitlm_dist.model.language_model import Batch, target_mask
 
     model = tiny_model("--data.sequence_length", "512", "--training.global_batch_tokens", "512")
-    b = model.config.model.backbone
     plain = PlainBitLM(model.config, model.codes)
-    copy_weights(plain.backbone, model.backbone, b.heads, b.kv_heads, b.head_width)
+    copy_weights(plain.backbone, model.backbone)
     plain.embedding.load_state_dict(model.embedding.state_dict())
     plain.head.load_state_dict(model.head.state_dict())
     tokens = torch.randint(2, 300, (16, 512))

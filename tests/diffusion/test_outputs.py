@@ -62,6 +62,17 @@ def test_mixture_gradient_equals_finite_differences_of_the_enumeration(shape, pu
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bits_without_doubt_are_read_as_they_are_however_unlikely(seed):
+    """A model that gives the true pattern no fp32 probability at all, and a channel that leaves no doubt about it."""
+    law = MixtureOutput(6, 3, 2)
+    clean = torch.randn(1, 1, 6).sign()
+    raw = torch.zeros(1, 1, law.size)
+    logits = raw[..., law.components :].view(law.components, law.groups, -1)
+    logits[:] = 200.0 * (torch.arange(8) != ((clean.view(2, 1, 3) > 0) * 2 ** torch.arange(3)).sum(-1)).float()
+    for t in (0.01, 0.03):
+        torch.testing.assert_close(law.denoise(raw, clean, torch.full((1, 1), t)), clean)
+
+
 def test_slices_do_not_change_the_result(seed, monkeypatch):
     from bitlm_dist.diffusion import mixture
 

@@ -99,4 +99,3 @@ def test_guidance_is_u_plus_s_times_the_difference():
     )
     out = guided(c, u, 9.0)(torch.zeros(1), torch.zeros(1))
     assert out.item() == pytest.approx(0.2 + 9 * 0.3)
-    assert guided(c, u, 1.0) is c

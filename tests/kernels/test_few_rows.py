@@ -1,6 +1,13 @@
 import pytest
 import torch
-from bitlm_dist.kernels.few_rows import Linear, matmul
+from bitlm_dist.kernels import few_rows
+from bitlm_dist.kernels.few_rows import Linear, matmul, rms_norm
+
+
+@pytest.fixture(params=[1, few_rows.LARGE], autouse=True)
+def large(request, monkeypatch):
+    """Every matrix counts as large, or none of these small ones."""
+    monkeypatch.setattr(few_rows, "LARGE", request.param)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 16), (4, 1, 16), (2, 2, 16), (3, 16), (9, 16), (2, 5, 16)])
@@ -11,6 +18,24 @@ def test_products_are_torchs(shape, grad, seed):
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(matmul(a, weight.t()), torch.matmul(a, weight.t()))
         torch.testing.assert_close(layer(a), torch.nn.functional.linear(a, layer.weight, layer.bias))
+
+
+def test_a_product_of_a_product_is_torchs(seed):
+    """The first one's memory order must not matter to the second."""
+    a, first, second = torch.randn(4, 16), torch.randn(24, 16), torch.randn(8, 24)
+    with torch.no_grad():
+        ours = matmul(matmul(a, first.t()), second.t())
+    torch.testing.assert_close(ours, a @ first.t() @ second.t(), rtol=1e-4, atol=1e-4)
+    assert ours.is_contiguous()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("heads", [(), (3,)])
+def test_rms_norm_is_the_formula(grad, heads, seed):
+    x, weight = torch.randn(2, 5, 3, 16), torch.randn(*heads, 16)
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(rms_norm(x, weight).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_reach_input_and_weight(seed):

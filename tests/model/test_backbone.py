@@ -39,8 +39,6 @@ def test_blocks_of_one_token_are_a_causal_language_model(tiny_model, seed):
     model = tiny_model("--model.block_size", "1")
 
     class Causal(torch.nn.Module):
-        cache = None
-
         def forward(self, query, key, value, *unused, **unused_too):
             q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
             out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)

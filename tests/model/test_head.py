@@ -3,7 +3,7 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import ChainDecoder
+from bitlm_dist.model.head import ChainDecoder, finish
 
 
 def head_of(tiny, *overrides):
@@ -24,6 +24,39 @@ def test_an_untrained_head_returns_the_context_logits(tiny, seed):
     head = head_of(tiny)
     context = head.read(torch.randn(6, 4, 32))
     torch.testing.assert_close(head(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.logits)
+
+
+def test_a_shared_readout_reads_state_and_correction_with_one_map(tiny_model, seed):
+    """context_out(state + final(x)), written out; the head never forms the sum."""
+    head = tiny_model().head
+    hidden, x, modulation = torch.randn(6, 4, 32), torch.randn(6, 4, head.final.in_features), torch.randn(6, 4, 2)
+    context = head.read(hidden)
+    shift, scale = (part.expand_as(x) for part in modulation.chunk(2, -1))
+    states = hidden + torch.stack([look(hidden[:, -1]) for look in head.ahead], 1) + head.positions
+    normed = torch.nn.functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+    raw = finish(x, torch.cat((shift, scale), -1), context.logits, context.readout)
+    torch.testing.assert_close(raw, head.context_out(states + head.final(normed)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(), PAPER])
+def test_a_denoiser_of_many_steps_computes_what_one_step_does(overrides, tiny_model, seed):
+    head = tiny_model(*overrides).head
+    noisy, context = torch.randn(6, 4, 9), head.read(torch.randn(6, 4, 32))
+    for t in (0.05, 0.5, 1.0):
+        expected = head.denoise(noisy, torch.full((6, 4), t), context)
+        with torch.no_grad(), head.decoding():
+            decoded = head.denoiser(context)(noisy, torch.full((1, 1), t))
+        torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_may_change_after_decoding(tiny_model, seed):
+    head = tiny_model().head
+    hidden = torch.randn(2, 4, 32)
+    with torch.no_grad():
+        with head.decoding():
+            before = head.read(hidden).readout[0].clone()
+        head.context_out.weight.mul_(2)
+        torch.testing.assert_close(head.read(hidden).readout[0], 2 * before)
 
 
 def test_an_untrained_skip_head_is_the_channel_posterior(tiny, seed):

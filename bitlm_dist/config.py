@@ -85,6 +85,8 @@ class HeadConfig(Section):
     """Add a linear read-out of the context to the output and train it at pure noise."""
     shared_readout: bool = True
     """Output a correction to the context's states and read both with one linear map; needs context_logits."""
+    group_tables: bool = True
+    """Chain: let every group of a token's bits see the one before it, through a table of output rows; needs a mixture."""
     posterior_input: bool = True
     """Feed the context's own posterior at the noisy bits to the head; needs context_logits."""
     context_ahead: bool = True
@@ -302,6 +304,8 @@ def _problems(c: Config) -> Iterator[str]:
     for name in ("posterior_input", "shared_readout"):
         if getattr(head, name) and not head.context_logits:
             yield f"head.{name} = true needs head.context_logits = true"
+    if head.group_tables and not head.shared_readout:
+        yield "head.group_tables = true needs head.shared_readout = true"
     if c.diffusion.next_token and m > 1 and c.model.output == "bits":
         if c.model.attention == "block":
             yield f"diffusion.next_token = {c.diffusion.next_token}: states that see their whole block cannot predict in it; use 0"

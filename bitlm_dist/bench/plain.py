@@ -88,7 +88,7 @@ class PlainBitLM(nn.Module):
         loss = self.head.output.loss(self.head(noisy, t, context.broadcast(diffusion.draws)), noisy, t, clean).mean()
         if context.logits is not None:
             loss = loss - self.head.output.log_prob(context.logits, clean[0]).mean() / self.codes.bits
-        if self.head.before_in is not None:
+        if self.head.chained:
             chain = self.head.output.log_prob(self.head.chain(clean[0], context), clean[0])
             loss = loss - diffusion.chain * chain.mean() / self.codes.bits
         if diffusion.next_token and m > 1:

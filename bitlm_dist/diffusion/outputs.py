@@ -20,6 +20,7 @@ from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, pattern
 from bitlm_dist.diffusion.process import channel_field
 
 Reader = Callable[[Tensor, Tensor], Tensor]
+After = Callable[[int, Tensor], Tensor]
 
 
 class Output(Protocol):
@@ -49,7 +50,7 @@ class Output(Protocol):
         ...
 
     def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """Bits [N, M, K] drawn from the same law with uniform numbers u [N, M, K + 1]."""
+        """Bits [..., K] drawn from the same law with uniform numbers u [..., K + 1]."""
         ...
 
 
@@ -143,9 +144,13 @@ class MixtureOutput(nn.Module):
         return F.pad(bits, (0, self.groups * self.group - self.bits)).unflatten(-1, (self.groups, self.group))
 
     def _nll(self, raw: Tensor, clean: Tensor, field: Tensor | None) -> Tensor:
+        index = self.index(clean).flatten(0, -2)
+        return mixture_nll(raw.flatten(0, -2), field, index, self.surplus).view(raw.shape[:-1])
+
+    def index(self, clean: Tensor) -> Tensor:
+        """Clean bits [..., K] -> the number of each group's pattern, [..., G]."""
         places = 2 ** torch.arange(self.group, device=clean.device)
-        index = ((self._grouped(clean) > 0) * places).sum(-1)
-        return mixture_nll(raw.flatten(0, -2), field, index.flatten(0, -2), self.surplus).view(raw.shape[:-1])
+        return ((self._grouped(clean) > 0) * places).sum(-1)
 
     def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
         """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P], without gradient."""
@@ -176,13 +181,23 @@ class MixtureOutput(nn.Module):
         """See :class:`Output`."""
         return -self._nll(raw, clean, None)
 
-    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """See :class:`Output`: a component, then each group of it; temperature divides all logits, 0 takes the likeliest."""
+    def sample(self, raw: Tensor, u: Tensor, temperature: float, after: After | None = None) -> Tensor:
+        """See :class:`Output`: a component, then each group of it; temperature divides all logits, 0 takes the likeliest.
+
+        Args:
+            after: (j, patterns [...] of group j - 1) -> what is added to the logits of group j in all components, [..., P].
+        """
         weights, logits = split(raw, self.components, self.surplus)
         component = _pick(_sharpen(weights, temperature).softmax(-1), u[..., -1:])
-        chosen = logits.gather(-3, component[..., None, None, None].expand(*logits.shape[:-3], 1, *logits.shape[-2:]))
-        patterns = _sharpen(chosen.squeeze(-3), temperature).softmax(-1)
-        index = _pick(patterns, u[..., : self.groups, None])
+        chosen = logits.gather(-3, component[..., None, None, None].expand(*logits.shape[:-3], 1, *logits.shape[-2:])).squeeze(-3)
+        if after is None:
+            index = _pick(_sharpen(chosen, temperature).softmax(-1), u[..., : self.groups, None])
+        else:
+            drawn: list[Tensor] = []
+            for j in range(self.groups):
+                given = chosen[..., j, :] + after(j, drawn[-1]) if j else chosen[..., j, :]
+                drawn.append(_pick(_sharpen(given, temperature).softmax(-1), u[..., j : j + 1]))
+            index = torch.stack(drawn, -1)
         return self.patterns[index].flatten(-2)[..., : self.bits]
 
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bitlm_dist.diffusion.outputs import Output
-
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy [N, M, K], t that broadcasts to [N, M] -> A0_hat
 Watcher = Callable[[int, Tensor], None]
 SDE_END = 0.05  # Euler-Maruyama stops here; one exact step does the rest
@@ -143,12 +141,9 @@ def sde_sample(
 
 
 def sequential_sample(
-    raw: Callable[[int, Tensor], Tensor],
-    output: Output,
+    draw: Callable[[int, Tensor], Tensor],
     start: Tensor,
-    u: Tensor,
     *,
-    temperature: float = 1.0,
     settle: Callable[[Tensor], Tensor] = sign,
     known: Known,
     watch: Watcher | None = None,
@@ -156,11 +151,8 @@ def sequential_sample(
     """Left to right inside the block: M head passes, no ODE (method, section 9).
 
     Args:
-        raw: (i, bits [N, M, K] whose tokens before i are clean and whose others are ``start``) -> logits of token i [N, size].
-        output: the output law.
+        draw: (i, bits [N, M, K] whose tokens before i are clean and whose others are ``start``) -> bits of token i [N, K].
         start: bits [N, M, K] before anything is drawn.
-        u: uniform numbers [N, M, K + 1].
-        temperature: divides the logits; 0 takes the likeliest pattern.
         settle: makes a drawn token valid before the next one sees it: bits [N, K] -> bits [N, K].
         known, watch: as in :func:`ode_sample`.
     """
@@ -169,7 +161,7 @@ def sequential_sample(
     bits = known.put(start)
     place = torch.arange(tokens, device=start.device)
     for i in range(first, tokens):
-        drawn = settle(output.sample(raw(i, bits), u[:, i], temperature))
+        drawn = settle(draw(i, bits))
         bits = torch.where((place == i).unsqueeze(-1), drawn.unsqueeze(1), bits)
         if watch:
             watch(i - first + 1, bits.masked_fill((place > i).unsqueeze(-1), 0.0))

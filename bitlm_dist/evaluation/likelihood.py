@@ -104,7 +104,7 @@ def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bo
     if shuffle:
         other = head.read(targets.context.roll(len(clean) // 2, 0))
         shuffled = _bound(model, clean, other, targets, strata).nats[valid]
-    if head.before_in is not None:
+    if head.chained:
         chain = -head.output.log_prob(head.chain(clean, context), clean)[valid]
     elif model.noise_law.per_token > 0 or model.block_size == 1:
         chain = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))[valid]

@@ -14,7 +14,7 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.sampler import Known, Sampled, guided, ode_sample, sde_sample, sequential_sample
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import ChainDecoder
+from bitlm_dist.model.chain import ChainDecoder, NoiseDecoder
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 
@@ -53,21 +53,17 @@ def sample_block(
     def valid(bits: Tensor) -> Tensor:
         return codes.encode(codes.project(bits)) if settle else bits
 
-    chained = sampling.sampler == "sequential" and head.before_in is not None
+    chained = sampling.sampler == "sequential" and head.chained
     start = hidden.new_zeros(shape) if chained else normal(0)
     context, known = head.read(hidden), Known.none(start) if known is None else known
     if sampling.sampler == "sequential":
         u = source.at(step=1).uniforms(noise.SAMPLING, shape[1] * (shape[2] + 1)).view(*shape[:2], -1)
-        return sequential_sample(
-            head.left_to_right(context) if head.before_in is None else ChainDecoder(head, context),
-            head.output,
-            start,
-            u,
-            temperature=sampling.temperature,
-            settle=valid,
-            known=known,
-            watch=watch,
-        )
+        decoder = ChainDecoder(head, context) if chained else NoiseDecoder(head, context)
+
+        def draw(i: int, bits: Tensor) -> Tensor:
+            return decoder.sample(i, bits, u[:, i], sampling.temperature)
+
+        return sequential_sample(draw, start, settle=valid, known=known, watch=watch)
     denoise = head.denoiser(context)
     if sampling.guidance != 1:
         denoise = guided(denoise, head.denoiser(head.unconditional(context)), sampling.guidance)

@@ -74,7 +74,7 @@ class BitLM(LanguageModel):
         t = torch.stack([draw.t for draw in draws])
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
-        raw_chain = None if self.head.before_in is None else self.head.chain(clean, context)
+        raw_chain = self.head.chain(clean, context) if self.head.chained else None
         with exact(noisy):
             loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
             if context.logits is not None:

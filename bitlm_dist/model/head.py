@@ -7,7 +7,7 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the b
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from bitlm_dist.diffusion.sampler import Denoiser
 from bitlm_dist.kernels import in_block_attention
 from bitlm_dist.kernels.few_rows import Linear, linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
+from bitlm_dist.model.group_tables import GroupTables
 
 TIME_FEATURES = 256
 
@@ -29,14 +30,16 @@ TIME_FEATURES = 256
 class Context:
     """What the head needs of the hidden states, computed once for all noise draws and denoising steps."""
 
+    states: Tensor  # [N, M, D]
     condition: Tensor  # [N, M, W]
     logits: Tensor | None  # [N, M, size] of the output law
     readout: tuple[Tensor, Tensor]  # of the head's last features: weight [size, W], bias [size]
 
     def broadcast(self, draws: int) -> "Context":
         """The same context for several draws: [draws, N, M, ...]."""
+        states, condition = (part.expand(draws, *part.shape) for part in (self.states, self.condition))
         logits = None if self.logits is None else self.logits.expand(draws, *self.logits.shape)
-        return Context(self.condition.expand(draws, *self.condition.shape), logits, self.readout)
+        return Context(states, condition, logits, self.readout)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,10 @@ class Modulation:
     def of_layer(self, number: int, layers: int) -> Tensor:
         """The vectors of block ``number`` of ``layers``."""
         return self.runs[number // -(-layers // len(self.runs))]
+
+    def last(self, x: Tensor, here: slice = slice(None)) -> Tensor:
+        """The final layer's norm and modulation of x [N, M, W], the tokens ``here`` of each block."""
+        return _modulated(x, *self.final[..., here, :].chunk(2, -1))
 
 
 def exact(like: Tensor) -> torch.autocast:
@@ -71,9 +78,9 @@ def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(normed + shift, normed, scale)
 
 
-def finish(x: Tensor, modulation: Tensor, logits: Tensor | None, readout: tuple[Tensor, Tensor]) -> Tensor:
-    """The last layer: x [N, M, W], its modulation [N, M, 2W], logits and read-out of the context -> raw output [N, M, size]."""
-    out = linear(_modulated(x, *modulation.chunk(2, -1)), *readout)
+def finish(x: Tensor, logits: Tensor | None, readout: tuple[Tensor, Tensor]) -> Tensor:
+    """Last features x [..., W], logits and read-out of the context -> raw output [..., size]."""
+    out = linear(x, *readout)
     return out if logits is None else out + logits
 
 
@@ -145,6 +152,10 @@ class DiffusionHead(nn.Module):
         # What the backbone learns of the output law at every step, the head need not learn again.
         self.final = Linear(width, backbone_width if head.shared_readout else self.output.size)
         self.shared_readout = head.shared_readout
+        self.tables: GroupTables | None = None
+        if isinstance(self.output, MixtureOutput) and has_tables(config, self.output):
+            self.tables = GroupTables(self.output, backbone_width)
+        self.chained = is_chained(config, bits)
         self._readout: tuple[Tensor, Tensor] | None = None  # while decoding
         for layer in (*self.modulations, self.final_modulation, self.final):
             nn.init.zeros_(layer.weight)
@@ -160,7 +171,8 @@ class DiffusionHead(nn.Module):
         if self.positions is not None:
             hidden = hidden + self.positions
         logits = None if self.context_out is None else self.context_out(hidden)
-        return Context(self.context_in(hidden), logits, self._make_readout() if self._readout is None else self._readout)
+        readout = self._make_readout() if self._readout is None else self._readout
+        return Context(hidden, self.context_in(hidden), logits, readout)
 
     def next_logits(self, states: Tensor) -> Tensor:
         """States C [..., D] -> context logits [..., size] of the one token after each: place 0 of a block that begins there."""
@@ -189,41 +201,42 @@ class DiffusionHead(nn.Module):
             with exact(noisy):
                 evidence = self.output.evidence(context.logits, noisy, t) if reader is None else reader(noisy, t)
             x = x + self.evidence_in(evidence)
-        return self._transform(x, t, context, causal=False)
+        return finish(self._features(x, t, context, causal=False), context.logits, context.readout)
 
     def chain(self, clean: Tensor, context: Context) -> Tensor:
-        """Raw output [N, M, size] of every token given the context and the clean tokens before it in its block, in one pass.
+        """Raw output [N, M, size] of every token given the context and what is before it in its block, in one pass.
 
-        The tokens themselves are pure noise, so nothing of ``clean`` [N, M, K] reaches its own place or an earlier one: where the
+        Its log-probability of ``clean`` [N, M, K] is the chain rule's. The tokens themselves are pure noise, so nothing of a token
+        reaches an earlier one, nor its own place but by the tables, which give each group of bits the group before it. Where the
         denoiser needs M passes to go through a block from left to right, this is the same law taught in one.
         """
-        assert self.before_in is not None
-        before = self.before_in(clean[..., :-1, :])
         t = clean.new_ones(1, 1)  # one for all: its features are computed once
-        return self._transform(F.pad(before, (0, 0, 1, 0)), t, context, causal=True)
+        if self.before_in is None:
+            x = torch.zeros_like(context.condition)
+        else:
+            x = F.pad(self.before_in(clean[..., :-1, :]), (0, 0, 1, 0))
+        x = self._features(x, t, context, causal=True)
+        raw = finish(x, context.logits, context.readout)
+        return raw if self.tables is None else self.tables(raw, self.corrected(x, context.states), clean)
 
-    def left_to_right(self, context: Context) -> Callable[[int, Tensor], Tensor]:
-        """(i, bits [N, M, K]) -> raw output [N, size] of token i, the tokens before it clean, it and those after it pure noise."""
-
-        def raw(i: int, bits: Tensor) -> Tensor:
-            t = (torch.arange(bits.shape[-2], device=bits.device) >= i).float().expand(bits.shape[:-1])
-            return self(bits, t, context)[:, i]
-
-        return raw
+    def corrected(self, x: Tensor, states: Tensor) -> Tensor:
+        """What a shared read-out reads: states [..., D] and the correction by the last features x [..., W]."""
+        assert self.shared_readout
+        return states + self.final(x)
 
     def modulate(self, t: Tensor, context: Context) -> Modulation:
         """Time t, which broadcasts to [N, M], and context -> what modulates every layer."""
         y = F.silu(self.time_in(time_features(t)) + context.condition)
         return Modulation(y, [layer(y) for layer in self.modulations], self.final_modulation(y))
 
-    def _transform(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
-        """Input x [N, M, W] at time t -> raw output [N, M, size]."""
+    def _features(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
+        """Input x [N, M, W] at time t -> last features [N, M, W]."""
         modulation = self.modulate(t, context)
         if self.places is not None:
             x = x + modulation.y + self.places
         for number, block in enumerate(self.blocks):
             x = block(x, modulation.of_layer(number, len(self.blocks)), causal)
-        return finish(x, modulation.final, context.logits, context.readout)
+        return modulation.last(x)
 
     def _make_readout(self) -> tuple[Tensor, Tensor]:
         """The map from the last features to the output law.
@@ -260,40 +273,19 @@ class DiffusionHead(nn.Module):
         return lambda noisy, t: self.denoise(noisy, t, context, reader)
 
 
-class ChainDecoder:
-    """:meth:`DiffusionHead.chain` token by token: (i, bits [N, M, K]) -> raw output [N, size], for i = 0, 1, … in turn.
-
-    The modulation is computed once for the block, and every pass handles one token: keys and values of those before it are kept.
-    """
-
-    def __init__(self, head: DiffusionHead, context: Context) -> None:
-        self._head, self._context = head, context
-        self._modulation = head.modulate(context.condition.new_ones(1, 1), context)
-        self._before: list[list[Tensor]] = [[] for _ in head.blocks]
-        self._done = 0
-
-    def __call__(self, i: int, bits: Tensor) -> Tensor:
-        """Handle the tokens up to i, of which those before it are clean in ``bits``."""
-        while self._done <= i:
-            raw = self._step(self._done, bits)
-            self._done += 1
-        return raw
-
-    def _step(self, i: int, bits: Tensor) -> Tensor:
-        head, modulation, here = self._head, self._modulation, slice(i, i + 1)
-        assert head.before_in is not None
-        x = head.before_in(bits[:, i - 1 : i]) if i else torch.zeros_like(modulation.y[:, :1])
-        if head.places is not None:
-            x = x + modulation.y[:, here] + head.places[here]
-        for number, (block, before) in enumerate(zip(head.blocks, self._before, strict=True)):
-            x = block(x, modulation.of_layer(number, len(head.blocks))[:, here], True, before)
-        logits = None if self._context.logits is None else self._context.logits[:, here]
-        return finish(x, modulation.final[:, here], logits, self._context.readout)[:, 0]
-
-
 def make_output(config: Config, bits: int) -> Output:
     """The output law that the config names."""
     head, diffusion = config.head, config.diffusion
     if head.output == "mixture":
         return MixtureOutput(bits, head.group, head.components)
     return BitOutput(bits, diffusion.loss, head.squash, head.channel_skip, diffusion.time)
+
+
+def has_tables(config: Config, output: Output) -> bool:
+    """Whether the chain has tables: the config wants them and a token has more than one group."""
+    return bool(config.head.group_tables and config.diffusion.chain) and isinstance(output, MixtureOutput) and output.groups > 1
+
+
+def is_chained(config: Config, bits: int) -> bool:
+    """Whether the head has a chain: in a block of one token there is something to go through only with tables."""
+    return config.diffusion.chain > 0 and (config.model.block_size > 1 or has_tables(config, make_output(config, bits)))

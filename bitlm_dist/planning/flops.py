@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from bitlm_dist.config import BackboneConfig, Config
-from bitlm_dist.model.head import TIME_FEATURES, make_output
+from bitlm_dist.diffusion.outputs import MixtureOutput
+from bitlm_dist.model.head import TIME_FEATURES, has_tables, is_chained, make_output
 
 BACKWARD = 2  # times the forward pass
 # Dense bf16 peak, FLOP/s, from the vendor's data sheets; matched against the device's name.
@@ -44,7 +45,7 @@ def training_flops(config: Config, bits: int, vocabulary: int) -> Flops:
     """FLOPs of a training step, forward and backward, a token of the sequence."""
     m, length, diffusion = config.model.block_size, config.data.sequence_length, config.diffusion
     seen = m if config.model.attention == "block" else 1
-    chained = diffusion.chain > 0 and m > 1
+    chained = is_chained(config, bits)
     forward = _forward(config, bits, vocabulary, diffusion.draws, int(chained), keys=(length + seen) / 2)
     output = forward.output
     if diffusion.next_token and m > 1 and config.model.output == "bits":
@@ -60,7 +61,7 @@ def generation_flops(config: Config, bits: int, vocabulary: int, keys: float) ->
     """FLOPs a written token with ``keys`` cached tokens on average."""
     sampling, m = config.sampling, config.model.block_size
     if sampling.sampler == "sequential":
-        chained = config.diffusion.chain > 0 and m > 1
+        chained = is_chained(config, bits)
         return _forward(config, bits, vocabulary, 0 if chained else m, m if chained else 0, keys)
     return _forward(config, bits, vocabulary, sampling.steps * (1 if sampling.guidance == 1 else 2), 0, keys)
 
@@ -76,9 +77,12 @@ def _forward(config: Config, bits: int, vocabulary: int, denoised: int, chained:
     block = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m  # maps, then scores and values over the block
     each = head.modulations * 6 * w * w + 2 * w * w + head.layers * block
     noisy_in = bits * w + TIME_FEATURES * w + w * w + (w * output.evidence_size if head.posterior_input else 0)
-    clean_in = bits * w + w * w
+    clean_in = bits * w + w * w if m > 1 else 0
     context = width * w + (width * width if head.context_ahead and m > 1 else 0)
     law = output.size * ((denoised + chained) * w + (width if head.context_logits else 0))
+    if has_tables(config, output):  # the rows that one token reads, and the state they are multiplied with
+        assert isinstance(output, MixtureOutput)
+        law += chained * width * (w + (output.groups - 1) * 2**output.group)
     read = 0.0 if config.model.input == "table" else 2.0 * width * (bits + width)
     passes = denoised * (each + noisy_in) + chained * (each + clean_in)
     return Flops(backbone, 2.0 * (passes + context), 2.0 * law, read)

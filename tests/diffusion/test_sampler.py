@@ -30,8 +30,8 @@ def test_ode_and_sde_sample_the_law_of_an_exact_denoiser(seed):
 
 def test_sequential_samples_the_law_and_makes_m_passes(seed):
     start = torch.randn(40_000, 3, 2)
-    raw = lambda i, bits: RAW.expand(len(bits), -1)  # noqa: E731
-    sampled = sequential_sample(raw, LAW, start, torch.rand(40_000, 3, 3), known=Known.none(start))
+    draw = lambda i, bits: LAW.sample(RAW.expand(len(bits), -1), torch.rand(len(bits), 3), 1.0)  # noqa: E731
+    sampled = sequential_sample(draw, start, known=Known.none(start))
     assert sampled.head_passes == 3
     torch.testing.assert_close(frequencies(sampled.bits), PROBABILITIES, rtol=0, atol=0.01)
 
@@ -39,11 +39,11 @@ def test_sequential_samples_the_law_and_makes_m_passes(seed):
 def test_sequential_shows_each_token_the_clean_ones_before_it(seed):
     start, seen = torch.randn(5, 3, 2), []
 
-    def raw(i, noisy):
+    def draw(i, noisy):
         seen.append((i, noisy.clone()))
-        return RAW.expand(len(noisy), -1)
+        return torch.randn(5, 2).sign()
 
-    bits = sequential_sample(raw, LAW, start, torch.rand(5, 3, 3), known=Known.none(start)).bits
+    bits = sequential_sample(draw, start, known=Known.none(start)).bits
     assert [i for i, _ in seen] == [0, 1, 2]
     for i, noisy in seen:
         assert torch.equal(noisy[:, :i], bits[:, :i])
@@ -65,8 +65,8 @@ def test_known_tokens_are_clamped_at_every_step_and_returned(sampler, seed):
     elif sampler == "sde":
         result = sde_sample(denoise, start, 5, lambda step: torch.randn_like(start), known=known)
     else:
-        raw = lambda i, noisy: seen.append((noisy, torch.zeros(7, 4))) or RAW.expand(7, -1)  # noqa: E731
-        result = sequential_sample(raw, LAW, start, torch.rand(7, 4, 3), known=known)
+        draw = lambda i, noisy: seen.append((noisy, torch.zeros(7, 4))) or torch.randn(7, 2).sign()  # noqa: E731
+        result = sequential_sample(draw, start, known=known)
         assert result.head_passes == 2
     assert torch.equal(result.bits[:, :2], known.bits[:, :2])
     for noisy, t in seen:

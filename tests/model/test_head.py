@@ -3,7 +3,8 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import ChainDecoder, finish
+from bitlm_dist.model.chain import ChainDecoder, NoiseDecoder
+from bitlm_dist.model.head import finish
 
 
 def head_of(tiny, *overrides):
@@ -27,15 +28,13 @@ def test_an_untrained_head_returns_the_context_logits(tiny, seed):
 
 
 def test_a_shared_readout_reads_state_and_correction_with_one_map(tiny_model, seed):
-    """context_out(state + final(x)), written out; the head never forms the sum."""
+    """context_out(state + final(x)), written out; the denoiser never forms the sum."""
     head = tiny_model().head
-    hidden, x, modulation = torch.randn(6, 4, 32), torch.randn(6, 4, head.final.in_features), torch.randn(6, 4, 2)
+    hidden, x = torch.randn(6, 4, 32), torch.randn(6, 4, head.final.in_features)
     context = head.read(hidden)
-    shift, scale = (part.expand_as(x) for part in modulation.chunk(2, -1))
     states = hidden + torch.stack([look(hidden[:, -1]) for look in head.ahead], 1) + head.positions
-    normed = torch.nn.functional.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
-    raw = finish(x, torch.cat((shift, scale), -1), context.logits, context.readout)
-    torch.testing.assert_close(raw, head.context_out(states + head.final(normed)), rtol=1e-4, atol=1e-4)
+    raw = finish(x, context.logits, context.readout)
+    torch.testing.assert_close(raw, head.context_out(states + head.final(x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [(), PAPER])
@@ -79,8 +78,12 @@ def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, se
     assert all(grad[1, i].any() for i in range(4))
 
 
+TABLES = ("--head.group_tables", "true")
+NO_TABLES = ("--head.group_tables", "false")
+
+
 def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
-    head = tiny_model().head
+    head = tiny_model(*NO_TABLES).head
     clean = torch.randn(3, 4, 9).sign().requires_grad_()
     raw = head.chain(clean, head.read(torch.randn(3, 4, 32)))
     for i in range(4):
@@ -90,20 +93,68 @@ def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
         assert [bool(place.any()) for place in grad[1]] == [place < i for place in range(4)]
 
 
-@pytest.mark.parametrize("overrides", [(), ("--head.shared_readout", "false", "--head.input_condition", "false")])
+def test_tables_show_a_group_the_one_before_it_and_no_other(tiny_model, seed):
+    """Groups of 3 bits: flipping a bit of group j changes the logits of group j + 1 of its token, and of later tokens."""
+    head = tiny_model(*TABLES).head
+    torch.nn.init.normal_(head.tables.rows)
+    clean, context = torch.randn(1, 4, 9).sign(), head.read(torch.randn(1, 4, 32))
+
+    def logits(bits):
+        return head.chain(bits, context)[..., head.output.components :].view(4, head.output.components, 3, 8)
+
+    for j in range(3):
+        flipped = clean.clone()
+        flipped[0, 1, 3 * j] *= -1
+        changed = ((logits(flipped) - logits(clean)).abs() > 1e-3).any(-1).any(1)  # [token, group]
+        assert changed[1].tolist() == [False, j == 0, j == 1]
+        assert not changed[0].any()
+        assert changed[2:].all()
+
+
+def test_the_chain_law_sums_to_one_over_all_tokens(tiny_model, seed):
+    """The first token of a block given a context, for every one of the 2^9 bit vectors."""
+    head = tiny_model(*TABLES).head
+    torch.nn.init.normal_(head.tables.rows)
+    every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).unsqueeze(1).expand(-1, 4, -1)
+    context = head.read(torch.randn(1, 4, 32).expand(512, -1, -1))
+    log_prob = head.output.log_prob(head.chain(every, context), every)[:, 0]
+    torch.testing.assert_close(log_prob.exp().sum(), torch.tensor(1.0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", ["1", "4"])
+def test_chain_samples_follow_the_chain_law(block, tiny_model, seed):
+    head = tiny_model("--model.block_size", block, *TABLES).head
+    torch.nn.init.normal_(head.tables.rows)
+    count = 100_000
+    hidden = torch.randn(1, int(block), 32)
+    context = head.read(hidden.expand(count, -1, -1))
+    bits = torch.zeros(count, int(block), 9)
+    with torch.no_grad():
+        drawn = ChainDecoder(head, context).sample(0, bits, torch.rand(count, 10), 1.0)
+        every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).unsqueeze(1).expand(-1, int(block), -1)
+        law = head.output.log_prob(head.chain(every, head.read(hidden.expand(512, -1, -1))), every)
+    number = ((drawn > 0) * 2 ** torch.arange(8, -1, -1)).sum(-1)
+    share = number.bincount(minlength=512) / count
+    torch.testing.assert_close(share, law[:, 0].exp(), rtol=0, atol=6 * (0.25 / count) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), ("--head.shared_readout", "false", *NO_TABLES, "--head.input_condition", "false"), NO_TABLES]
+)
 def test_a_chain_decoded_token_by_token_is_the_chain_of_one_pass(overrides, tiny_model, seed):
     head = tiny_model(*overrides).head
     clean, context = torch.randn(5, 4, 9).sign(), head.read(torch.randn(5, 4, 32))
     decoder, whole = ChainDecoder(head, context), head.chain(clean, context)
     for i in (0, 1, 3):  # a prompt may have fixed what lies between
-        torch.testing.assert_close(decoder(i, clean), whole[:, i], rtol=1e-4, atol=1e-5)
+        raw, _ = decoder(i, clean)
+        torch.testing.assert_close(raw, whole[:, i], rtol=1e-4, atol=1e-5)
 
 
 def test_left_to_right_shows_the_tokens_before_clean_and_the_others_as_noise(tiny_model, seed):
     head = tiny_model("--diffusion.chain", "0").head
     bits, context = torch.randn(5, 4, 9), head.read(torch.randn(5, 4, 32))
     t = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(5, 4)
-    torch.testing.assert_close(head.left_to_right(context)(2, bits), head(bits, t, context)[:, 2])
+    torch.testing.assert_close(NoiseDecoder(head, context)(2, bits), head(bits, t, context)[:, 2])
 
 
 def test_state_i_modulates_token_i(tiny_model, seed):

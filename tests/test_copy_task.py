@@ -38,7 +38,7 @@ def test_copying_costs_less_than_a_tenth_of_free_bits():
         targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
         context = model.head.read(targets.context)
         result = bound(
-            model.head.denoiser(context),
+            model.head.denoisers(context),
             model.codes.encode(targets.tokens),
             strata=16,
             source=Source(1, targets.sample, targets.block),

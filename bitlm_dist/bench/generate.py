@@ -33,7 +33,6 @@ class Writer(Runner):
     """Writes the request with an untrained model: the cost does not depend on the weights."""
 
     def __init__(self, config: Config, request: Request) -> None:
-        torch.manual_seed(config.training.seed)
         codes = BitCodes(natural(request.vocabulary), bits_needed(request.vocabulary))
         self.model = build_model(config, codes, eos=1).to(mesh.device()).eval()
         self.config, self.request = config, request

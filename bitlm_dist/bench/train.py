@@ -46,7 +46,6 @@ class StackRunner(Runner):
     """Steps through this project's own path: feed, loss, optimizers, metrics."""
 
     def __init__(self, config: Config, load: Load) -> None:
-        torch.manual_seed(config.training.seed)
         self.config, self.load, self.device = config, load, mesh.device()
         codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
         self.model = build_model(config, codes, load.eos).to(self.device)

@@ -20,7 +20,7 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.outputs import Output
 from bitlm_dist.diffusion.process import add_noise
-from bitlm_dist.diffusion.sampler import Denoiser, sign
+from bitlm_dist.diffusion.sampler import Denoisers, sign
 
 G_MAX = 5.0
 
@@ -45,11 +45,11 @@ def strata_times(strata: int) -> Tensor:
     return 1 / (1 + G_MAX * (torch.arange(strata) + 0.5) / strata)
 
 
-def bound(denoise: Denoiser, clean: Tensor, *, strata: int, source: Source, valid: Tensor) -> Bound:
+def bound(denoisers: Denoisers, clean: Tensor, *, strata: int, source: Source, valid: Tensor) -> Bound:
     """Monte-Carlo estimate of the bound, unbiased: one jittered g in every stratum, for every block (method, section 7).
 
     Args:
-        denoise: the head given its context, (noisy [N, M, K], t [N, M]) -> A0_hat.
+        denoisers: the head given its context, see :mod:`~bitlm_dist.diffusion.sampler`.
         clean: bits [N, M, K].
         strata: S, at least 1; head passes.
         source: of the noise.
@@ -62,7 +62,8 @@ def bound(denoise: Denoiser, clean: Tensor, *, strata: int, source: Source, vali
         g = (stratum + drawn.uniforms(noise.TIME, 1)) * (G_MAX / strata)
         eps = drawn.normals(noise.NOISE, clean[0].numel()).view(clean.shape)
         t = 1 / (1 + g)  # [N, 1]
-        denoised = denoise(add_noise(clean, eps, t), t)
+        (denoise,) = denoisers(t.unsqueeze(0))
+        denoised = denoise(add_noise(clean, eps, t))
         nats = nats + G_MAX / strata * g * (clean - denoised).square().sum(-1)
         accuracy.append((sign(denoised) == clean).float().mean(-1)[valid].mean())
     return Bound(nats, torch.stack(accuracy))

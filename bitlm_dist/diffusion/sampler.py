@@ -1,16 +1,19 @@
 """From pure noise to a block of bits (paper, section 3.4): ODE, SDE and, for per-token noise, left to right.
 
-A sampler sees the head only through a function (noisy [N, M, K], t [N, M]) -> A0_hat [N, M, K]; guidance wraps that function.
+A sampler sees the head only through ``denoisers``: times [S, N, M], or [S, 1, 1], one for all -> for each of the S steps a function
+noisy [N, M, K] -> A0_hat [N, M, K]. Guidance wraps it.
 Every sampler takes ``known``: the tokens of an open block that the prompt already fixes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]  # noisy [N, M, K], t that broadcasts to [N, M] -> A0_hat
+Step = Callable[[Tensor], Tensor]
+Denoisers = Callable[[Tensor], Sequence[Step]]
 Watcher = Callable[[int, Tensor], None]
 SDE_END = 0.05  # Euler-Maruyama stops here; one exact step does the rest
 
@@ -31,12 +34,13 @@ class Known:
         """``bits`` with the known tokens in their places."""
         return bits if self.mask is None else torch.where(self.mask.unsqueeze(-1), self.bits, bits)
 
-    def time(self, t: float) -> Tensor:
-        """The times that the head is told: [N, M], or one for all [1, 1]."""
+    def times(self, levels: list[float]) -> Tensor:
+        """The times that the head is told at S noise levels: [S, N, M], or one for all [S, 1, 1]."""
+        times = torch.tensor(levels, device=self.bits.device)[:, None, None]
         if self.mask is None:
-            return torch.full((1, 1), t, device=self.bits.device)
-        level = torch.full(self.mask.shape, t, device=self.bits.device)
-        return level.masked_fill_(self.mask, 0.0) if self.clean_time else level
+            return times
+        times = times.expand(-1, *self.mask.shape)
+        return times.masked_fill(self.mask, 0.0) if self.clean_time else times
 
     def count(self) -> int:
         """How many tokens are known in every block."""
@@ -66,18 +70,21 @@ def sign(bits: Tensor) -> Tensor:
     return torch.where(bits >= 0, 1.0, -1.0)
 
 
-def guided(conditional: Denoiser, unconditional: Denoiser, scale: float) -> Denoiser:
+def guided(conditional: Denoisers, unconditional: Denoisers, scale: float) -> Denoisers:
     """Classifier-free guidance u + s·(c - u), both on the same noise."""
 
-    def denoise(noisy: Tensor, t: Tensor) -> Tensor:
-        u = unconditional(noisy, t)
-        return u + scale * (conditional(noisy, t) - u)
+    def guide(with_context: Step, without: Step, noisy: Tensor) -> Tensor:
+        u = without(noisy)
+        return u + scale * (with_context(noisy) - u)
 
-    return denoise
+    def denoisers(times: Tensor) -> list[Step]:
+        return [partial(guide, *pair) for pair in zip(conditional(times), unconditional(times), strict=True)]
+
+    return denoisers
 
 
 def ode_sample(
-    denoise: Denoiser,
+    denoisers: Denoisers,
     start: Tensor,
     steps: int,
     *,
@@ -88,7 +95,7 @@ def ode_sample(
     """A <- (t'/t)·A + (1 - t'/t)·A0_hat over t = k/steps, k = steps..1; the last A is A0_hat.
 
     Args:
-        denoise: the (guided) head.
+        denoisers: the (guided) head.
         start: Gaussian noise [N, M, K]; its scale is the temperature.
         steps: K of the paper, at least 1.
         known: tokens fixed by the prompt.
@@ -96,8 +103,9 @@ def ode_sample(
         watch: called with (step, A0_hat) after every head pass.
     """
     noisy = start
-    for k in range(steps, 0, -1):
-        denoised = known.put(denoise(known.put(noisy), known.time(k / steps)))
+    left = range(steps, 0, -1)
+    for k, denoise in zip(left, denoisers(known.times([k / steps for k in left])), strict=True):
+        denoised = known.put(denoise(known.put(noisy)))
         if watch:
             watch(steps - k + 1, denoised)
         if k == 1 or (confidence is not None and bool((known.open(denoised).abs() >= confidence).all())):
@@ -108,7 +116,7 @@ def ode_sample(
 
 
 def sde_sample(
-    denoise: Denoiser,
+    denoisers: Denoisers,
     start: Tensor,
     steps: int,
     noise: Callable[[int], Tensor],
@@ -127,8 +135,9 @@ def sde_sample(
     """
     times = torch.linspace(1.0, SDE_END, steps).tolist()
     noisy = start
-    for number, (t, following) in enumerate(zip(times, [*times[1:], 0.0], strict=True)):
-        denoised = known.put(denoise(known.put(noisy), known.time(t)))
+    steps_down = zip(times, [*times[1:], 0.0], denoisers(known.times(times)), strict=True)
+    for number, (t, following, denoise) in enumerate(steps_down):
+        denoised = known.put(denoise(known.put(noisy)))
         if watch:
             watch(number + 1, denoised)
         if number == 0 or following == 0.0:

@@ -92,7 +92,7 @@ def _source(targets: Targets) -> Source:
 
 
 def _bound(model: BitLM, clean: Tensor, context: Context, targets: Targets, strata: int) -> Bound:
-    return bound(model.head.denoiser(context), clean, strata=strata, source=_source(targets), valid=targets.valid)
+    return bound(model.head.denoisers(context), clean, strata=strata, source=_source(targets), valid=targets.valid)
 
 
 def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:

@@ -64,14 +64,14 @@ def sample_block(
             return decoder.sample(i, bits, u[:, i], sampling.temperature)
 
         return sequential_sample(draw, start, settle=valid, known=known, watch=watch)
-    denoise = head.denoiser(context)
+    denoisers = head.denoisers(context)
     if sampling.guidance != 1:
-        denoise = guided(denoise, head.denoiser(head.unconditional(context)), sampling.guidance)
+        denoisers = guided(denoisers, head.denoisers(head.unconditional(context)), sampling.guidance)
     start = start * sampling.temperature
     if sampling.sampler == "sde":
-        sampled = sde_sample(denoise, start, sampling.steps, lambda step: normal(2 + step), known=known, watch=watch)
+        sampled = sde_sample(denoisers, start, sampling.steps, lambda step: normal(2 + step), known=known, watch=watch)
     else:
-        sampled = ode_sample(denoise, start, sampling.steps, known=known, confidence=sampling.confidence, watch=watch)
+        sampled = ode_sample(denoisers, start, sampling.steps, known=known, confidence=sampling.confidence, watch=watch)
     passes = sampled.head_passes * (1 if sampling.guidance == 1 else 2)
     return Sampled(valid(sampled.denoised) if settle else sampled.bits, passes, sampled.denoised)
 

@@ -63,7 +63,7 @@ def _layer_spec() -> Any:
     )
 
 
-def _transformer_config(model: "ModelConfig", initialize: bool) -> Any:
+def _transformer_config(model: "ModelConfig") -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
@@ -90,8 +90,8 @@ def _transformer_config(model: "ModelConfig", initialize: bool) -> Any:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=True,  # the same weights from the same seed on every device
-        perform_initialization=initialize,
+        use_cpu_initialization=True,
+        perform_initialization=False,  # initialization.py draws the same weights on every device
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -108,7 +108,7 @@ def _transformer_config(model: "ModelConfig", initialize: bool) -> Any:
 class Backbone(nn.Module):
     """Embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
 
-    On the meta device (``torch.device("meta")`` as the default device) no weight is allocated or initialised.
+    On the meta device (``torch.device("meta")`` as the default device) no weight is allocated.
     """
 
     def __init__(self, model: "ModelConfig") -> None:
@@ -117,8 +117,7 @@ class Backbone(nn.Module):
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
         from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-        meta = torch.get_default_device().type == "meta"
-        config = _transformer_config(model, initialize=not meta)
+        config = _transformer_config(model)
         layers = [_layer_spec() for _ in range(model.backbone.layers)]
         self.block = TransformerBlock(config, TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm))
         self.rotary = RotaryEmbedding(

@@ -16,6 +16,7 @@ from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
 from bitlm_dist.model.bit_embedding import BitEmbedding, token_table
 from bitlm_dist.model.head import DiffusionHead, exact
+from bitlm_dist.model.initialization import drawn_from
 from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 
 
@@ -29,13 +30,14 @@ class BitLM(LanguageModel):
     """
 
     def __init__(self, config: Config, codes: BitCodes, eos: int) -> None:
-        width = config.model.backbone.width
-        if config.model.input == "table":
-            super().__init__(config, token_table(codes.vocabulary, width), eos)
-        else:
-            super().__init__(config, BitEmbedding(codes.bits, width, config.model.input_window), eos)
+        width, seed = config.model.backbone.width, config.training.seed
+        with drawn_from(seed, "embedding"):
+            table, window = config.model.input == "table", config.model.input_window
+            embedding = token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width, window)
+        super().__init__(config, embedding, eos)
         self.codes = codes
-        self.head = DiffusionHead(config, codes.bits)
+        with drawn_from(seed, "head"):
+            self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion
         self.noise_law = NoiseLaw(
             diffusion.time, diffusion.draws, diffusion.per_token, diffusion.per_token_sigma, diffusion.context_dropout

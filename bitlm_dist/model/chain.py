@@ -45,13 +45,10 @@ class ChainDecoder:
         return finish(x[:, 0], logits, self._context.readout), x[:, 0]
 
     def _features(self, i: int, bits: Tensor) -> Tensor:
-        head, modulation, here = self._head, self._modulation, slice(i, i + 1)
-        x = torch.zeros_like(modulation.y[:, :1]) if i == 0 or head.before_in is None else head.before_in(bits[:, i - 1 : i])
-        if head.places is not None:
-            x = x + modulation.y[:, here] + head.places[here]
-        for number, (block, before) in enumerate(zip(head.blocks, self._before, strict=True)):
-            x = block(x, modulation.of_layer(number, len(head.blocks))[:, here], True, before)
-        return modulation.last(x, here)
+        head, here = self._head, slice(i, i + 1)
+        modulation = self._modulation[:, here]
+        x = torch.zeros_like(modulation.y) if i == 0 or head.before_in is None else head.before_in(bits[:, i - 1 : i])
+        return head.features(x, modulation, True, here, self._before)
 
 
 class NoiseDecoder:

@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output, Reader
-from bitlm_dist.diffusion.sampler import Denoiser
+from bitlm_dist.diffusion.sampler import Denoisers, Step
 from bitlm_dist.kernels import in_block_attention
 from bitlm_dist.kernels.few_rows import Linear, linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
@@ -54,9 +56,9 @@ class Modulation:
         """The vectors of block ``number`` of ``layers``."""
         return self.runs[number // -(-layers // len(self.runs))]
 
-    def last(self, x: Tensor, here: slice = slice(None)) -> Tensor:
-        """The final layer's norm and modulation of x [N, M, W], the tokens ``here`` of each block."""
-        return _modulated(x, *self.final[..., here, :].chunk(2, -1))
+    def __getitem__(self, index: Any) -> "Modulation":
+        """That of some noise levels or tokens."""
+        return Modulation(self.y[index], [run[index] for run in self.runs], self.final[index])
 
 
 def exact(like: Tensor) -> torch.autocast:
@@ -189,19 +191,19 @@ class DiffusionHead(nn.Module):
         null = self.null.expand(*context.condition.shape[:-1], -1)
         return self.read(null)
 
-    def forward(self, noisy: Tensor, t: Tensor, context: Context, reader: Reader | None = None) -> Tensor:
-        """noisy [N, M, K], t that broadcasts to [N, M] -> raw output [N, M, size] for ``self.output``.
+    def forward(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
+        """noisy [N, M, K], t that broadcasts to [N, M] -> raw output [N, M, size] for ``self.output``."""
+        reader = None if context.logits is None else partial(self.output.evidence, context.logits)
+        return self._raw(noisy, t, context, self.modulate(t, context), reader)
 
-        Args:
-            reader: that of the context's logits, where it is used more than once.
-        """
+    def _raw(self, noisy: Tensor, t: Tensor, context: Context, modulation: Modulation, reader: Reader | None) -> Tensor:
         x = self.bits_in(noisy)
         if self.evidence_in is not None:
-            assert context.logits is not None
+            assert reader is not None
             with exact(noisy):
-                evidence = self.output.evidence(context.logits, noisy, t) if reader is None else reader(noisy, t)
+                evidence = reader(noisy, t)
             x = x + self.evidence_in(evidence)
-        return finish(self._features(x, t, context, causal=False), context.logits, context.readout)
+        return finish(self.features(x, modulation, causal=False), context.logits, context.readout)
 
     def chain(self, clean: Tensor, context: Context) -> Tensor:
         """Raw output [N, M, size] of every token given the context and what is before it in its block, in one pass.
@@ -215,7 +217,7 @@ class DiffusionHead(nn.Module):
             x = torch.zeros_like(context.condition)
         else:
             x = F.pad(self.before_in(clean[..., :-1, :]), (0, 0, 1, 0))
-        x = self._features(x, t, context, causal=True)
+        x = self.features(x, self.modulate(t, context), causal=True)
         raw = finish(x, context.logits, context.readout)
         return raw if self.tables is None else self.tables(raw, self.corrected(x, context.states), clean)
 
@@ -229,14 +231,25 @@ class DiffusionHead(nn.Module):
         y = F.silu(self.time_in(time_features(t)) + context.condition)
         return Modulation(y, [layer(y) for layer in self.modulations], self.final_modulation(y))
 
-    def _features(self, x: Tensor, t: Tensor, context: Context, causal: bool) -> Tensor:
-        """Input x [N, M, W] at time t -> last features [N, M, W]."""
-        modulation = self.modulate(t, context)
+    def features(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        causal: bool,
+        place: slice = slice(None),
+        before: list[list[Tensor]] | None = None,
+    ) -> Tensor:
+        """Inputs x [N, M, W] of the blocks' tokens, or of the one at ``place``, -> last features [N, M, W].
+
+        Args:
+            modulation: of those tokens.
+            causal, before: see :meth:`Block.forward`, ``before`` one list a layer.
+        """
         if self.places is not None:
-            x = x + modulation.y + self.places
+            x = x + modulation.y + self.places[place]
         for number, block in enumerate(self.blocks):
-            x = block(x, modulation.of_layer(number, len(self.blocks)), causal)
-        return modulation.last(x)
+            x = block(x, modulation.of_layer(number, len(self.blocks)), causal, None if before is None else before[number])
+        return _modulated(x, *modulation.final.chunk(2, -1))
 
     def _make_readout(self) -> tuple[Tensor, Tensor]:
         """The map from the last features to the output law.
@@ -258,19 +271,26 @@ class DiffusionHead(nn.Module):
         finally:
             self._readout = None
 
-    def denoise(self, noisy: Tensor, t: Tensor, context: Context, reader: Reader | None = None) -> Tensor:
-        """A0_hat [N, M, K]; arguments as in :meth:`forward`."""
-        raw = self(noisy, t, context, reader)
-        with exact(noisy):
-            return self.output.denoise(raw, noisy, t)
+    def denoisers(self, context: Context) -> Denoisers:
+        """Times [S, N, M], or what broadcasts to it, -> for each of them noisy [N, M, K] -> A0_hat.
 
-    def denoiser(self, context: Context) -> Denoiser:
-        """(noisy, t) -> A0_hat, for the many steps of a sampler."""
+        What does not depend on the noise is computed once, and what does not depend on the bits for all times at once.
+        """
         reader = None
         if self.evidence_in is not None:
             assert context.logits is not None
             reader = self.output.reader(context.logits)
-        return lambda noisy, t: self.denoise(noisy, t, context, reader)
+
+        def denoise(t: Tensor, modulation: Modulation, noisy: Tensor) -> Tensor:
+            raw = self._raw(noisy, t, context, modulation, reader)
+            with exact(noisy):
+                return self.output.denoise(raw, noisy, t)
+
+        def at(times: Tensor) -> list[Step]:
+            modulation = self.modulate(times, context)
+            return [partial(denoise, t, modulation[level]) for level, t in enumerate(times)]
+
+        return at
 
 
 def make_output(config: Config, bits: int) -> Output:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import Backbone
+from bitlm_dist.model.initialization import initialize_layers
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class LanguageModel(nn.Module, ABC):
         self.block_size = config.model.block_size
         self.embedding = embedding
         self.backbone = Backbone(config.model)
+        initialize_layers(self.backbone, config.model.backbone.layers, config.training.seed)
 
     @abstractmethod
     def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:

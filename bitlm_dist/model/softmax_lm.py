@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.bit_embedding import token_table
+from bitlm_dist.model.initialization import drawn_from
 from bitlm_dist.model.language_model import Batch, LanguageModel
 
 SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
@@ -30,11 +31,13 @@ class SoftmaxLM(LanguageModel):
 
     def __init__(self, config: Config, vocabulary: int, eos: int) -> None:
         assert config.model.block_size == 1
-        width = config.model.backbone.width
-        table = token_table(vocabulary, width)
+        width, seed = config.model.backbone.width, config.training.seed
+        with drawn_from(seed, "embedding"):
+            table = token_table(vocabulary, width)
         super().__init__(config, table, eos)
-        self.output = nn.Linear(width, vocabulary, bias=False)
-        nn.init.normal_(self.output.weight, std=0.02)
+        with drawn_from(seed, "output"):
+            self.output = nn.Linear(width, vocabulary, bias=False)
+            nn.init.normal_(self.output.weight, std=0.02)
         if config.model.tied:
             self.output.weight = table.weight
 

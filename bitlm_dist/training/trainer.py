@@ -58,7 +58,6 @@ class Trainer:
         self.feed = Feed.of_config(config, "train", config.data.shuffle)
         self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
-        torch.manual_seed(config.training.seed)
         self.model = build_model(config, codes, eos=manifest["eos"]).to(self.device)
         self.optimizers = Optimizers(self.model, config.optimizer)
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length

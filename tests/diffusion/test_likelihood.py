@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ def score(denoise, clean, seed=3, strata=16):
     count = len(clean)
     everything = torch.ones(clean.shape[:-1], dtype=torch.bool)
     sample = torch.arange(count)
-    return bound(denoise, clean, strata=strata, source=Source(seed, sample, sample % 5), valid=everything)
+    denoisers = lambda times: [partial(denoise, t=t) for t in times]  # noqa: E731
+    return bound(denoisers, clean, strata=strata, source=Source(seed, sample, sample % 5), valid=everything)
 
 
 def channel(noisy, t):

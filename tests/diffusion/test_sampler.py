@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,6 +15,11 @@ def exact(noisy, t):
     return LAW.denoise(RAW.expand(*noisy.shape[:-1], -1), noisy, t)
 
 
+def levels(denoise):
+    """A function of (noisy, t) as samplers take it."""
+    return lambda times: [partial(denoise, t=t) for t in times]
+
+
 def frequencies(bits):
     index = ((bits > 0) * 2 ** torch.arange(2)).sum(-1).flatten()
     return index.bincount(minlength=4) / index.numel()
@@ -21,8 +28,8 @@ def frequencies(bits):
 def test_ode_and_sde_sample_the_law_of_an_exact_denoiser(seed):
     start = torch.randn(40_000, 1, 2)
     known = Known.none(start)
-    ode = ode_sample(exact, start, 50, known=known)
-    sde = sde_sample(exact, start, 100, lambda step: torch.randn_like(start), known=known)
+    ode = ode_sample(levels(exact), start, 50, known=known)
+    sde = sde_sample(levels(exact), start, 100, lambda step: torch.randn_like(start), known=known)
     assert (ode.head_passes, sde.head_passes) == (50, 100)
     for sampled in (ode, sde):
         torch.testing.assert_close(frequencies(sampled.bits), PROBABILITIES, rtol=0, atol=0.03)
@@ -61,9 +68,9 @@ def test_known_tokens_are_clamped_at_every_step_and_returned(sampler, seed):
         return exact(noisy, t)
 
     if sampler == "ode":
-        result = ode_sample(denoise, start, 5, known=known)
+        result = ode_sample(levels(denoise), start, 5, known=known)
     elif sampler == "sde":
-        result = sde_sample(denoise, start, 5, lambda step: torch.randn_like(start), known=known)
+        result = sde_sample(levels(denoise), start, 5, lambda step: torch.randn_like(start), known=known)
     else:
         draw = lambda i, noisy: seen.append((noisy, torch.zeros(7, 4))) or torch.randn(7, 2).sign()  # noqa: E731
         result = sequential_sample(draw, start, known=known)
@@ -76,7 +83,7 @@ def test_known_tokens_are_clamped_at_every_step_and_returned(sampler, seed):
 
 def test_adaptive_stopping_saves_passes(seed):
     start = torch.randn(3, 1, 2)
-    certain = lambda noisy, t: torch.ones_like(noisy)  # noqa: E731
+    certain = levels(lambda noisy, t: torch.ones_like(noisy))
     assert ode_sample(certain, start, 20, known=Known.none(start), confidence=0.99).head_passes == 1
     assert ode_sample(certain, start, 20, known=Known.none(start)).head_passes == 20
 
@@ -89,13 +96,10 @@ def test_ode_is_the_paper_update(seed):
         t, s = k / 4, (k - 1) / 4
         estimate = exact(a, torch.full((3, 2), t))
         a = s / t * a + (1 - s / t) * estimate
-    assert torch.equal(ode_sample(exact, start, 4, known=Known.none(start)).bits, sign(a))
+    assert torch.equal(ode_sample(levels(exact), start, 4, known=Known.none(start)).bits, sign(a))
 
 
 def test_guidance_is_u_plus_s_times_the_difference():
-    c, u = (
-        (lambda value: lambda noisy, t: torch.full_like(noisy, value))(0.5),
-        lambda noisy, t: torch.full_like(noisy, 0.2),
-    )
-    out = guided(c, u, 9.0)(torch.zeros(1), torch.zeros(1))
-    assert out.item() == pytest.approx(0.2 + 9 * 0.3)
+    c, u = levels(lambda noisy, t: noisy + t), levels(lambda noisy, t: 0.2 * t)
+    for t, step in zip((0.5, 0.9), guided(c, u, 9.0)(torch.tensor([0.5, 0.9])), strict=True):
+        assert step(torch.tensor(0.3)).item() == pytest.approx(0.2 * t + 9 * (0.3 + 0.8 * t))

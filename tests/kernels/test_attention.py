@@ -67,6 +67,8 @@ def test_in_block_attention_equals_sdpa(block, causal, seed):
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(-2, -3)
     out = in_block_attention(qkv, block, causal)
     torch.testing.assert_close(out, expected)
+    with torch.no_grad():  # another path, with few blocks
+        torch.testing.assert_close(in_block_attention(qkv, block, causal), expected)
     weight = torch.randn_like(out)
     grads = [torch.autograd.grad((x * weight).sum(), qkv)[0] for x in (out, expected)]
     torch.testing.assert_close(*grads)

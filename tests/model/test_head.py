@@ -12,13 +12,18 @@ def head_of(tiny, *overrides):
     return BitLM(config, BitCodes(natural(300), 9), eos=1).head
 
 
+def denoised(head, noisy, t, context):
+    (step,) = head.denoisers(context)(t.unsqueeze(0))
+    return step(noisy)
+
+
 PAPER = ("--preset", "paper", "--sampling.guidance", "1")
 
 
 def test_an_untrained_paper_head_outputs_zero(tiny, seed):
     head = head_of(tiny, *PAPER)
     context = head.read(torch.randn(6, 4, 32))
-    assert not head.denoise(torch.randn(6, 4, 9), torch.rand(6, 4), context).any()
+    assert not denoised(head, torch.randn(6, 4, 9), torch.rand(6, 4), context).any()
 
 
 def test_an_untrained_head_returns_the_context_logits(tiny, seed):
@@ -38,14 +43,15 @@ def test_a_shared_readout_reads_state_and_correction_with_one_map(tiny_model, se
 
 
 @pytest.mark.parametrize("overrides", [(), PAPER])
-def test_a_denoiser_of_many_steps_computes_what_one_step_does(overrides, tiny_model, seed):
+def test_denoisers_of_many_steps_compute_what_one_pass_does(overrides, tiny_model, seed):
     head = tiny_model(*overrides).head
     noisy, context = torch.randn(6, 4, 9), head.read(torch.randn(6, 4, 32))
-    for t in (0.05, 0.5, 1.0):
-        expected = head.denoise(noisy, torch.full((6, 4), t), context)
-        with torch.no_grad(), head.decoding():
-            decoded = head.denoiser(context)(noisy, torch.full((1, 1), t))
-        torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-4)
+    times = torch.tensor([0.05, 0.5, 1.0])
+    with torch.no_grad(), head.decoding():
+        for t, step in zip(times, head.denoisers(context)(times[:, None, None]), strict=True):
+            each = t.expand(6, 4)
+            expected = head.output.denoise(head(noisy, each, context), noisy, each)
+            torch.testing.assert_close(step(noisy), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_may_change_after_decoding(tiny_model, seed):
@@ -63,7 +69,7 @@ def test_an_untrained_skip_head_is_the_channel_posterior(tiny, seed):
 
     head = head_of(tiny, *PAPER, "--head.channel_skip", "true", "--head.squash", "tanh")
     noisy, t = torch.randn(6, 4, 9), torch.rand(6, 4)
-    out = head.denoise(noisy, t, head.read(torch.randn(6, 4, 32)))
+    out = denoised(head, noisy, t, head.read(torch.randn(6, 4, 32)))
     torch.testing.assert_close(out, torch.tanh(channel_field(noisy, t)))
 
 
@@ -192,6 +198,6 @@ def test_posteriors_and_losses_stay_exact_under_autocast(tiny_model, seed):
         context = head.read(hidden)
         assert context.logits.dtype == torch.bfloat16
         raw = head(noisy, t, context)
-        denoised = head.denoise(noisy, t, context)
-    assert denoised.dtype == torch.float32
-    torch.testing.assert_close(denoised, head.output.denoise(raw, noisy, t))
+        out = denoised(head, noisy, t, context)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, head.output.denoise(raw, noisy, t))

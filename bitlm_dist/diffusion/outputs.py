@@ -19,17 +19,23 @@ from bitlm_dist.diffusion import losses
 from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, pattern_probabilities, posterior_marginals, split
 from bitlm_dist.diffusion.process import channel_field
 
-Reader = Callable[[Tensor, Tensor], Tensor]
+Reader = Callable[[Tensor], Tensor]
 After = Callable[[int, Tensor], Tensor]
 
 
 class Output(Protocol):
-    """The interface of an output law. ``raw`` is [N, M, size]; noisy and clean bits are [N, M, K]; t is [N, M]."""
+    """The interface of an output law. ``raw`` is [N, M, size]; noisy and clean bits are [N, M, K]; t is [N, M]; ``field`` is what
+    :meth:`field` returns.
+    """
 
     size: int
     evidence_size: int
 
-    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """What the noisy bits say of the clean ones: added to the law's logits it makes the posterior."""
+        ...
+
+    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
         """A0_hat, the estimate of the clean bits [N, M, K]."""
         ...
 
@@ -37,12 +43,12 @@ class Output(Protocol):
         """Training loss of each token [N, M], a mean over its bits."""
         ...
 
-    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
         """The posterior as features [N, M, evidence_size] for the head's input."""
         ...
 
     def reader(self, raw: Tensor) -> Reader:
-        """:meth:`evidence` of one ``raw`` for many noise levels: (noisy, t) -> features."""
+        """:meth:`evidence` of one ``raw`` for many fields -> features."""
         ...
 
     def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
@@ -69,29 +75,30 @@ class BitOutput:
         self.size = self.evidence_size = bits
         self.kind, self.squash, self.channel_skip, self.time_law = loss, squash, channel_skip, time_law
 
-    def _logits(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
-        raw = raw.float()
-        return raw + 2 * channel_field(noisy, t) if self.channel_skip else raw
+    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`: [N, M, K], or zero without the channel's skip."""
+        return 2 * channel_field(noisy, t) if self.channel_skip else noisy.new_zeros(())
 
-    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
         """See :class:`Output`."""
-        logits = self._logits(raw, noisy, t)
+        logits = raw.float() + field
         return torch.tanh(logits / 2) if self.squash == "tanh" else logits
 
     def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
         """See :class:`Output`."""
+        field = self.field(noisy, t)
         if self.kind == "bce":
-            return losses.bce_loss(clean, self._logits(raw, noisy, t))
-        denoised = self.denoise(raw, noisy, t)
+            return losses.bce_loss(clean, raw.float() + field)
+        denoised = self.denoise(raw, field)
         if self.kind == "x":
             return losses.x_loss(clean, denoised)
         if self.kind == "v":
             return losses.v_loss(clean, denoised, t)
         return losses.elbo_loss(clean, denoised, t, self.time_law)
 
-    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
         """See :class:`Output`."""
-        return self.denoise(raw, noisy, t)
+        return self.denoise(raw, field)
 
     def reader(self, raw: Tensor) -> Reader:
         """See :class:`Output`."""
@@ -135,8 +142,8 @@ class MixtureOutput(nn.Module):
         self.register_buffer("patterns", (2 * (number[:, None] >> places & 1) - 1).float(), persistent=False)
         self.register_buffer("surplus", surplus, persistent=False)
 
-    def _field(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """<lambda_g, phi_p> for every group and pattern: [N·M, G, P]."""
+    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """See :class:`Output`: <lambda_g, phi_p> for every group and pattern, [N·M, G, P]."""
         return (self._grouped(channel_field(noisy, t)) @ self.patterns.T).flatten(0, -3)
 
     def _grouped(self, bits: Tensor) -> Tensor:
@@ -152,9 +159,9 @@ class MixtureOutput(nn.Module):
         places = 2 ** torch.arange(self.group, device=clean.device)
         return ((self._grouped(clean) > 0) * places).sum(-1)
 
-    def evidence(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
         """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P], without gradient."""
-        marginals = mixture_marginals(raw.flatten(0, -2), self._field(noisy, t), self.surplus)
+        marginals = mixture_marginals(raw.flatten(0, -2), field, self.surplus)
         return marginals.flatten(-2).view(*raw.shape[:-1], -1)
 
     @torch.no_grad()
@@ -162,20 +169,20 @@ class MixtureOutput(nn.Module):
         """See :class:`Output`; keeps the pattern probabilities, as large as ``raw``."""
         weights, patterns = pattern_probabilities(raw.flatten(0, -2), self.surplus)
 
-        def read(noisy: Tensor, t: Tensor) -> Tensor:
-            marginals = posterior_marginals(weights, patterns, self._field(noisy, t), self.surplus)
+        def read(field: Tensor) -> Tensor:
+            marginals = posterior_marginals(weights, patterns, field, self.surplus)
             return marginals.flatten(-2).view(*raw.shape[:-1], -1)
 
         return read
 
-    def denoise(self, raw: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
         """See :class:`Output`: the posterior mean, bounded by construction; without gradient."""
-        marginals = self.evidence(raw, noisy, t).unflatten(-1, (self.groups, -1))
+        marginals = self.evidence(raw, field).unflatten(-1, (self.groups, -1))
         return (marginals @ self.patterns).flatten(-2)[..., : self.bits]
 
     def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
         """See :class:`Output`: -log posterior of the clean token, in nats a bit."""
-        return self._nll(raw, clean, self._field(noisy, t)) / self.bits
+        return self._nll(raw, clean, self.field(noisy, t)) / self.bits
 
     def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
         """See :class:`Output`."""

@@ -110,8 +110,7 @@ def ode_sample(
             watch(steps - k + 1, denoised)
         if k == 1 or (confidence is not None and bool((known.open(denoised).abs() >= confidence).all())):
             break
-        shrink = (k - 1) / k
-        noisy = shrink * noisy + (1 - shrink) * denoised
+        noisy = torch.lerp(noisy, denoised, 1 / k)  # 1 - t'/t = 1/k
     return Sampled(sign(denoised), steps - k + 1, denoised)
 
 

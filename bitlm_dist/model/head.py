@@ -8,7 +8,7 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the b
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.config import Config
-from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output, Reader
+from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
 from bitlm_dist.diffusion.sampler import Denoisers, Step
 from bitlm_dist.kernels import in_block_attention
 from bitlm_dist.kernels.few_rows import Linear, linear
@@ -61,9 +61,10 @@ class Modulation:
         return Modulation(self.y[index], [run[index] for run in self.runs], self.final[index])
 
 
-def exact(like: Tensor) -> torch.autocast:
+def exact(like: Tensor) -> AbstractContextManager[Any]:
     """No autocast: noise, posteriors and losses stay fp32 whatever the precision of the layers."""
-    return torch.autocast(like.device.type, enabled=False)
+    device = like.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -193,15 +194,16 @@ class DiffusionHead(nn.Module):
 
     def forward(self, noisy: Tensor, t: Tensor, context: Context) -> Tensor:
         """noisy [N, M, K], t that broadcasts to [N, M] -> raw output [N, M, size] for ``self.output``."""
-        reader = None if context.logits is None else partial(self.output.evidence, context.logits)
-        return self._raw(noisy, t, context, self.modulate(t, context), reader)
+        evidence = None
+        if self.evidence_in is not None:
+            assert context.logits is not None
+            with exact(noisy):
+                evidence = self.output.evidence(context.logits, self.output.field(noisy, t))
+        return self._raw(noisy, evidence, context, self.modulate(t, context))
 
-    def _raw(self, noisy: Tensor, t: Tensor, context: Context, modulation: Modulation, reader: Reader | None) -> Tensor:
+    def _raw(self, noisy: Tensor, evidence: Tensor | None, context: Context, modulation: Modulation) -> Tensor:
         x = self.bits_in(noisy)
         if self.evidence_in is not None:
-            assert reader is not None
-            with exact(noisy):
-                evidence = reader(noisy, t)
             x = x + self.evidence_in(evidence)
         return finish(self.features(x, modulation, causal=False), context.logits, context.readout)
 
@@ -282,9 +284,12 @@ class DiffusionHead(nn.Module):
             reader = self.output.reader(context.logits)
 
         def denoise(t: Tensor, modulation: Modulation, noisy: Tensor) -> Tensor:
-            raw = self._raw(noisy, t, context, modulation, reader)
             with exact(noisy):
-                return self.output.denoise(raw, noisy, t)
+                field = self.output.field(noisy, t)
+                evidence = None if reader is None else reader(field)
+            raw = self._raw(noisy, evidence, context, modulation)
+            with exact(noisy):
+                return self.output.denoise(raw, field)
 
         def at(times: Tensor) -> list[Step]:
             modulation = self.modulate(times, context)

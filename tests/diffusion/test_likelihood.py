@@ -47,7 +47,7 @@ def test_the_bound_is_tight_for_an_exact_denoiser_of_correlated_bits(seed):
     clean = law.patterns[index].unsqueeze(1)
 
     def denoise(noisy, t):
-        return law.denoise(raw.expand(*noisy.shape[:-1], -1), noisy, t)
+        return law.denoise(raw.expand(*noisy.shape[:-1], -1), law.field(noisy, t))
 
     nats = score(denoise, clean).nats.squeeze(-1)
     truth = -probabilities.log()[index]

@@ -12,7 +12,7 @@ RAW = torch.cat((torch.zeros(1), PROBABILITIES.log()))
 
 
 def exact(noisy, t):
-    return LAW.denoise(RAW.expand(*noisy.shape[:-1], -1), noisy, t)
+    return LAW.denoise(RAW.expand(*noisy.shape[:-1], -1), LAW.field(noisy, t))
 
 
 def levels(denoise):

@@ -50,7 +50,7 @@ def test_denoisers_of_many_steps_compute_what_one_pass_does(overrides, tiny_mode
     with torch.no_grad(), head.decoding():
         for t, step in zip(times, head.denoisers(context)(times[:, None, None]), strict=True):
             each = t.expand(6, 4)
-            expected = head.output.denoise(head(noisy, each, context), noisy, each)
+            expected = head.output.denoise(head(noisy, each, context), head.output.field(noisy, each))
             torch.testing.assert_close(step(noisy), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -200,4 +200,4 @@ def test_posteriors_and_losses_stay_exact_under_autocast(tiny_model, seed):
         raw = head(noisy, t, context)
         out = denoised(head, noisy, t, context)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, head.output.denoise(raw, noisy, t))
+    torch.testing.assert_close(out, head.output.denoise(raw, head.output.field(noisy, t)))

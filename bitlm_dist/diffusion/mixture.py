@@ -123,7 +123,8 @@ def pattern_probabilities(raw: Tensor, surplus: Tensor) -> tuple[Tensor, Tensor]
     unlikely the model finds them.
     """
     weights, logits = split(raw, raw.shape[-1] // (1 + surplus.numel()), surplus)
-    return weights, logits.softmax(-1).clamp_min_(RAREST).transpose(-2, -3)
+    patterns = logits.softmax(-1).clamp_min_(RAREST)
+    return weights, patterns.transpose(-2, -3).contiguous()  # each of the products to come would copy it
 
 
 def posterior_marginals(weights: Tensor, patterns: Tensor, field: Tensor, surplus: Tensor) -> Tensor:

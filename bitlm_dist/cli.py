@@ -18,6 +18,7 @@ from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, confi
 
 if TYPE_CHECKING:
     from bitlm_dist.model.language_model import LanguageModel
+    from bitlm_dist.parallel.layout import Layout
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -62,30 +63,31 @@ def train(
         _dry_run(loaded.config)
         return
     from bitlm_dist.launch.ranks import read_ranks
+    from bitlm_dist.parallel.layout import layout_of
 
-    world = read_ranks(os.environ).world
-    if world > 1:
-        raise UserError(f"started as one of {world} processes: this version trains on one process; start it without a launcher")
-    _train(loaded.config, resume)
+    ranks = read_ranks(os.environ)
+    _train(loaded.config, resume, layout_of(loaded.config.parallel, ranks.world, ranks.rank))
 
 
-def _train(config: Config, resume: bool) -> None:
+def _train(config: Config, resume: bool, layout: "Layout") -> None:
     from bitlm_dist.display import training_progress
     from bitlm_dist.training.trainer import Trainer
 
-    trainer = Trainer(config, resume)
+    trainer = Trainer(config, resume, layout)
+    speaks = layout.rank == 0
     begun, steps = trainer.step, config.training.steps
     if begun >= steps:
-        say(f"{config.run.dir} is trained: step {begun} of {steps}")
+        if speaks:
+            say(f"{config.run.dir} is trained: step {begun} of {steps}")
         return
-    count = sum(p.numel() for p in trainer.model.parameters())
-    say(f"{config.run.dir}: {count:,} parameters, step {begun} of {steps}")
+    if speaks:
+        say(f"{config.run.dir}: {trainer.engine.parameters:,} parameters, step {begun} of {steps}")
     with ExitStack() as stack:
         stack.callback(trainer.close)
         evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
-        observe = stack.enter_context(training_progress(console, begun, steps))
+        observe = stack.enter_context(training_progress(console, begun, steps)) if speaks else None
         trainer.fit(observe=observe, evaluate=evaluator)
-    if trainer.stopped_by:
+    if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
         raise typer.Exit(0)
 

@@ -161,6 +161,8 @@ class OptimizerConfig(Section):
     """AdamW epsilon."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
+    sharded: bool = True
+    """Spread state and work over the data-parallel ranks."""
     clip_norm: float = Field(1.0, ge=0)
     """Clip the joint gradient norm here; 0: never."""
     warmup_steps: int = Field(20, ge=0)
@@ -227,15 +229,21 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks."""
     sequence: bool = False
-    """Sequence parallelism over the tensor ranks."""
+    """Split the activations between layers over the tensor ranks too."""
     pipeline: int = Field(1, ge=1)
     """Pipeline stages."""
     virtual_pipeline: int = Field(1, ge=1)
-    """Model chunks a pipeline rank."""
+    """Model chunks a pipeline rank (interleaved schedule)."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each of the pipeline x virtual_pipeline stages; none: the last ones carry fewer, for the head's work."""
     context: int = Field(1, ge=1)
     """Context-parallel ranks."""
+    data: int | None = Field(None, ge=1)
+    """Data-parallel ranks; none: what is left of the processes."""
     microbatch: int = Field(0, ge=0)
-    """Sequences a forward pass; 0: the whole batch at once."""
+    """Sequences a forward pass of a data-parallel rank; 0: all of its share at once, with a pipeline one."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Compute activations again for the backward pass: those of attention, or whole layers."""
 
 
 class LoggingConfig(Section):
@@ -325,11 +333,35 @@ def _problems(c: Config) -> Iterator[str]:
         yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
-    yield from _layout_problems(c.parallel)
+    yield from _layout_problems(c)
 
 
-def _layout_problems(parallel: ParallelConfig) -> Iterator[str]:
-    for key in ("tensor", "sequence", "pipeline", "virtual_pipeline", "context"):
-        value = getattr(parallel, key)
-        if int(value) > (0 if key == "sequence" else 1):
-            yield f"parallel.{key} = {value}: this version trains on one process; leave it at its default"
+def _layout_problems(c: Config) -> Iterator[str]:
+    """What no number of processes could mend."""
+    p, backbone, m, length = c.parallel, c.model.backbone, c.model.block_size, c.data.sequence_length
+    for key in ("heads", "kv_heads", "ffn_width"):
+        size = getattr(backbone, key)
+        if size % p.tensor:
+            fits = ", ".join(str(t) for t in range(1, size + 1) if size % t == 0 and t <= 2 * p.tensor)
+            yield f"model.backbone.{key} = {size} cannot be split over parallel.tensor = {p.tensor} ranks: use one of {fits}"
+    if p.sequence and p.tensor == 1:
+        yield "parallel.sequence = true splits over the tensor ranks: set parallel.tensor > 1 or leave it off"
+    if p.virtual_pipeline > 1 and p.pipeline == 1:
+        yield f"parallel.virtual_pipeline = {p.virtual_pipeline} needs parallel.pipeline > 1"
+    pieces = p.tensor * p.context * m * (2 if p.context > 1 else 1)
+    if length % pieces:
+        near = max(1, round(length / pieces)) * pieces
+        yield (
+            f"data.sequence_length = {length} cannot be split into whole blocks of {m} over parallel.tensor = {p.tensor} x "
+            f"parallel.context = {p.context} ranks: it must be a multiple of {pieces}, e.g. {near}"
+        )
+    stages, layers = p.pipeline * p.virtual_pipeline, backbone.layers
+    if stages > layers:
+        yield f"model.backbone.layers = {layers} is too few for parallel.pipeline x virtual_pipeline = {stages} stages"
+    if p.layers_per_stage is not None:
+        given = list(p.layers_per_stage)
+        if len(given) != stages or sum(given) != layers or min(given, default=0) < 1:
+            yield (
+                f"parallel.layers_per_stage = {given} must name {stages} stages (pipeline x virtual_pipeline) of a layer or more "
+                f"that add up to model.backbone.layers = {layers}"
+            )

@@ -1,6 +1,15 @@
-"""The one exception that speaks to users."""
+"""The one exception that speaks to users, and how one of many processes speaks."""
 
+import os
+import socket
+import sys
+import time
+import traceback
 import warnings
+
+FIRST_SPEAKS = 5.0  # seconds that other ranks wait with what rank 0 most likely says too
+FOLLOWER = 20.0  # seconds that a rank waits which only lost its peers: the launcher ends it meanwhile
+LOST_PEER = ("closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
 
 
 class UserError(ValueError):
@@ -10,3 +19,26 @@ class UserError(ValueError):
 def silence_announcements() -> None:
     """Keep Megatron-core and streaming from announcing at every import what they would do on a GPU; `bitlm doctor` says it once."""
     warnings.filterwarnings("ignore", module=r"(megatron|streaming|torch\.distributed|pynvml)\b")
+
+
+def _rank() -> int:
+    found = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+    return int(found) if found.isdigit() else 0
+
+
+def say_once(message: str) -> None:
+    """Print an error that every process of a job is likely to meet: rank 0 at once, another one only if it is still alive later."""
+    rank = _rank()
+    if rank > 0:
+        time.sleep(FIRST_SPEAKS)
+        message = f"rank {rank} on {socket.gethostname()}: {message}"
+    print(message, file=sys.stderr, flush=True)
+
+
+def say_failure(error: BaseException) -> None:
+    """Print what ended this rank of a job, last a line with rank and host; one that only lost its peers leaves them the word."""
+    message = " ".join(str(error).split())
+    if any(sign in message.lower() for sign in LOST_PEER):
+        time.sleep(FOLLOWER)
+    traceback.print_exception(error)
+    print(f"bitlm: rank {_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)

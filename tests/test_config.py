@@ -92,8 +92,13 @@ BAD = [
     (["--sampling.guidance", "3"], "sampling.guidance = 3.0 needs a trained null state"),
     (["--diffusion.per_token", "0", "--diffusion.chain", "0"], "sampling.sampler = sequential needs"),
     (["--sampling.sampler", "sde", "--sampling.steps", "1"], "the sde sampler needs at least 2"),
-    (["--parallel.tensor", "2"], "parallel.tensor = 2: this version trains on one process"),
-    (["--parallel.sequence", "true"], "parallel.sequence = True: this version trains on one process"),
+    (["--parallel.tensor", "3"], "model.backbone.heads = 4 cannot be split over parallel.tensor = 3 ranks: use one of 1, 2, 4"),
+    (["--parallel.tensor", "4"], "model.backbone.kv_heads = 2 cannot be split over parallel.tensor = 4 ranks: use one of 1, 2"),
+    (["--parallel.sequence", "true"], "parallel.sequence = true splits over the tensor ranks"),
+    (["--parallel.virtual_pipeline", "2"], "parallel.virtual_pipeline = 2 needs parallel.pipeline > 1"),
+    (["--parallel.context", "3"], "must be a multiple of 24, e.g. 264"),
+    (["--parallel.pipeline", "8"], "model.backbone.layers = 4 is too few for parallel.pipeline x virtual_pipeline = 8 stages"),
+    (["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[3, 2]"], "that add up to model.backbone.layers = 4"),
     (["--preset", "papper"], "preset = 'papper'"),
 ]
 

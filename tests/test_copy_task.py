@@ -28,7 +28,7 @@ def test_copying_costs_less_than_a_tenth_of_free_bits():
     torch.manual_seed(0)
     config = load(None, ["--data.sequence_length", "32"]).config
     model = BitLM(config, BitCodes(natural(V), 8), eos=1)
-    optimizers = Optimizers(model, config.optimizer)
+    optimizers = Optimizers(dict(model.named_parameters()), config.optimizer)
     for step in range(STEPS):
         batch = batch_of(step)
         (model.loss(batch, seed=0, step=step) / (16 * (BLOCKS - 1) * M)).backward()

@@ -14,14 +14,14 @@ from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import build_model
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.planning.flops import training_flops
 from bitlm_dist.planning.memory import check_memory, training_bytes
+from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.optimizer import Optimizers
-from bitlm_dist.training.trainer import optimize
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class StackRunner(Runner):
     def __init__(self, config: Config, load: Load) -> None:
         self.config, self.load, self.device = config, load, mesh.device()
         codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
-        self.model = build_model(config, codes, load.eos).to(self.device)
-        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.engine = Engine(config, codes, load.eos, Layout())
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
         self.log = MetricsLog(Path(self.folder.name), config.logging)
         self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
@@ -64,7 +63,7 @@ class StackRunner(Runner):
     def __call__(self) -> int:
         """See :class:`~bitlm_dist.bench.contest.Runner`."""
         for _ in range(self.load.steps):
-            update = optimize(self.model, self.optimizers, self._batch(), self.config, self.step)
+            update = self.engine.step(self._batch(), self.step)
             self.step += 1
             self.log.write({"step": self.step, "loss": float(update.loss), "grad_norm": update.norm})
         return self.load.steps * self.config.training.global_batch_tokens
@@ -78,7 +77,7 @@ class PlainRunner(Runner):
         self.config, self.load = config, load
         device = mesh.device()
         self.model = PlainBitLM(config, BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))).to(device)
-        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.optimizers = Optimizers(dict(self.model.named_parameters()), config.optimizer)
         self.batch = synthetic_batch(config, load.vocabulary, 0, device)
 
     def __call__(self) -> int:

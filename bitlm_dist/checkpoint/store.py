@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, write_atomically
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ALONE, Layout
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,30 +42,46 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in root.glob(f"step-*/{MANIFEST}"))
 
 
-def save(root: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``.
+def save(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+    layout: Layout = ALONE,
+) -> Path:
+    """Write the checkpoint of ``step`` and remove all but the newest ``keep``; every process of the layout calls it.
 
     Args:
         root: the run's ``checkpoints`` folder.
-        tensors: by name; saved with shape and dtype.
+        tensors: by name; saved with shape and dtype. A name that several processes give is the same tensor, or shares of it.
         state: JSON values.
     """
     final = folder_of(root, step)
     building = root / f".{final.name}.partial"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
+    if layout.rank == 0:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    mesh.wait_for_all(layout)
     writer = FileSystemWriter(building / "tensors", single_file_per_rank=True, sync_files=True, thread_count=1)
-    save_tensors(dict(tensors), storage_writer=writer, no_dist=True)
+    save_tensors(dict(tensors), storage_writer=writer, no_dist=layout.world == 1)
+    if layout.rank == 0:
+        _complete(building, final, step, state)
+        for old in complete_steps(root)[:-keep]:
+            shutil.rmtree(folder_of(root, old))
+    mesh.wait_for_all(layout)
+    return final
+
+
+def _complete(building: Path, final: Path, step: int, state: Mapping[str, Any]) -> None:
+    """All tensors are written: describe the folder and put it in its place."""
     write_atomically(building / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n")
     files = {str(f.relative_to(building)): _describe(f) for f in sorted(building.rglob("*")) if f.is_file()}
     write_atomically(building / MANIFEST, json.dumps(files, indent=1) + "\n")
     if final.exists():  # incomplete, or a rerun of the same step
         shutil.rmtree(final)
     building.rename(final)
-    sync_folder(root)
-    for old in complete_steps(root)[:-keep]:
-        shutil.rmtree(folder_of(root, old))
-    return final
+    sync_folder(final.parent)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -94,8 +112,8 @@ def _remedy(folder: Path) -> str:
     return f"remove {folder} to go on from an older checkpoint"
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Copy the tensors of a checkpoint that :func:`read_state` has verified into ``tensors``.
+def load(folder: Path, tensors: Mapping[str, Tensor], layout: Layout = ALONE) -> None:
+    """Copy the tensors of a checkpoint that :func:`read_state` has verified into ``tensors``; every process takes its part.
 
     Raises:
         UserError: a tensor is missing or has another shape.
@@ -107,7 +125,7 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if shape != tensor.shape:
             found = "is missing" if shape is None else f"has shape {tuple(shape)}"
             raise UserError(f"{folder}: {name} {found}, the model has {tuple(tensor.shape)}: it is a checkpoint of another model")
-    load_tensors(dict(tensors), storage_reader=reader, no_dist=True)
+    load_tensors(dict(tensors), storage_reader=reader, no_dist=layout.world == 1)
 
 
 def _describe(file: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The causal Transformer over blocks: Megatron-core's TransformerBlock with a Qwen-3 layer and block-causal attention.
 
-Legend: B batch, S sequence, D width.
+Legend: B batch, S tokens of this rank, L tokens of the sequence, D width.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.decoding import Decoder
+from bitlm_dist.model.plain_layer import rotary_angles
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ALONE, Layout, Stage
 
 if TYPE_CHECKING:
-    from bitlm_dist.config import ModelConfig
+    from bitlm_dist.config import Config, ModelConfig, ParallelConfig
 
 
 class RMSNorm(nn.RMSNorm):
@@ -63,7 +65,7 @@ def _layer_spec() -> Any:
     )
 
 
-def _transformer_config(model: "ModelConfig") -> Any:
+def _transformer_config(model: "ModelConfig", parallel: "ParallelConfig", layout: Layout, layers_per_stage: list[int]) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
@@ -72,6 +74,7 @@ def _transformer_config(model: "ModelConfig") -> Any:
 
         block_size: int = 1
         attention_backend: str = "auto"
+        layout: Layout = ALONE
 
     backbone = model.backbone
     on_cpu = mesh.device().type == "cpu"
@@ -91,56 +94,83 @@ def _transformer_config(model: "ModelConfig") -> Any:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
-        perform_initialization=False,  # initialization.py draws the same weights on every device
+        perform_initialization=False,  # initialization.py draws the same weights for every layout
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=not on_cpu,
         apply_rope_fusion=False,
+        tensor_model_parallel_size=layout.tensor,
+        sequence_parallel=layout.sequence,
+        context_parallel_size=layout.context,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        pipeline_model_parallel_layout=_stages(layers_per_stage) if layout.pipeline > 1 else None,
+        batch_p2p_comm=not on_cpu,  # interleaved stages exchange wrong tensors with it on gloo, silently
         batch_p2p_sync=not on_cpu,
         pipeline_dtype=torch.float32,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,  # the loss is normalised before the backward pass; nobody scales the gradient again
+        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
+        recompute_method="uniform" if parallel.recompute == "full" else None,
+        recompute_num_layers=1 if parallel.recompute == "full" else None,
         block_size=model.block_size if model.attention == "block" else 1,
         attention_backend=backbone.attention,
+        layout=layout,
     )
 
 
-class Backbone(nn.Module):
-    """Embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
+def _stages(layers_per_stage: list[int]) -> list[list[str]]:
+    """Megatron's notation of what each stage holds."""
+    stages = [["decoder"] * count for count in layers_per_stage]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
-    On the meta device (``torch.device("meta")`` as the default device) no weight is allocated.
+
+class Backbone(nn.Module):
+    """The layers of one stage: embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
+
+    Tensors are in Megatron's order [S, B, D], S the tokens that this rank holds. On the meta device (``torch.device("meta")`` as
+    the default device) no weight is allocated.
     """
 
-    def __init__(self, model: "ModelConfig") -> None:
+    def __init__(self, config: "Config", layout: Layout, stage: Stage, layers_per_stage: list[int]) -> None:
         super().__init__()
-        mesh.initialize()
-        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+        mesh.initialize(layout)
         from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-        config = _transformer_config(model)
-        layers = [_layer_spec() for _ in range(model.backbone.layers)]
-        self.block = TransformerBlock(config, TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm))
-        self.rotary = RotaryEmbedding(
-            model.backbone.head_width, 1.0, rotary_base=model.backbone.rope_base, use_cpu_initialization=True
+        self.megatron_config = _transformer_config(config.model, config.parallel, layout, layers_per_stage)
+        self.block = TransformerBlock(
+            self.megatron_config,
+            TransformerBlockSubmodules(layer_specs=[_layer_spec() for _ in stage.layers], layer_norm=RMSNorm),
+            pre_process=stage.embeds,
+            post_process=stage.predicts,
+            vp_stage=stage.chunk if layout.virtual > 1 else None,
         )
-        self._model = model
+        self._model, self._layout = config.model, layout
         self._decoder: Decoder | None = None
 
-    def forward(self, embedded: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """embedded [B, S, D], document_ids [B, S] or None -> hidden states [B, S, D] after the final norm.
+    def forward(self, embedded: Tensor | None, document_ids: Tensor | None, length: int) -> Tensor:
+        """embedded [S, B, D] (None: what the stage before sent), document_ids [B, L] or None -> hidden states [S, B, D].
 
-        S is a multiple of the block size. Inside :meth:`decoding`, the S tokens continue those of the calls before.
+        The last stage's are those after the final norm. L is ``length``, a multiple of the block size. Inside :meth:`decoding`, the
+        S tokens continue those of the calls before.
         """
         if self._decoder is not None:
+            assert embedded is not None
             assert document_ids is None, "decoding reads one document a row"
-            return self._decoder(embedded)
-        positions = self.rotary(embedded.shape[1])
-        hidden: Tensor = self.block(embedded.transpose(0, 1).contiguous(), document_ids, rotary_pos_emb=positions)
-        return hidden.transpose(0, 1)
+            return self._decoder(embedded.transpose(0, 1)).transpose(0, 1)
+        b = self._model.backbone
+        angles = rotary_angles(self._layout.positions(length).to(mesh.device()), b.rope_base, b.head_width)
+        hidden: Tensor = self.block(embedded, document_ids, rotary_pos_emb=angles[:, None, None])
+        return hidden
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """While open, every forward call appends to a key-value cache and attends to all that came before."""
+        assert self._layout.world == 1, "text is written by one process"
         self._decoder = Decoder(self.block, self._model)
         try:
             yield

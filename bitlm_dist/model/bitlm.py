@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
@@ -17,7 +18,7 @@ from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
 from bitlm_dist.model.bit_embedding import BitEmbedding, token_table
 from bitlm_dist.model.head import DiffusionHead, exact
 from bitlm_dist.model.initialization import drawn_from
-from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
+from bitlm_dist.model.language_model import Batch, LanguageModel, Place, target_mask
 
 
 class BitLM(LanguageModel):
@@ -27,28 +28,35 @@ class BitLM(LanguageModel):
         config: checked.
         codes: assignment of codes to tokens; its B wins over ``model.bits``.
         eos: id that ends a document.
+        place: which part of the model this is; None: all of it.
     """
 
-    def __init__(self, config: Config, codes: BitCodes, eos: int) -> None:
-        width, seed = config.model.backbone.width, config.training.seed
-        with drawn_from(seed, "embedding"):
-            table, window = config.model.input == "table", config.model.input_window
-            embedding = token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width, window)
-        super().__init__(config, embedding, eos)
+    def __init__(self, config: Config, codes: BitCodes, eos: int, place: Place | None = None) -> None:
+        place = Place.alone(config.model.backbone.layers) if place is None else place
+        super().__init__(config, eos, place)
         self.codes = codes
-        with drawn_from(seed, "head"):
-            self.head = DiffusionHead(config, codes.bits)
+        width, seed = config.model.backbone.width, config.training.seed
+        if place.stage.embeds:
+            with drawn_from(seed, "embedding"):
+                table = config.model.input == "table"
+                window = config.model.input_window
+                self.embedding = token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width, window)
+        if place.stage.predicts:
+            with drawn_from(seed, "head"):
+                self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion
         self.noise_law = NoiseLaw(
             diffusion.time, diffusion.draws, diffusion.per_token, diffusion.per_token_sigma, diffusion.context_dropout
         )
 
-    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None, flips: Tensor | None = None) -> Tensor:
-        """tokens [B, S] -> C [B, S, D]; ``flips`` [B, S, K] of +1 and -1 multiplies the input bits."""
+    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
         if self.config.model.input == "table":
-            return self.backbone(self.embedding(tokens), document_ids)
+            embedded: Tensor = self.embedding(tokens)
+            return embedded
         bits = self.codes.encode(tokens)
-        return self.backbone(self.embedding(bits if flips is None else bits * flips), document_ids)
+        embedded = self.embedding(bits if flips is None else bits * flips)
+        return embedded
 
     def parts(self) -> dict[str, nn.Module]:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
@@ -60,13 +68,9 @@ class BitLM(LanguageModel):
         with super().decoding(), self.head.decoding():
             yield
 
-    def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of the loss over the batch's valid tokens, a mean over draws and bits; divide by the global count of valid tokens.
-
-        The noise depends on (seed, step, sample, block, draw) alone.
-        """
-        hidden = self.hidden(batch.tokens, batch.document_ids, self._flips(batch, seed, step))
-        targets = self.targets(batch, hidden)
+    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`; of a token, a mean over draws and bits."""
+        targets = self.targets(batch, states, positions)
         clean = self.codes.encode(targets.tokens)
         output = self.head.output
         source = Source(seed, targets.sample, targets.block, step)
@@ -84,9 +88,9 @@ class BitLM(LanguageModel):
             if raw_chain is not None:
                 loss = loss - self.config.diffusion.chain / self.codes.bits * output.log_prob(raw_chain, clean)
             loss = (loss * targets.valid).sum()
-        return loss + self._next_token_loss(batch, hidden)
+        return loss + self._next_token_loss(batch, states, positions)
 
-    def _next_token_loss(self, batch: Batch, hidden: Tensor) -> Tensor | float:
+    def _next_token_loss(self, batch: Batch, states: Tensor, positions: Tensor) -> Tensor | float:
         """The context's cross-entropy at every state, in nats a bit: only states before a block's start have it otherwise.
 
         With causal attention every state could be the last of a block, so the backbone learns from every token, not every m-th.
@@ -94,12 +98,13 @@ class BitLM(LanguageModel):
         weight = self.config.diffusion.next_token
         if weight == 0 or self.block_size == 1:  # the context logits of one-token blocks are this loss
             return 0.0
-        row, place = target_mask(batch, self.block_size, self.eos).nonzero(as_tuple=True)
-        logits, clean = self.head.next_logits(hidden[row, place - 1]), self.codes.encode(batch.tokens[row, place])
+        following = F.pad(target_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))  # whether the next token carries loss
+        row, place = following[:, positions].nonzero(as_tuple=True)
+        logits, clean = self.head.next_logits(states[row, place]), self.codes.encode(batch.tokens[row, positions[place] + 1])
         with exact(clean):
             return -weight / self.codes.bits * self.head.output.log_prob(logits, clean).sum()
 
-    def _flips(self, batch: Batch, seed: int, step: int) -> Tensor | None:
+    def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Input bits flipped with probability p·U, one U a sequence (BitDance), or None where the switch is off."""
         most = self.config.diffusion.input_bit_flips
         if most == 0:

@@ -5,21 +5,43 @@ import torch
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config import Config
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.language_model import LanguageModel
+from bitlm_dist.model.head import head_weights
+from bitlm_dist.model.language_model import LanguageModel, Place
 from bitlm_dist.model.softmax_lm import SoftmaxLM
+from bitlm_dist.parallel.layout import Layout, split_layers, stages_of
 
 
-def build_model(config: Config, codes: BitCodes, eos: int) -> LanguageModel:
+def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None = None) -> LanguageModel:
     """``model.output`` decides.
 
     Args:
         config: checked.
         codes: of the vocabulary; a softmax reads only its size.
         eos: id that ends a document.
+        place: which part of the model; None: all of it.
     """
     if config.model.output == "softmax":
-        return SoftmaxLM(config, codes.vocabulary, eos)
-    return BitLM(config, codes, eos)
+        return SoftmaxLM(config, codes.vocabulary, eos, place)
+    return BitLM(config, codes, eos, place)
+
+
+def build_chunks(config: Config, codes: BitCodes, eos: int, layout: Layout) -> list[LanguageModel]:
+    """The stages that a process of the layout holds."""
+    layers = layers_per_stage(config, codes)
+    return [build_model(config, codes, eos, Place(layout, stage, layers)) for stage in stages_of(layers, layout)]
+
+
+def layers_per_stage(config: Config, codes: BitCodes) -> list[int]:
+    """As the config says, or so that the last stage has room for the head: its weights count with every pass."""
+    parallel, b = config.parallel, config.model.backbone
+    if parallel.layers_per_stage is not None:
+        return list(parallel.layers_per_stage)
+    layer = b.width * (2 * b.head_width * (b.heads + b.kv_heads) + 3 * b.ffn_width)
+    if config.model.output == "softmax":
+        last = b.width * codes.vocabulary
+    else:
+        last = head_weights(config, codes.bits) * (config.diffusion.draws + bool(config.diffusion.chain))
+    return split_layers(b.layers, parallel.pipeline * parallel.virtual_pipeline, last / layer)
 
 
 def meta_model(config: Config, vocabulary: int, bits: int) -> LanguageModel:

@@ -314,3 +314,9 @@ def has_tables(config: Config, output: Output) -> bool:
 def is_chained(config: Config, bits: int) -> bool:
     """Whether the head has a chain: in a block of one token there is something to go through only with tables."""
     return config.diffusion.chain > 0 and (config.model.block_size > 1 or has_tables(config, make_output(config, bits)))
+
+
+def head_weights(config: Config, bits: int) -> int:
+    """Weights of the head's matrices, roughly the multiply-adds of a token and pass."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in DiffusionHead(config, bits).parameters() if p.dim() == 2)

@@ -14,6 +14,21 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.initialization import initialize_layers
+from bitlm_dist.parallel.layout import ALONE, Layout, Stage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a stage stands."""
+
+    layout: Layout
+    stage: Stage
+    layers_per_stage: list[int]
+
+    @classmethod
+    def alone(cls, layers: int) -> "Place":
+        """One process that holds everything."""
+        return cls(ALONE, Stage(range(layers)), [layers])
 
 
 @dataclass(frozen=True)
@@ -55,33 +70,90 @@ def target_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
 
 
 class LanguageModel(nn.Module, ABC):
-    """The whole model of one pipeline stage that is both first and last.
+    """One stage of the model; with one process, all of it.
 
     Args:
         config: checked.
-        embedding: what turns tokens, or their bits, into the backbone's input.
         eos: id that ends a document.
+        place: the layout, and which stage of it this is.
     """
 
-    def __init__(self, config: Config, embedding: nn.Module, eos: int) -> None:
+    def __init__(self, config: Config, eos: int, place: Place) -> None:
         super().__init__()
-        self.config, self.eos = config, eos
+        from megatron.core.enums import ModelType
+
+        self.config, self.eos, self.place = config, eos, place
         self.block_size = config.model.block_size
-        self.embedding = embedding
-        self.backbone = Backbone(config.model)
-        initialize_layers(self.backbone, config.model.backbone.layers, config.training.seed)
+        # Megatron's schedules and reductions ask a stage for these
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = place.stage.embeds, place.stage.predicts
+        self.share_embeddings_and_output_weights = False
+        self.vp_stage = place.stage.chunk if place.layout.virtual > 1 else None
+        self.backbone = Backbone(config, place.layout, place.stage, place.layers_per_stage)
+        initialize_layers(
+            self.backbone,
+            place.stage.layers.start,
+            config.model.backbone.layers,
+            config.training.seed,
+            place.layout.tensor_rank,
+            place.layout.tensor,
+        )
 
     @abstractmethod
-    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """tokens [B, S] -> C [B, S, D]."""
+    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
+        """tokens [B, S] -> [B, S, D], first stage only; ``flips`` [B, S, K] of +1 and -1 multiplies input bits."""
 
     @abstractmethod
-    def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of the loss over the batch's valid tokens; divide by the global count of valid tokens."""
+    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """Sum of the loss over the batch's valid tokens that follow ``states`` [B, S, D] at ``positions`` [S]; last stage only."""
 
     @abstractmethod
     def parts(self) -> dict[str, nn.Module]:
         """The model's parts by the name that reports give them."""
+
+    def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
+        """Signs that training multiplies the input bits with, or None."""
+        return None
+
+    def forward(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """The stage's output [S, B, D], in Megatron's order, S the tokens of this rank: for the next stage or for the loss."""
+        embedded, layout = None, self.place.layout
+        if self.place.stage.embeds:
+            mine = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
+            mine = layout.own(mine) if layout.sequence else mine
+            flips = self.flips(batch, seed=seed, step=step)
+            embedded = self.embed(batch.tokens[:, mine], None if flips is None else flips[:, mine]).transpose(0, 1).contiguous()
+        hidden: Tensor = self.backbone(embedded, batch.document_ids, batch.tokens.shape[1])
+        return hidden
+
+    def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The last stage's output [S, B, D] -> what this rank's head handles of it: states [B, S', D], their positions [S']."""
+        layout = self.place.layout
+        positions = layout.own(layout.positions(length)).to(hidden.device)
+        if layout.tensor > 1 and not layout.sequence:
+            from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
+
+            hidden = scatter_to_sequence_parallel_region(hidden)
+        return hidden.transpose(0, 1), positions
+
+    def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """Sum of the loss over the batch's valid tokens; divide by the global count of valid tokens. For a model of one stage.
+
+        The noise depends on (seed, step, sample, block, draw) alone.
+        """
+        hidden = self(batch, seed=seed, step=step)
+        states, positions = self.own_states(hidden, batch.tokens.shape[1])
+        return self.loss_of(states, positions, batch, seed=seed, step=step)
+
+    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """tokens [B, S] -> C [B, S, D], on one process."""
+        embedded = self.embed(tokens, None).transpose(0, 1).contiguous()
+        hidden: Tensor = self.backbone(embedded, document_ids, tokens.shape[1]).transpose(0, 1)
+        return hidden
+
+    def set_input_tensor(self, tensors: list[Tensor]) -> None:
+        """Megatron's schedule hands over what the stage before sent."""
+        self.backbone.block.set_input_tensor(tensors[0] if isinstance(tensors, list) else tensors)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -89,13 +161,23 @@ class LanguageModel(nn.Module, ABC):
         with self.backbone.decoding():
             yield
 
-    def targets(self, batch: Batch, hidden: Tensor) -> Targets:
-        """Pick the blocks that carry loss, each with the states of the block before it (one-block shift)."""
+    def targets(self, batch: Batch, states: Tensor, positions: Tensor | None = None) -> Targets:
+        """Pick the blocks that carry loss, each with the states of the block before it (one-block shift).
+
+        Args:
+            states: [B, S, D], whole blocks.
+            positions: their places in the sequence [S]; None: all of it.
+        """
         m = self.block_size
         valid = target_mask(batch, m, self.eos).unflatten(1, (-1, m))
-        row, block = valid.any(-1).nonzero(as_tuple=True)
+        following = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+        if positions is not None:
+            following = positions[::m] // m + 1
+        inside = following < valid.shape[1]
+        row, place = (valid.any(-1)[:, following.clamp_max(valid.shape[1] - 1)] & inside).nonzero(as_tuple=True)
+        block = following[place]
         return Targets(
-            context=hidden.unflatten(1, (-1, m))[row, block - 1],
+            context=states.unflatten(1, (-1, m))[row, place],
             tokens=batch.tokens.unflatten(1, (-1, m))[row, block],
             valid=valid[row, block],
             sample=batch.sample[row],

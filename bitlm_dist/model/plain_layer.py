@@ -28,12 +28,18 @@ class LayerWeights(NamedTuple):
     down: Tensor
 
 
+def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
+    """Angles of the rotary embedding at positions [S]: [S, E], the same for both halves of E."""
+    half = positions[:, None] * base ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    return torch.cat((half, half), -1)
+
+
 def rotary(first: int, last: int, base: float, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines [S, 1, 1, E] of positions first..last-1, for :func:`layer`."""
-    place = torch.arange(first, last, device=device)
-    half = place[:, None] * base ** (-torch.arange(0, size, 2, device=device) / size)
-    angles = torch.cat((-half, half), -1)[:, None, None]
-    return angles.cos(), angles.sin()
+    angles = rotary_angles(torch.arange(first, last, device=device), base, size)[:, None, None]
+    sign = torch.ones(size, device=device)
+    sign[: size // 2] = -1
+    return angles.cos(), angles.sin() * sign
 
 
 def layer(

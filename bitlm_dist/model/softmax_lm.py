@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.model.bit_embedding import token_table
 from bitlm_dist.model.initialization import drawn_from
-from bitlm_dist.model.language_model import Batch, LanguageModel
+from bitlm_dist.model.language_model import Batch, LanguageModel, Place
 
 SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
 
@@ -29,25 +29,29 @@ class SoftmaxLM(LanguageModel):
         eos: id that ends a document.
     """
 
-    def __init__(self, config: Config, vocabulary: int, eos: int) -> None:
+    def __init__(self, config: Config, vocabulary: int, eos: int, place: Place | None = None) -> None:
         assert config.model.block_size == 1
+        place = Place.alone(config.model.backbone.layers) if place is None else place
+        super().__init__(config, eos, place)
         width, seed = config.model.backbone.width, config.training.seed
-        with drawn_from(seed, "embedding"):
-            table = token_table(vocabulary, width)
-        super().__init__(config, table, eos)
-        with drawn_from(seed, "output"):
-            self.output = nn.Linear(width, vocabulary, bias=False)
-            nn.init.normal_(self.output.weight, std=0.02)
-        if config.model.tied:
-            self.output.weight = table.weight
+        if place.stage.embeds:
+            with drawn_from(seed, "embedding"):
+                self.embedding = token_table(vocabulary, width)
+        if place.stage.predicts:
+            with drawn_from(seed, "output"):
+                self.output = nn.Linear(width, vocabulary, bias=False)
+                nn.init.normal_(self.output.weight, std=0.02)
+            if config.model.tied:
+                self.output.weight = self.embedding.weight
 
-    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """tokens [B, S] -> hidden states [B, S, D]."""
-        return self.backbone(self.embedding(tokens), document_ids)
+    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+        embedded: Tensor = self.embedding(tokens)
+        return embedded
 
-    def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of -log p over the batch's valid tokens, nats; nothing in it is random."""
-        targets = self.targets(batch, self.hidden(batch.tokens, batch.document_ids))
+    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`: -log p in nats; nothing in it is random."""
+        targets = self.targets(batch, states, positions)
         hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
         if hidden.is_cuda and _fused is not None:
             fused: Tensor = _fused(hidden, self.output.weight, tokens, reduction="sum")

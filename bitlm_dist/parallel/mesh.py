@@ -4,9 +4,11 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
+from bitlm_dist.parallel.layout import Layout
 
 
 def device() -> torch.device:
@@ -16,10 +18,11 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def initialize() -> None:
-    """Build the process group and Megatron's groups for one process; a second call does nothing.
+def initialize(layout: Layout) -> None:
+    """Build the process group and Megatron's groups; a second call does nothing.
 
-    gloo carries the CPU, NCCL the GPU. The rendezvous is an in-process store, so no port is opened.
+    gloo carries the CPU, NCCL the GPU. One process meets itself in a store of its own, so no port is opened; more of them meet
+    where the launcher's MASTER_ADDR and MASTER_PORT say.
     """
     enable_megatron_on_cpu()
     from megatron.core import parallel_state
@@ -29,9 +32,79 @@ def initialize() -> None:
         if device().type == "cuda":
             torch.cuda.set_device(device())
         backend = "nccl" if device().type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        if layout.world == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, rank=layout.rank, world_size=layout.world)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor,
+            pipeline_model_parallel_size=layout.pipeline,
+            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            context_parallel_size=layout.context,
+            create_gloo_process_groups=False,
+        )
         # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
         with torch.random.fork_rng():
             model_parallel_cuda_manual_seed(0)
+
+
+def sum_over_data(value: Tensor) -> Tensor:
+    """Sum of a tensor over the data-parallel ranks, in place; context-parallel ranks see the same data and count once."""
+    from megatron.core import parallel_state
+
+    dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    return value
+
+
+def sum_over_all(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, in place."""
+    dist.all_reduce(value)
+    return value
+
+
+def most_of_all(value: Tensor) -> Tensor:
+    """Largest value of a tensor over all processes, in place."""
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
+def wait_for_all(layout: Layout) -> None:
+    """Return when every process of the layout has come here."""
+    if layout.world > 1:
+        dist.barrier()
+
+
+def share_of(local: Tensor, dimension: int, layout: Layout) -> Tensor:
+    """A tensor rank's share as part of the whole tensor, for checkpoints; ``local`` itself where there is one tensor rank."""
+    if layout.tensor == 1:
+        return local
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    tensor_mesh = DeviceMesh.from_group(tensor_group(), local.device.type)
+    return DTensor.from_local(local, tensor_mesh, [Shard(dimension)], run_check=False)
+
+
+def data_group() -> dist.ProcessGroup:
+    """The ranks that hold the same weights: data- and context-parallel ones."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return group
+
+
+def model_group() -> dist.ProcessGroup:
+    """The ranks that hold one copy of the model together: tensor-parallel ones and stages."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup = parallel_state.get_model_parallel_group()
+    return group
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """The tensor-parallel ranks."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
+    return group

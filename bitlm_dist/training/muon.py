@@ -6,11 +6,15 @@ than the rest of the training step. Hyper-parameters, state and update are torch
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from bitlm_dist.model.initialization import cut, join, split_dimension
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout
 
 
 def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
@@ -31,23 +35,55 @@ def orthogonalize(matrices: Tensor, coefficients: tuple[float, float, float], st
 
 
 class Muon(torch.optim.Muon):
-    """Momentum, orthogonalised (Nesterov if the group says so); the step is scaled by sqrt(max(1, rows/columns))."""
+    """Momentum, orthogonalised (Nesterov if the group says so); the step is scaled by sqrt(max(1, rows/columns)).
+
+    Args:
+        named: matrices by global name; of a split one, this rank's share.
+        layout: of the job; the tensor ranks hold the same names.
+        settings: those of torch.optim.Muon.
+    """
+
+    def __init__(self, named: Mapping[str, nn.Parameter], layout: Layout, **settings: Any) -> None:
+        super().__init__(list(named.values()), **settings)
+        self._names = {parameter: name for name, parameter in named.items()}
+        self._layout = layout
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
         assert closure is None, "the training loop computes gradients itself"
         for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            wholes = self._whole(parameters, [self._momentum(p, group) for p in parameters])
             by_shape = defaultdict(list)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    by_shape[parameter.shape].append(parameter)
-            for shape, parameters in by_shape.items():
-                updates = torch.stack([self._momentum(p, group) for p in parameters])
-                updates = orthogonalize(updates, group["ns_coefficients"], group["ns_steps"], group["eps"])
+            for parameter, whole in zip(parameters, wholes, strict=True):
+                by_shape[whole.shape].append((parameter, whole))
+            for shape, pairs in by_shape.items():
+                updates = orthogonalize(
+                    torch.stack([whole for _, whole in pairs]), group["ns_coefficients"], group["ns_steps"], group["eps"]
+                )
                 scale = group["lr"] * math.sqrt(max(1.0, shape[0] / shape[1]))
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-scale)
+                for (parameter, _), update in zip(pairs, updates, strict=True):
+                    mine = cut(self._names[parameter], update, self._layout.tensor_rank, self._layout.tensor)
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(mine, alpha=-scale)
+
+    def _whole(self, parameters: list[nn.Parameter], shares: list[Tensor]) -> list[Tensor]:
+        """Shares of the tensor ranks -> whole matrices, in one exchange."""
+        ranks = self._layout.tensor
+        split = [split_dimension(self._names[p]) is not None for p in parameters]
+        if ranks == 1 or not any(split):
+            return shares
+        flat = torch.cat([share.flatten() for share, is_split in zip(shares, split, strict=True) if is_split])
+        every = [torch.empty_like(flat) for _ in range(ranks)]
+        torch.distributed.all_gather(every, flat, group=mesh.tensor_group())
+        wholes, at = [], 0
+        for parameter, share, is_split in zip(parameters, shares, split, strict=True):
+            if is_split:
+                parts = [one[at : at + share.numel()].view_as(share) for one in every]
+                at += share.numel()
+                share = join(self._names[parameter], parts)
+            wholes.append(share)
+        return wholes
 
     def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         state, grad = self.state[parameter], parameter.grad

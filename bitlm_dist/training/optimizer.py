@@ -1,13 +1,29 @@
 """Muon for the matrices of backbone layers and head blocks, AdamW for the rest; one schedule scales both."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bitlm_dist.config import OptimizerConfig
+from bitlm_dist.model.initialization import split_dimension
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ALONE, Layout
 from bitlm_dist.training.muon import Muon
+
+
+def _owners(named: Mapping[str, nn.Parameter], ranks: int) -> dict[str, int]:
+    """Which of ``ranks`` updates each tensor: the largest first, each to the rank with least so far."""
+    load, owners = [0] * ranks, {}
+    for name, parameter in sorted(named.items(), key=lambda item: (-item[1].numel(), item[0])):
+        owners[name] = load.index(min(load))
+        load[owners[name]] += parameter.numel()
+    return owners
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor | None:
+    return getattr(parameter, "main_grad", parameter.grad)
 
 
 def is_inner_matrix(name: str, parameter: Tensor) -> bool:
@@ -16,53 +32,96 @@ def is_inner_matrix(name: str, parameter: Tensor) -> bool:
 
 
 class Optimizers:
-    """The optimizers of a model behind one step.
+    """The optimizers of this process's stages behind one step.
+
+    With ``optimizer.sharded`` every data-parallel rank keeps the state of some tensors, updates these and sends them to the others;
+    Muon always orthogonalises whole matrices, whatever the tensor-parallel ranks hold of them.
 
     Args:
-        model: its named parameters are split between Muon and AdamW.
+        named: the trainable tensors of this process by their names in the whole model. Gradients are read from ``main_grad``, where
+            Megatron's data parallelism puts them, else from ``grad``.
         config: learning rates are peaks; :meth:`step` takes the schedule's factor.
+        layout: of the job.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
-        self.clip_norm = config.clip_norm
-        self._named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        muon = {n for n, p in self._named.items() if config.matrices == "muon" and is_inner_matrix(n, p)}
-        decayed = [p for n, p in self._named.items() if n not in muon and p.dim() >= 2]
-        plain = [p for n, p in self._named.items() if n not in muon and p.dim() < 2]
+    def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, layout: Layout = ALONE) -> None:
+        self.clip_norm, self.layout = config.clip_norm, layout
+        self._named = dict(named)
+        ranks, rank = layout.data * layout.context, layout.data_rank * layout.context + layout.context_rank
+        self._owners = _owners(self._named, ranks if config.sharded else 1)
+        own = {n: p for n, p in self._named.items() if self._owners[n] == (rank if config.sharded else 0)}
+        muon = {n for n, p in own.items() if config.matrices == "muon" and is_inner_matrix(n, p)}
+        decayed = [p for n, p in own.items() if n not in muon and p.dim() >= 2]
+        plain = [p for n, p in own.items() if n not in muon and p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        self._optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-        ]
+        groups = [group for group in groups if group["params"]]
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if groups:
+            self._optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
         if muon:
             self._optimizers.append(
                 Muon(
-                    [p for n, p in self._named.items() if n in muon],
+                    {n: p for n, p in own.items() if n in muon},
+                    layout,
                     lr=config.muon_lr,
                     momentum=config.muon_momentum,
                     weight_decay=config.weight_decay,
                     nesterov=True,
                 )
             )
+        self._own = own
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
 
     def step(self, factor: float) -> tuple[float, bool]:
         """Clip the joint gradient norm and update with learning rates of ``factor`` times their peaks.
 
         Returns:
-            The norm before clipping, and whether the update was made: a norm that is not finite skips it.
+            The norm before clipping, and whether the update was made: a norm that is not finite skips it on all ranks.
         """
-        norm = float(nn.utils.clip_grad_norm_(self._named.values(), self.clip_norm or math.inf))
+        norm = self._norm()
         finite = math.isfinite(norm)
-        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * factor
-            if finite:
+        if finite:
+            scale = min(1.0, (self.clip_norm or math.inf) / (norm + 1e-6))
+            for parameter in self._own.values():
+                grad = _gradient(parameter)
+                parameter.grad = None if grad is None else grad.mul_(scale)
+            for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            self._share()
+        for parameter in self._named.values():
+            parameter.grad = None
         return norm, finite
 
+    def _norm(self) -> float:
+        """Norm of the whole gradient: of a tensor that all tensor ranks hold, one of them counts it."""
+        counted = [
+            grad
+            for n, p in self._named.items()
+            if (self.layout.tensor_rank == 0 or split_dimension(n) is not None) and (grad := _gradient(p)) is not None
+        ]
+        squares = torch.stack(torch._foreach_norm(counted)).square().sum() if counted else torch.zeros((), device=mesh.device())
+        if self.layout.tensor * self.layout.pipeline > 1:
+            torch.distributed.all_reduce(squares, group=mesh.model_group())
+        return float(squares.sqrt())
+
+    @torch.no_grad()
+    def _share(self) -> None:
+        """Send every rank what the others have updated."""
+        if len(set(self._owners.values())) <= 1:
+            return
+        ranks = torch.distributed.get_process_group_ranks(mesh.data_group())
+        for place, rank in enumerate(ranks):
+            tensors = [p for n, p in self._named.items() if self._owners[n] == place]
+            if tensors:
+                flat = torch.cat([tensor.flatten() for tensor in tensors])
+                torch.distributed.broadcast(flat, rank, group=mesh.data_group())
+                for tensor, new in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                    tensor.copy_(new.view_as(tensor))
+
     def _slots(self) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
-        names = {id(p): n for n, p in self._named.items()}
+        names = {id(p): n for n, p in self._own.items()}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:

@@ -2,8 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,10 +17,12 @@ from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import build_model
-from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
+from bitlm_dist.model.initialization import GATED, global_names, split_dimension
+from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
+from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
-from bitlm_dist.training.optimizer import Optimizers, schedule_factor
 from bitlm_dist.training.run_folder import RunFolder, environment
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -30,23 +31,30 @@ MAX_SKIPPED = 20  # non-finite steps in a row
 
 
 class Trainer:
-    """A run from its first step, or from its newest checkpoint, to ``training.steps``.
+    """A run from its first step, or from its newest checkpoint, to ``training.steps``; every process of the job makes one.
 
     Args:
         config: checked.
         resume: continue from the newest checkpoint of the run folder, if it has one; False refuses a folder that has.
+        layout: of the job.
 
     Raises:
-        UserError: before anything is written, where data, folder or config do not fit.
+        UserError: before anything is written, where data, folder, layout or config do not fit.
     """
 
-    def __init__(self, config: Config, resume: bool = True) -> None:
-        self.config = config
+    def __init__(self, config: Config, resume: bool = True, layout: Layout = ALONE) -> None:
+        self.config, self.layout = config, layout
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
         if config.training.precision == "bf16" and mesh.device().type == "cpu":
             # Megatron's linear layers take part in autocast on CUDA only
             raise UserError("training.precision = bf16 needs a GPU: use fp32 on this machine")
+        check_batch(config, layout)
+        if config.evaluation.every_steps and layout.model > 1:
+            raise UserError(
+                f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in one process: "
+                "use 0 and `bitlm eval` on the checkpoints"
+            )
         manifest = read_manifest(config.data.path)
         codes = make_codes(config.model, config.data.path, manifest)
         self.folder = RunFolder(config.run.dir)
@@ -56,17 +64,18 @@ class Trainer:
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
             )
         self.feed = Feed.of_config(config, "train", config.data.shuffle)
-        self.folder.claim(config, config.data.path / "tokenizer", codes)
+        if layout.rank == 0:
+            self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
-        self.model = build_model(config, codes, eos=manifest["eos"]).to(self.device)
-        self.optimizers = Optimizers(self.model, config.optimizer)
+        self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
         self.step = self.tokens = self._skipped = 0
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._stop: str | None = None
         if done:
             self._load(store.folder_of(self.folder.checkpoints, done[-1]))
-        self.folder.drop_metrics_after(self.step)
+        if layout.rank == 0:
+            self.folder.drop_metrics_after(self.step)
 
     def fit(self, until: int | None = None, observe: Observer | None = None, evaluate: Evaluator | None = None) -> None:
         """Train to step ``until`` (default: the end); save when due, at the end, and when a signal asks to stop.
@@ -76,24 +85,36 @@ class Trainer:
             evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
-        log = MetricsLog(self.folder.path, self.config.logging)
+        log = MetricsLog(self.folder.path, self.config.logging) if self.layout.rank == 0 else None
         restore = self._catch_signals()
         try:
-            while self.step < last and self._stop is None:
+            while self.step < last and not self._stopping():
                 metrics = self.train_step()
-                log.write(metrics)
+                if log:
+                    log.write(metrics)
                 if observe:
                     observe(metrics)
                 if evaluate and self._evaluation_due():
-                    log.write_evaluation(self._spent(), evaluate(self.model.eval()))
-                    self.model.train()
+                    found = evaluate(self.engine.model.eval())
+                    self.engine.model.train()
+                    if log:
+                        log.write_evaluation(self._spent(), found)
                 if self.step % self.config.checkpoint.every_steps == 0 and self.step < last:
                     self.save()
             if self.step not in store.complete_steps(self.folder.checkpoints):
                 self.save()
         finally:
-            log.close()
+            if log:
+                log.close()
             restore()
+
+    def _stopping(self) -> bool:
+        """Whether a signal has reached any process: all of them stop after the same step."""
+        if self.layout.world > 1:
+            asked = torch.tensor(signal.Signals[self._stop].value if self._stop else 0, device=self.device)
+            found = int(mesh.most_of_all(asked))
+            self._stop = signal.Signals(found).name if found else None
+        return self._stop is not None
 
     @property
     def stopped_by(self) -> str | None:
@@ -103,13 +124,15 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the global batch -> its metrics."""
         began, cpu_began = time.perf_counter(), time.process_time()
-        batch = self.feed.batch(self.step * self.sequences, self.sequences, self.device)
-        update = optimize(self.model, self.optimizers, batch, self.config, self.step)
+        share = self.sequences // self.layout.data
+        batch = self.feed.batch(self.step * self.sequences + self.layout.data_rank * share, share, self.device)
+        update = self.engine.step(batch, self.step)
         self._skipped = 0 if update.made else self._skipped + 1
         if self._skipped >= MAX_SKIPPED:
             raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")
         self.step += 1
-        self.tokens += batch.tokens.numel()
+        tokens = self.sequences * self.config.data.sequence_length
+        self.tokens += tokens
         loss = float(update.loss)  # waits for the device
         seconds = time.perf_counter() - began
         self.seconds += seconds
@@ -118,7 +141,7 @@ class Trainer:
             **self._spent(),
             "loss": loss,
             "grad_norm": update.norm,
-            "tokens_per_second": batch.tokens.numel() / seconds,
+            "tokens_per_second": tokens / seconds,
             "lr_factor": update.factor,
             "skipped": int(not update.made),
         }
@@ -138,20 +161,24 @@ class Trainer:
             "fingerprint": self._fingerprint(),
             "environment": environment(),
         }
-        return store.save(self.folder.checkpoints, self.step, self._tensors(), state, self.config.checkpoint.keep)
+        return store.save(self.folder.checkpoints, self.step, self._tensors(), state, self.config.checkpoint.keep, self.layout)
 
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**model_tensors(self.model), **{f"optimizer.{n}": t for n, t in self.optimizers.state().items()}}
+        tensors = model_tensors(self.engine.chunks)
+        for name, tensor in self.engine.optimizers.state().items():
+            parameter, _, slot = name.rpartition(".")
+            tensors |= {f"optimizer.{n}.{slot}": t for n, t in saved_as(parameter, tensor, self.layout).items()}
+        return tensors
 
     def _load(self, checkpoint: Path) -> None:
         state = store.read_state(checkpoint)
         for field, value in self._fingerprint().items():
             if state["fingerprint"].get(field) != value:
                 raise UserError(f"{checkpoint} was trained with another {field}: the data would not continue where it stopped")
-        store.load(checkpoint, self._tensors())
+        store.load(checkpoint, self._tensors(), self.layout)
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 
@@ -177,36 +204,23 @@ class Trainer:
         self.feed.close()
 
 
-@dataclass(frozen=True)
-class Update:
-    """What one optimizer step saw."""
-
-    loss: Tensor  # mean over the valid tokens
-    norm: float  # of the gradient, before clipping
-    factor: float  # of the learning rates
-    made: bool  # False: the norm was not finite
-
-
-def optimize(model: LanguageModel, optimizers: Optimizers, batch: Batch, config: Config, step: int) -> Update:
-    """Update the model on a global batch, microbatch by microbatch."""
-    valid = target_mask(batch, model.block_size, model.eos).sum().clamp_min(1)
-    loss = torch.zeros((), device=batch.tokens.device)
-    sequences = len(batch.tokens)
-    rows = config.parallel.microbatch or sequences
-    for first in range(0, sequences, rows):
-        part = batch.part(slice(first, first + rows))
-        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
-            share = model.loss(part, seed=config.training.seed, step=step) / valid
-        share.backward()  # type: ignore[no-untyped-call]
-        loss += share.detach()
-    factor = schedule_factor(config.optimizer, step, config.training.steps)
-    norm, made = optimizers.step(factor)
-    return Update(loss, norm, factor, made)
+def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
+    """The weights of this process by their names in the whole model, as a checkpoint holds them."""
+    tensors: dict[str, Tensor] = {}
+    for chunk in chunks:
+        for name, parameter in global_names(chunk, chunk.place.stage.layers.start):
+            tensors |= {f"model.{n}": t for n, t in saved_as(name, parameter.detach(), chunk.place.layout).items()}
+    return tensors
 
 
-def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The weights by name, as a checkpoint holds them."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+def saved_as(name: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """A tensor as views that a checkpoint of any layout knows: shares of a split matrix, the two halves of a gated one apart."""
+    dimension = split_dimension(name) if tensor.dim() == 2 else None
+    if dimension is None:
+        return {name: tensor}
+    halves = tensor.unflatten(0, (2, -1)) if name.endswith(GATED) else [tensor]
+    names = [f"{name}.{part}" for part in ("gate", "up")] if name.endswith(GATED) else [name]
+    return {n: mesh.share_of(half, dimension, layout) for n, half in zip(names, halves, strict=True)}
 
 
 def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
@@ -226,5 +240,5 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
     store.read_state(checkpoint)
-    store.load(checkpoint, model_tensors(model))
+    store.load(checkpoint, model_tensors([model]))
     return folder, model.eval(), steps[-1]

@@ -57,7 +57,7 @@ def test_context_that_matters_shows_in_the_shuffle_delta(tiny, prepared, feed):
     trainer = Trainer(tiny("--training.steps", "150"))
     trainer.fit()
     trainer.close()
-    report = score(trainer.model.eval(), feed, prepared)
+    report = score(trainer.engine.model.eval(), feed, prepared)
     assert report.context_shuffle_delta_nats > 0.2
     assert report.bits_per_byte < report.unigram_bits_per_byte
     assert 0 <= report.invalid_code_rate < 0.5

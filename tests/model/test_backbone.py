@@ -10,7 +10,7 @@ from bitlm_dist.model.bitlm import BitLM
 def test_token_depends_on_exactly_its_block_and_those_before(block, tiny_model, seed):
     model = tiny_model("--model.block_size", str(block), "--model.attention", "block", "--diffusion.next_token", "0")
     embedded = torch.randn(1, 16, 32, requires_grad=True)
-    hidden = model.backbone(embedded)
+    hidden = model.backbone(embedded.transpose(0, 1), None, 16).transpose(0, 1)
     for i in (0, 5, 9, 15):
         (grad,) = torch.autograd.grad(hidden[0, i].square().sum(), embedded, retain_graph=True)
         depends = (grad[0] != 0).any(-1).nonzero().flatten().tolist()
@@ -20,7 +20,7 @@ def test_token_depends_on_exactly_its_block_and_those_before(block, tiny_model, 
 def test_causal_attention_sees_no_later_token_of_its_block(tiny_model, seed):
     model = tiny_model("--model.attention", "causal")
     embedded = torch.randn(1, 16, 32, requires_grad=True)
-    (grad,) = torch.autograd.grad(model.backbone(embedded)[0, 9].square().sum(), embedded)
+    (grad,) = torch.autograd.grad(model.backbone(embedded.transpose(0, 1), None, 16)[9].square().sum(), embedded)
     assert (grad[0] != 0).any(-1).nonzero().flatten().tolist() == list(range(10))
 
 

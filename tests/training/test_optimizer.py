@@ -43,7 +43,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     muon = {n for n, p in model.named_parameters() if is_inner_matrix(n, p)}
     assert {n.split(".")[0] for n in muon} == {"backbone", "head"}
     assert len(muon) == 2 * 4 + 2 * 4 + 4  # qkv, projection, two of the MLP; the same in each head block; one map a place
-    optimizers = Optimizers(model, OptimizerConfig())
+    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig())
     slots = {n.rpartition(".")[2] for n in optimizers.state() if n.rpartition(".")[0] in muon}
     assert slots == {"momentum_buffer"}
     assert len(optimizers.state()) == len(muon) + 3 * (sum(1 for _ in model.parameters()) - len(muon))
@@ -51,7 +51,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
 
 def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
     model = tiny_model()
-    optimizers = Optimizers(model, OptimizerConfig(clip_norm=0.5, matrices="adamw"))
+    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig(clip_norm=0.5, matrices="adamw"))
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
@@ -64,7 +64,7 @@ def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
     model = tiny_model()
-    optimizers = Optimizers(model, OptimizerConfig())
+    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig())
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))

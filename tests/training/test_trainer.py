@@ -60,7 +60,7 @@ def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     assert step == 30
     assert folder.tokenizer().vocabulary == 300
     for name, tensor in model_tensors(model).items():
-        assert torch.equal(tensor, model_tensors(trainer.model)[name])
+        assert torch.equal(tensor, model_tensors(trainer.engine.chunks)[name])
     again = Trainer(tiny("--training.steps", "30", "--logging.tensorboard", "true", "--checkpoint.every_steps", "10"))
     assert again.step == 30
     again.close()

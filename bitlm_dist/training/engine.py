@@ -1,0 +1,138 @@
+"""One optimizer step through Megatron's schedules: forward and backward over all microbatches and stages, then the update."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitlm_dist.codes import BitCodes
+from bitlm_dist.config import Config
+from bitlm_dist.model.build import build_chunks
+from bitlm_dist.model.initialization import global_names, split_dimension
+from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout, check_batch
+from bitlm_dist.training.optimizer import Optimizers, schedule_factor
+
+PARTIAL = ("head.", "output.")  # of these every tensor rank sees its own blocks only
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step saw."""
+
+    loss: Tensor  # mean over the valid tokens
+    norm: float  # of the gradient, before clipping
+    factor: float  # of the learning rates
+    made: bool  # False: the norm was not finite
+
+
+class Engine:
+    """The stages of this process, wrapped for data parallelism, and their optimizers.
+
+    Args:
+        config: checked.
+        codes, eos: see :func:`~bitlm_dist.model.build.build_model`.
+        layout: of the job.
+    """
+
+    def __init__(self, config: Config, codes: BitCodes, eos: int, layout: Layout) -> None:
+        mesh.initialize(layout)
+        self.config, self.layout = config, layout
+        self.microbatch = check_batch(config, layout)
+        self.chunks = [chunk.to(mesh.device()) for chunk in build_chunks(config, codes, eos, layout)]
+        self._wrapped: list[Any] = [_wrap(chunk, first=number == 0) for number, chunk in enumerate(self.chunks)]
+        for chunk in self.chunks:
+            chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
+        named = {n: p for chunk in self.chunks for n, p in global_names(chunk, chunk.place.stage.layers.start)}
+        self.optimizers = Optimizers(named, config.optimizer, layout)
+        self.parameters = self._count(named)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The whole model, where one process holds it."""
+        assert len(self.chunks) == 1
+        assert self.chunks[0].place.stage.embeds
+        assert self.chunks[0].place.stage.predicts
+        return self.chunks[0]
+
+    def _count(self, named: Mapping[str, nn.Parameter]) -> int:
+        """Parameters of the whole model."""
+        layout = self.layout
+        first = layout.tensor_rank == layout.data_rank == layout.context_rank == 0
+        own = sum(p.numel() * (1 if split_dimension(n) is None else layout.tensor) for n, p in named.items()) if first else 0
+        return int(mesh.sum_over_all(torch.tensor(own, device=mesh.device())))
+
+    def step(self, batch: Batch, step: int) -> Update:
+        """Update the model on this data rank's share of a global batch, the ``step``-th."""
+        loss = self._forward_backward(batch, step)
+        factor = schedule_factor(self.config.optimizer, step, self.config.training.steps)
+        norm, made = self.optimizers.step(factor)
+        for wrapped in self._wrapped:
+            wrapped.zero_grad_buffer()
+        return Update(loss, norm, factor, made)
+
+    def _forward_backward(self, batch: Batch, step: int) -> Tensor:
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        one = self.chunks[0]
+        valid = mesh.sum_over_data(target_mask(batch, one.block_size, one.eos).sum()).clamp_min(1)
+        count = len(batch.tokens) // self.microbatch
+        parts = [batch.part(slice(i * self.microbatch, (i + 1) * self.microbatch)) for i in range(count)]
+        found: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward, valid=valid, step=step),
+            data_iterator=[iter(parts) for _ in self.chunks],
+            model=self._wrapped,
+            num_microbatches=count,
+            seq_length=batch.tokens.shape[1],
+            micro_batch_size=self.microbatch,
+            forward_only=False,
+        )
+        return mesh.sum_over_all(sum((part["loss"] for part in found), torch.zeros((), device=mesh.device())))
+
+    def _forward(self, parts: Iterator[Batch], wrapped: nn.Module, *, valid: Tensor, step: int) -> tuple[Tensor, Any]:
+        batch, seed = next(parts), self.config.training.seed
+        chunk = wrapped.module
+        assert isinstance(chunk, LanguageModel)
+
+        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            with self._autocast():
+                states, positions = chunk.own_states(hidden, batch.tokens.shape[1])
+                loss = chunk.loss_of(states, positions, batch, seed=seed, step=step) / valid
+            # the schedule changes the loss in place; the count of tokens is not used
+            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach().clone()}
+
+        with self._autocast():
+            hidden: Tensor = wrapped(batch, seed=seed, step=step)
+        return hidden, loss_of
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(mesh.device().type, torch.bfloat16, enabled=self.config.training.precision == "bf16")
+
+    def _finalize(self, wrapped: list[nn.Module], tokens: Tensor | None = None, **settings: Any) -> None:
+        """Megatron's reductions over data and norms, without its division by tokens; then what tensor ranks saw in parts."""
+        from megatron.core.distributed import finalize_model_grads
+        from megatron.core.parallel_state import get_tensor_model_parallel_group
+
+        finalize_model_grads(wrapped, None, **settings)
+        if self.layout.tensor == 1:
+            return
+        partial_names = PARTIAL + (("embedding.",) if self.layout.sequence else ())
+        for chunk in self.chunks:
+            grads = [p.main_grad for name, p in chunk.named_parameters() if name.startswith(partial_names)]  # type: ignore[attr-defined]
+            for grad in grads:
+                torch.distributed.all_reduce(grad, group=get_tensor_model_parallel_group())
+
+
+def _wrap(chunk: LanguageModel, first: bool) -> nn.Module:
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=mesh.device().type == "cuda",
+    )
+    wrapped: nn.Module = DistributedDataParallel(chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not first)
+    return wrapped

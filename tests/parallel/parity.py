@@ -1,0 +1,93 @@
+"""What the ranks of test_parity.py do: train a few steps under a layout and report losses, norms and whole parameters."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.config_loading import load
+from bitlm_dist.model.initialization import global_names, join
+from bitlm_dist.model.language_model import Batch
+from bitlm_dist.parallel.layout import layout_of
+from bitlm_dist.training.engine import Engine
+
+V, LENGTH, SEQUENCES, STEPS = 300, 64, 8, 6
+TINY = [
+    *("--data.sequence_length", str(LENGTH), "--training.global_batch_tokens", str(LENGTH * SEQUENCES)),
+    *("--model.backbone.layers", "4", "--model.backbone.width", "64", "--model.backbone.heads", "4"),
+    *("--model.backbone.head_width", "16", "--model.backbone.ffn_width", "96"),
+    *("--head.width", "32", "--head.layers", "2", "--optimizer.warmup_steps", "1", "--training.steps", "10"),
+]
+
+
+def batch_of(step: int, first: int, count: int) -> Batch:
+    """Sequences first..first+count-1 of a step's global batch: three documents in each, as packing would lay them."""
+    tokens = torch.randint(2, V, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+    ids = torch.tensor([0] * 20 + [1] * 24 + [2] * 20).expand(SEQUENCES, -1)
+    rows = slice(first, first + count)
+    return Batch(tokens[rows], ids[rows], torch.arange(SEQUENCES)[rows] + SEQUENCES * step)
+
+
+def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """-> losses and norms of each step; whole parameters after the last, on rank 0 (elsewhere: none)."""
+    from megatron.core import parallel_state
+
+    config = load(None, [*TINY, *overrides]).config
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    layout = layout_of(config.parallel, world, rank)
+    engine = Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout)
+    share, found = SEQUENCES // layout.data, []
+    for step in range(STEPS):
+        update = engine.step(batch_of(step, layout.data_rank * share, share), step)
+        found.append((float(update.loss), update.norm))
+    own = {n: p.detach().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
+    every: list[Any] = [None] * world
+    torch.distributed.all_gather_object(every, (layout, own))
+    parallel_state.destroy_model_parallel()
+    return found, _whole(every) if rank == 0 else {}
+
+
+def _whole(every: list[Any]) -> dict[str, Tensor]:
+    """Join the shares of tensor ranks; ranks that should hold the same must."""
+    whole: dict[str, Tensor] = {}
+    for name in {n for _, own in every for n in own}:
+        holders = [(layout, own[name]) for layout, own in every if name in own]
+        shares = [[tensor for layout, tensor in holders if layout.tensor_rank == rank] for rank in range(holders[0][0].tensor)]
+        for copies in shares:
+            assert all(torch.equal(copies[0], copy) for copy in copies), f"ranks disagree about {name}"
+        whole[name] = join(name, [copies[0] for copies in shares])
+    return whole
+
+
+def reach(overrides: list[str], queries: list[int]) -> dict[int, list[int]]:
+    """Which input positions have a gradient of the state at each of ``queries``, over all ranks."""
+    from megatron.core import parallel_state
+
+    config = load(None, [*TINY, *overrides]).config
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    layout = layout_of(config.parallel, world, rank)
+    chunk = Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout).chunks[0]
+    batch, found = batch_of(0, 0, 1), {}
+    mine = layout.own(layout.positions(LENGTH)) if layout.sequence else layout.positions(LENGTH)
+    for query in queries:
+        whole = torch.randn(LENGTH, 1, 64, generator=torch.Generator().manual_seed(query))
+        embedded = whole[mine].requires_grad_()
+        states, positions = chunk.own_states(chunk.backbone(embedded, batch.document_ids, LENGTH), LENGTH)
+        states[:, positions == query].square().sum().add(0 * states.sum()).backward()
+        every: list[Any] = [None] * world
+        torch.distributed.all_gather_object(every, mine[(embedded.grad != 0).any(-1).any(-1)].tolist())
+        found[query] = sorted({position for part in every for position in part})
+    parallel_state.destroy_model_parallel()
+    return found
+
+
+def reach_all(cases: dict[str, list[str]], queries: list[int]) -> dict[str, dict[int, list[int]]]:
+    """:func:`reach` for every case."""
+    return {name: reach(overrides, queries) for name, overrides in cases.items()}
+
+
+def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
+    """Every case in turn, in one process: importing Megatron takes longer than training."""
+    return {name: train(overrides) for name, overrides in cases.items()}

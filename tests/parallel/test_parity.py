@@ -1,0 +1,83 @@
+"""Any layout trains the same model to the same numbers: gloo ranks against one process."""
+
+import pytest
+import torch
+from ranks import run_ranks
+
+ADAMW = ["--optimizer.matrices", "adamw"]
+SP = ["--parallel.tensor", "2", "--parallel.sequence", "true"]
+TWO = {
+    "TP2": ["--parallel.tensor", "2"],
+    "TP2+SP": SP,
+    "PP2": ["--parallel.pipeline", "2"],
+    "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
+    "CP2": ["--parallel.context", "2"],
+    "DP2": [],
+    "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
+    "TP2+SP, recomputing layers": [*SP, "--parallel.recompute", "full"],
+    "PP2, recomputing attention": ["--parallel.pipeline", "2", "--parallel.recompute", "selective"],
+}
+EIGHT = {
+    "TP2 PP2 DP2": ["--parallel.tensor", "2", "--parallel.pipeline", "2"],
+    "CP2 TP2+SP DP2": [*SP, "--parallel.context", "2"],
+}
+
+
+def cases_of(layouts):
+    kinds = {"Muon": [], "AdamW": ADAMW}
+    return {f"{name}, {kind}": [*words, *more] for name, words in layouts.items() for kind, more in kinds.items()}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Every case on its number of processes, and both optimizers on one."""
+    folder = tmp_path_factory.mktemp
+    one = run_ranks(1, "parity", "train_all", {"Muon": [], "AdamW": ADAMW}, folder=folder("one"))[0]
+    two = run_ranks(2, "parity", "train_all", cases_of(TWO), folder=folder("two"))
+    eight = run_ranks(8, "parity", "train_all", cases_of(EIGHT), folder=folder("eight"))
+    return one, {**two[0], **eight[0]}, [two, eight]
+
+
+@pytest.mark.parametrize("case", [*cases_of(TWO), *cases_of(EIGHT)])
+def test_a_layout_trains_what_one_process_trains(case, found):
+    one, many, _ = found
+    losses, parameters = many[case]
+    expected_losses, expected = one[case.rpartition(", ")[2]]
+    for (loss, norm), (expected_loss, expected_norm) in zip(losses, expected_losses, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
+    assert parameters.keys() == expected.keys()
+    worst = max((parameters[name] - expected[name]).abs().max().item() for name in expected)
+    print(f"{case}: parameters within {worst:.1e}")
+    assert worst < 1e-4
+
+
+def test_all_ranks_report_the_same_losses(found):
+    for ranks in found[2]:
+        for case in ranks[0]:
+            assert all(rank[case][0] == ranks[0][case][0] for rank in ranks)
+
+
+def test_training_moved_the_parameters(found):
+    """Parity of models that stand still would prove nothing."""
+    one = found[0]["Muon"]
+    assert one[0][-1][0] < one[0][0][0]
+    assert torch.linalg.vector_norm(one[1]["head.context_out.weight"]) > 0
+
+
+BLOCK = ["--model.attention", "block", "--diffusion.next_token", "0"]
+MASKS = {"CP2": ["--parallel.context", "2"], "TP2+SP": SP}
+
+
+def test_gradients_are_zero_exactly_where_the_mask_forbids_them(tmp_path):
+    """Documents of 20, 24 and 20 tokens; blocks of four, seen whole or causally."""
+    cases = {
+        f"{name} {kind}": [*words, *more] for name, words in MASKS.items() for kind, more in (("causal", []), ("block", BLOCK))
+    }
+    queries = [0, 5, 19, 20, 38, 43, 63]
+    found = run_ranks(2, "parity", "reach_all", cases, queries, folder=tmp_path)[0]
+    for case, reached in found.items():
+        for query in queries:
+            first = max(start for start in (0, 20, 44) if start <= query)
+            last = query if case.endswith("causal") else query // 4 * 4 + 3
+            assert reached[query] == list(range(first, last + 1)), f"{case}, token {query}"

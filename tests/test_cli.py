@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from bitlm_dist.cli import app
@@ -101,8 +102,11 @@ def test_the_command_prints_one_line_and_exits_with_2(words, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_more_than_one_process_is_refused(tiny, prepared, monkeypatch, tmp_path):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+def test_a_layout_that_does_not_fit_the_processes_is_refused_before_they_meet(tiny, prepared, monkeypatch, tmp_path):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "3"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="started as one of 2 processes"):
-        run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / "run")
+    expected = "3 processes were started, and parallel.tensor = 2 .* start 2 or 4"
+    with pytest.raises(UserError, match=expected):
+        run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / "run", "--parallel.tensor", "2")
+    assert not (tmp_path / "run").exists()
+    assert not torch.distributed.is_initialized()

@@ -7,6 +7,8 @@ the library cannot delete or rewrite what `bitlm prep` wrote.
 import hashlib
 import importlib
 import json
+import os
+import random
 import shutil
 import tempfile
 import time
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.data.streaming_import import alone, import_streaming
 from bitlm_dist.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -47,20 +49,21 @@ def _open(locks: str, release: ExitStack, **settings: Any) -> Any:
     """A StreamingDataset whose lock files live in the folder ``locks`` and whose shared memory ends with ``release``.
 
     streaming puts its locks into the temporary folder and leaves them there; and it keeps all memory that it created or looked
-    at until the process ends, so that every later dataset opens that of all before it. Another process may take the same
-    shared-memory name between streaming's look and its grab: try again.
+    at until the process ends, so that every later dataset opens that of all before it. Another process, perhaps a rank of the same
+    job, may take the same shared-memory name between streaming's look and its grab: try again.
     """
     streaming = import_streaming()
     memory: Any = importlib.import_module("streaming.base.shared.memory")
     outside, tempfile.tempdir = tempfile.tempdir, locks
     exits, memory.atexit = memory.atexit, types.SimpleNamespace(register=release.callback)
     try:
-        for _ in range(OPEN_TRIES - 1):
-            try:
-                return streaming.StreamingDataset(**settings)
-            except FileExistsError:
-                time.sleep(0.05)
-        return streaming.StreamingDataset(**settings)
+        with alone():
+            for _ in range(OPEN_TRIES - 1):
+                try:
+                    return streaming.StreamingDataset(**settings)
+                except FileExistsError:
+                    time.sleep(random.uniform(0.01, 0.2))
+            return streaming.StreamingDataset(**settings)
     finally:
         tempfile.tempdir, memory.atexit = outside, exits
 
@@ -71,7 +74,7 @@ class Shards:
     Args:
         folder: what `bitlm prep` wrote.
         split: ``train`` or ``validation``.
-        cache: folder for decompressed shards; None: a temporary one, removed on close.
+        cache: folder for decompressed shards, in it one for each process of the machine; None: a temporary one, removed on close.
         seed: of :meth:`order`.
 
     Attributes:
@@ -93,6 +96,7 @@ class Shards:
         self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
         self._check_files(json.loads(index.read_text())["shards"])
         temporary = tempfile.mkdtemp(prefix="bitlm-shards-")
+        local = f"{self.fingerprint[:16]}-{os.environ.get('LOCAL_RANK', '0')}"
         release = ExitStack()
         release.callback(shutil.rmtree, temporary, ignore_errors=True)
         self._remove = weakref.finalize(self, release.close)  # at exit at the latest
@@ -100,7 +104,7 @@ class Shards:
             temporary,
             release,
             remote=str(self.folder),
-            local=str(cache / self.fingerprint[:16] if cache else Path(temporary) / "cache"),
+            local=str((cache or Path(temporary)) / local),
             batch_size=1,
             validate_hash="xxh64",
             shuffle=True,

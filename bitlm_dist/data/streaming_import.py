@@ -6,9 +6,14 @@ a CPU torch. Where that is so, a stand-in with the three names that streaming as
 
 import importlib
 import importlib.machinery
+import os
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
 def _stand_in() -> None:
@@ -37,3 +42,27 @@ def import_streaming() -> types.ModuleType:
                 del sys.modules[name]
             _stand_in()
     return importlib.import_module("streaming")
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """While open, streaming takes this process for the only one.
+
+    Its datasets meet at barriers and share memory between the ranks of a node; here every rank reads by itself what the layout
+    gives it, so that the data do not depend on who else reads.
+    """
+    from torch import distributed
+
+    environment = {name: os.environ.get(name) for name in ONE_PROCESS}
+    is_initialized = distributed.is_initialized
+    os.environ.update(ONE_PROCESS)
+    distributed.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        distributed.is_initialized = is_initialized
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

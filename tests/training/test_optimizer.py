@@ -26,7 +26,8 @@ def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
     start = [torch.randn(*shape) * 0.1 for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    pairs = ((ours, Muon({str(i): p for i, p in enumerate(ours)}, ALONE, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
+    named = {str(i): p for i, p in enumerate(ours)}
+    pairs = ((ours, Muon(named, ALONE, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
     for step in range(5):
         torch.manual_seed(step)
         grads = [torch.randn_like(x) for x in start]

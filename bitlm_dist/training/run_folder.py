@@ -27,7 +27,8 @@ MAY_CHANGE = (
     "evaluation.",
     "sampling.",
     "logging.",
-    "parallel.microbatch",
+    "parallel.",
+    "optimizer.sharded",
     "data.cache",
     "data.path",
 )

@@ -1,6 +1,7 @@
 """What the ranks of test_parity.py do: train a few steps under a layout and report losses, norms and whole parameters."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,3 +92,14 @@ def reach_all(cases: dict[str, list[str]], queries: list[int]) -> dict[str, dict
 def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
     """Every case in turn, in one process: importing Megatron takes longer than training."""
     return {name: train(overrides) for name, overrides in cases.items()}
+
+
+def fit(file: str, overrides: list[str], until: int) -> None:
+    """`bitlm train` up to a step, on the layout of this job."""
+    from bitlm_dist.training.trainer import Trainer
+
+    config = load(Path(file), overrides).config
+    layout = layout_of(config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+    trainer = Trainer(config, layout=layout)
+    trainer.fit(until=until)
+    trainer.close()

@@ -5,6 +5,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path,
         log = (folder / f"log.{rank}").open("w")
         command = [sys.executable, "-c", CHILD, str(call), str(rank)]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+    end = time.monotonic() + timeout
     try:
-        codes = [process.wait(timeout) for process in processes]
+        # a rank that failed leaves the others waiting for it
+        while any(codes := [process.poll() for process in processes]) is False and None in codes and time.monotonic() < end:
+            time.sleep(0.1)
     finally:
         for process in processes:
             process.kill()
             process.wait()
     for rank, code in enumerate(codes):
-        assert code == 0, f"rank {rank} ended with {code}:\n" + (folder / f"log.{rank}").read_text()[-3000:]
+        state = "did not end" if code is None else f"ended with {code}"
+        assert code == 0 or (code is None and any(codes)), f"rank {rank} {state}:\n" + (folder / f"log.{rank}").read_text()[-3000:]
     return [pickle.loads(Path(f"{out}.{rank}").read_bytes()) for rank in range(world)]

@@ -1,0 +1,77 @@
+"""Whole jobs of several processes: a run that changes its layout, and one of which a rank dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from bitlm_dist.training.trainer import Trainer, load_trained
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_goes_on_under_another_layout(tiny, tmp_path):
+    """Two tensor-parallel ranks, then two stages, then one process: the losses of one process that was never stopped."""
+    common = ["--training.steps", "8", "--data.path", str(tiny().data.path)]
+    whole = Trainer(tiny("--training.steps", "8", "--run.dir", str(tmp_path / "whole")))
+    whole.fit()
+    whole.close()
+    run = str(tmp_path / "run")
+    for number, (until, words) in enumerate(
+        [
+            (3, ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
+            (6, ["--parallel.pipeline", "2"]),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run_ranks(2, "parity", "fit", str(tiny.file), [*common, "--run.dir", run, *words], until, folder=folder, timeout=100)
+    last = Trainer(tiny("--training.steps", "8", "--run.dir", run))
+    assert last.step == 6
+    last.fit()
+    last.close()
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    _, model, step = load_trained(tmp_path / "run", last.config)
+    assert step == 8
+    for expected, got in zip(whole.engine.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+JOB = """
+import sys, torch
+import bitlm_dist.cli
+from bitlm_dist.__main__ import main
+
+def app(**settings):
+    torch.distributed.init_process_group("gloo")
+    if torch.distributed.get_rank() == 1:
+        raise RuntimeError("disk on fire")
+    torch.distributed.all_reduce(torch.zeros(1))
+
+bitlm_dist.cli.app = app
+main()
+"""
+
+
+def test_a_rank_that_dies_is_named_once_and_ends_the_job(tmp_path):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    began = time.monotonic()
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone", str(script)]
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    print(f"{time.monotonic() - began:.0f} s\n{result.stderr}")
+    assert result.returncode != 0
+    said = [line for line in result.stderr.splitlines() if line.startswith("bitlm:")]
+    assert len(said) == 1
+    assert said[0].startswith("bitlm: rank 1 on ")
+    assert said[0].endswith("failed: RuntimeError: disk on fire")

@@ -35,11 +35,11 @@ def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path,
         port = probe.getsockname()[1]
     call, out = folder / "call", folder / "result"
     call.write_bytes(pickle.dumps((module, name, arguments, str(out))))
-    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}}
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in place.items()}}
         log = (folder / f"log.{rank}").open("w")
         command = [sys.executable, "-c", CHILD, str(call), str(rank)]
         processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))

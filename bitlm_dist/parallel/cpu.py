@@ -10,7 +10,8 @@ import importlib
 import importlib.metadata
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ MEGATRON_TESTED = ((0, 16, 1), (0, 20, 0))  # first tested version, first versio
 
 # Megatron imports these inside functions: they must be loaded before the stand-in is installed.
 _MODULES = (
+    "megatron.core.optimizer",
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel.layers",
     "megatron.core.tensor_parallel.random",
@@ -110,3 +112,25 @@ def enable_megatron_on_cpu() -> bool:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     vars(random)["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
     return True
+
+
+@contextmanager
+def tensors_named_as_on_cuda() -> Iterator[None]:
+    """While open, ``Tensor.type()`` names a CPU tensor as a CUDA one: Megatron's optimizers sort tensors by that name.
+
+    Where CUDA exists nothing changes.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    plain = torch.Tensor.type
+
+    def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = plain(tensor, *args, **kwargs)
+        return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
+
+    setattr(torch.Tensor, "type", named)  # noqa: B010 - the class inherits it, so removing ours restores it
+    try:
+        yield
+    finally:
+        del torch.Tensor.type

@@ -15,6 +15,7 @@ from bitlm_dist.model.initialization import global_names, split_dimension
 from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout, check_batch
+from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.optimizer import Optimizers, schedule_factor
 
 PARTIAL = ("head.", "output.")  # of these every tensor rank sees its own blocks only
@@ -44,11 +45,17 @@ class Engine:
         self.config, self.layout = config, layout
         self.microbatch = check_batch(config, layout)
         self.chunks = [chunk.to(mesh.device()) for chunk in build_chunks(config, codes, eos, layout)]
-        self._wrapped: list[Any] = [_wrap(chunk, first=number == 0) for number, chunk in enumerate(self.chunks)]
+        ranks = layout.data * layout.context
+        megatron_shards = config.optimizer.sharded and config.optimizer.matrices == "adamw" and ranks > 1
+        self._wrapped: list[Any] = [_wrap(chunk, number == 0, megatron_shards) for number, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
             chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
         named = {n: p for chunk in self.chunks for n, p in global_names(chunk, chunk.place.stage.layers.start)}
-        self.optimizers = Optimizers(named, config.optimizer, layout)
+        self.optimizers: Optimizers | DistributedAdamW
+        if megatron_shards:
+            self.optimizers = DistributedAdamW(self._wrapped, named, config.optimizer, layout)
+        else:
+            self.optimizers = Optimizers(named, config.optimizer, layout)
         self.parameters = self._count(named)
 
     @property
@@ -127,11 +134,12 @@ class Engine:
                 torch.distributed.all_reduce(grad, group=get_tensor_model_parallel_group())
 
 
-def _wrap(chunk: LanguageModel, first: bool) -> nn.Module:
+def _wrap(chunk: LanguageModel, first: bool, shards: bool) -> nn.Module:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
+        use_distributed_optimizer=shards,
         overlap_grad_reduce=mesh.device().type == "cuda",
     )
     wrapped: nn.Module = DistributedDataParallel(chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not first)

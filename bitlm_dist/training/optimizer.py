@@ -137,6 +137,9 @@ class Optimizers:
                 found[f"{name}.{slot}"] = value
         return found
 
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to do after a checkpoint was loaded into :meth:`state`'s tensors: they are the optimizers' own."""
+
     @staticmethod
     def _fill(parameter: Tensor, optimizer: torch.optim.Optimizer) -> None:
         """The state that the first step would create, so that there is something to load into."""

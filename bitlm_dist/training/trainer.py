@@ -161,14 +161,15 @@ class Trainer:
             "fingerprint": self._fingerprint(),
             "environment": environment(),
         }
-        return store.save(self.folder.checkpoints, self.step, self._tensors(), state, self.config.checkpoint.keep, self.layout)
+        tensors = self._tensors(self.engine.optimizers.state())
+        return store.save(self.folder.checkpoints, self.step, tensors, state, self.config.checkpoint.keep, self.layout)
 
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         tensors = model_tensors(self.engine.chunks)
-        for name, tensor in self.engine.optimizers.state().items():
+        for name, tensor in optimizer_state.items():
             parameter, _, slot = name.rpartition(".")
             tensors |= {f"optimizer.{n}.{slot}": t for n, t in saved_as(parameter, tensor, self.layout).items()}
         return tensors
@@ -178,7 +179,9 @@ class Trainer:
         for field, value in self._fingerprint().items():
             if state["fingerprint"].get(field) != value:
                 raise UserError(f"{checkpoint} was trained with another {field}: the data would not continue where it stopped")
-        store.load(checkpoint, self._tensors(), self.layout)
+        optimizers = self.engine.optimizers.state()
+        store.load(checkpoint, self._tensors(optimizers), self.layout)
+        self.engine.optimizers.restore(optimizers)
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 

@@ -18,23 +18,26 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_on_under_another_layout(tiny, tmp_path):
-    """Two tensor-parallel ranks, then two stages, then one process: the losses of one process that was never stopped."""
-    common = ["--training.steps", "8", "--data.path", str(tiny().data.path)]
-    whole = Trainer(tiny("--training.steps", "8", "--run.dir", str(tmp_path / "whole")))
+CHANGES = {
+    "muon": (["--parallel.tensor", "2", "--parallel.sequence", "true"], ["--parallel.pipeline", "2"]),
+    "adamw": ([], ["--parallel.context", "2"]),  # Megatron's distributed optimizer
+}
+
+
+@pytest.mark.parametrize("matrices", CHANGES)
+def test_a_run_goes_on_under_another_layout(matrices, tiny, tmp_path):
+    """Two ranks, two ranks of another layout, then one process: the losses of one process that was never stopped."""
+    settings = ["--training.steps", "8", "--optimizer.matrices", matrices, "--optimizer.weight_decay", "0.1"]
+    common = [*settings, "--data.path", str(tiny().data.path)]
+    whole = Trainer(tiny(*settings, "--run.dir", str(tmp_path / "whole")))
     whole.fit()
     whole.close()
     run = str(tmp_path / "run")
-    for number, (until, words) in enumerate(
-        [
-            (3, ["--parallel.tensor", "2", "--parallel.sequence", "true"]),
-            (6, ["--parallel.pipeline", "2"]),
-        ]
-    ):
+    for number, (until, words) in enumerate(zip((3, 6), CHANGES[matrices], strict=True)):
         folder = tmp_path / str(number)
         folder.mkdir()
         run_ranks(2, "parity", "fit", str(tiny.file), [*common, "--run.dir", run, *words], until, folder=folder, timeout=100)
-    last = Trainer(tiny("--training.steps", "8", "--run.dir", run))
+    last = Trainer(tiny(*settings, "--run.dir", run))
     assert last.step == 6
     last.fit()
     last.close()

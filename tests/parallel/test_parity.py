@@ -4,7 +4,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-ADAMW = ["--optimizer.matrices", "adamw"]
+ADAMW = ["--optimizer.matrices", "adamw", "--optimizer.weight_decay", "0.1"]
 SP = ["--parallel.tensor", "2", "--parallel.sequence", "true"]
 TWO = {
     "TP2": ["--parallel.tensor", "2"],

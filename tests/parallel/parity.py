@@ -12,6 +12,7 @@ from bitlm_dist.config_loading import load
 from bitlm_dist.model.initialization import global_names, join
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel.layout import layout_of
+from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.engine import Engine
 
 V, LENGTH, SEQUENCES, STEPS = 300, 64, 8, 6
@@ -31,8 +32,8 @@ def batch_of(step: int, first: int, count: int) -> Batch:
     return Batch(tokens[rows], ids[rows], torch.arange(SEQUENCES)[rows] + SEQUENCES * step)
 
 
-def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """-> losses and norms of each step; whole parameters after the last, on rank 0 (elsewhere: none)."""
+def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Tensor], tuple[int, ...]]:
+    """-> losses and norms of each step; whole parameters after the last, on rank 0 (elsewhere: none); bytes that a rank holds."""
     from megatron.core import parallel_state
 
     config = load(None, [*TINY, *overrides]).config
@@ -46,8 +47,20 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
     own = {n: p.detach().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (layout, own))
+    sizes: list[Any] = [None] * world
+    torch.distributed.all_gather_object(sizes, _held(engine))
     parallel_state.destroy_model_parallel()
-    return found, _whole(every) if rank == 0 else {}
+    return found, _whole(every) if rank == 0 else {}, tuple(map(max, zip(*sizes, strict=True)))
+
+
+def _held(engine: Engine) -> tuple[int, int, int]:
+    """Bytes of this rank's parameters, gradient buffers and optimizer state."""
+    optimizers: Any = engine.optimizers
+    inner = [optimizers._inner.optimizer] if isinstance(optimizers, DistributedAdamW) else optimizers._optimizers
+    slots = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
+    buffers = [buffer.grad_data for wrapped in engine._wrapped for buffer in wrapped.buffers]
+    parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
+    return tuple(sum(t.numel() * t.element_size() for t in part) for part in (parameters, buffers, slots))  # type: ignore[return-value]
 
 
 def _whole(every: list[Any]) -> dict[str, Tensor]:

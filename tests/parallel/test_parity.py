@@ -41,14 +41,15 @@ def found(tmp_path_factory):
 @pytest.mark.parametrize("case", [*cases_of(TWO), *cases_of(EIGHT)])
 def test_a_layout_trains_what_one_process_trains(case, found):
     one, many, _ = found
-    losses, parameters = many[case]
-    expected_losses, expected = one[case.rpartition(", ")[2]]
+    losses, parameters, held = many[case]
+    expected_losses, expected, _ = one[case.rpartition(", ")[2]]
     for (loss, norm), (expected_loss, expected_norm) in zip(losses, expected_losses, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
     assert parameters.keys() == expected.keys()
     worst = max((parameters[name] - expected[name]).abs().max().item() for name in expected)
-    print(f"{case}: parameters within {worst:.1e}")
+    loss_error = max(abs(a - b) / b for (a, _), (b, _) in zip(losses, expected_losses, strict=True))
+    print(f"{case} | {loss_error:.0e} | {worst:.0e} | " + " | ".join(f"{size / 2**10:.0f}" for size in held))
     assert worst < 1e-4
 
 

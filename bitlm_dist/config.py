@@ -334,6 +334,8 @@ def _problems(c: Config) -> Iterator[str]:
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
     yield from _layout_problems(c)
+    if c.model.tied and (c.parallel.pipeline > 1 or (c.parallel.tensor > 1 and not c.parallel.sequence)):
+        yield "model.tied = true needs parallel.pipeline = 1, and parallel.sequence with parallel.tensor > 1: set it false"
 
 
 def _layout_problems(c: Config) -> Iterator[str]:

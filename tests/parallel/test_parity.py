@@ -28,17 +28,28 @@ def cases_of(layouts):
     return {f"{name}, {kind}": [*words, *more] for name, words in layouts.items() for kind, more in kinds.items()}
 
 
+SOFTMAX = ["--model.output", "softmax", "--model.block_size", "1"]
+TIED = ["--model.tied", "true"]
+BASELINE = {
+    "TP2+SP, softmax": [*SP, *SOFTMAX],
+    "TP2+SP, tied": [*SP, *SOFTMAX, *TIED],
+    "PP2, softmax": ["--parallel.pipeline", "2", *SOFTMAX],
+    "CP2, softmax": ["--parallel.context", "2", *SOFTMAX],
+}
+ONE = {"Muon": [], "AdamW": ADAMW, "softmax": SOFTMAX, "tied": [*SOFTMAX, *TIED]}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Every case on its number of processes, and both optimizers on one."""
     folder = tmp_path_factory.mktemp
-    one = run_ranks(1, "parity", "train_all", {"Muon": [], "AdamW": ADAMW}, folder=folder("one"))[0]
-    two = run_ranks(2, "parity", "train_all", cases_of(TWO), folder=folder("two"))
+    one = run_ranks(1, "parity", "train_all", ONE, folder=folder("one"))[0]
+    two = run_ranks(2, "parity", "train_all", {**cases_of(TWO), **BASELINE}, folder=folder("two"))
     eight = run_ranks(8, "parity", "train_all", cases_of(EIGHT), folder=folder("eight"))
     return one, {**two[0], **eight[0]}, [two, eight]
 
 
-@pytest.mark.parametrize("case", [*cases_of(TWO), *cases_of(EIGHT)])
+@pytest.mark.parametrize("case", [*cases_of(TWO), *BASELINE, *cases_of(EIGHT)])
 def test_a_layout_trains_what_one_process_trains(case, found):
     one, many, _ = found
     losses, parameters, held = many[case]

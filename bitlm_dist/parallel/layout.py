@@ -91,12 +91,16 @@ def layout_of(parallel: ParallelConfig, world: int, rank: int) -> Layout:
     """
     model = parallel.tensor * parallel.context * parallel.pipeline
     if world % model or (parallel.data and parallel.data * model != world):
-        wanted = f"{parallel.data} x {model}" if parallel.data else f"a multiple of {model}"
-        near = sorted({max(1, world // model) * model, -(-world // model) * model})
-        raise UserError(
-            f"{world} processes were started, and parallel.tensor = {parallel.tensor} x parallel.context = {parallel.context} x "
-            f"parallel.pipeline = {parallel.pipeline} needs {wanted}: start {' or '.join(map(str, near))}, or change a key"
+        axes = (
+            f"parallel.tensor = {parallel.tensor} x parallel.context = {parallel.context} x parallel.pipeline = {parallel.pipeline}"
         )
+        if parallel.data:
+            axes, near = f"{axes} x parallel.data = {parallel.data}", [parallel.data * model]
+        else:
+            near = sorted({max(1, world // model) * model, -(-world // model) * model})
+        started = "1 process was" if world == 1 else f"{world} processes were"
+        need = f"needs {near[0]}" if parallel.data else f"needs a multiple of {model}"
+        raise UserError(f"{started} started, and {axes} {need}: start {' or '.join(map(str, near))}, or change a key")
     return Layout(
         parallel.tensor,
         parallel.sequence,
@@ -159,7 +163,7 @@ def check_batch(config: Config, layout: Layout) -> int:
         raise UserError(f"parallel.microbatch = {microbatch} does not divide a rank's {share} sequences a step: try {near}")
     if layout.virtual > 1 and share // microbatch % layout.pipeline:
         raise UserError(
-            f"a step has {share // microbatch} microbatches, and the interleaved schedule (parallel.virtual_pipeline > 1) needs a "
-            f"multiple of parallel.pipeline = {layout.pipeline}: change training.global_batch_tokens or parallel.microbatch"
+            f"the interleaved schedule (parallel.virtual_pipeline > 1) needs a multiple of parallel.pipeline = {layout.pipeline} "
+            f"microbatches a step, not {share // microbatch}: change training.global_batch_tokens or parallel.microbatch"
         )
     return microbatch

@@ -12,19 +12,24 @@ def main() -> None:
     import typer
 
     from bitlm_dist.cli import app
+    from bitlm_dist.launch.ranks import Ranks, read_ranks
 
     # typer carries a click of its own, so the class of its errors is found through one that it exports
     usage_error: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
     try:
+        ranks = read_ranks(os.environ)
+    except UserError:  # the command that needs them says so
+        ranks = Ranks(0, 1, 0)
+    try:
         code = app(prog_name="bitlm", standalone_mode=False)
     except (UserError, usage_error) as error:
         message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
-        say_once(message if "\n" in message else f"bitlm: {message}")
+        say_once(message if "\n" in message else f"bitlm: {message}", ranks.rank)
         sys.exit(2)
     except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1) or 1) == 1:
+        if ranks.world == 1:
             raise
-        say_failure(error)
+        say_failure(error, ranks.rank)
         os._exit(1)  # threads of a broken process group would keep it alive
     sys.exit(code if isinstance(code, int) else 0)
 

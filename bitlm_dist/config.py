@@ -334,8 +334,6 @@ def _problems(c: Config) -> Iterator[str]:
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
     yield from _layout_problems(c)
-    if c.model.tied and (c.parallel.pipeline > 1 or (c.parallel.tensor > 1 and not c.parallel.sequence)):
-        yield "model.tied = true needs parallel.pipeline = 1, and parallel.sequence with parallel.tensor > 1: set it false"
 
 
 def _layout_problems(c: Config) -> Iterator[str]:
@@ -348,6 +346,8 @@ def _layout_problems(c: Config) -> Iterator[str]:
             yield f"model.backbone.{key} = {size} cannot be split over parallel.tensor = {p.tensor} ranks: use one of {fits}"
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence = true splits over the tensor ranks: set parallel.tensor > 1 or leave it off"
+    if c.model.tied and (p.pipeline > 1 or (p.tensor > 1 and not p.sequence)):
+        yield "model.tied = true needs parallel.pipeline = 1, and parallel.sequence with parallel.tensor > 1: set it false"
     if p.virtual_pipeline > 1 and p.pipeline == 1:
         yield f"parallel.virtual_pipeline = {p.virtual_pipeline} needs parallel.pipeline > 1"
     pieces = p.tensor * p.context * m * (2 if p.context > 1 else 1)

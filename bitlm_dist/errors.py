@@ -1,6 +1,5 @@
 """The one exception that speaks to users, and how one of many processes speaks."""
 
-import os
 import socket
 import sys
 import time
@@ -21,24 +20,18 @@ def silence_announcements() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|streaming|torch\.distributed|pynvml)\b")
 
 
-def _rank() -> int:
-    found = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
-    return int(found) if found.isdigit() else 0
-
-
-def say_once(message: str) -> None:
+def say_once(message: str, rank: int) -> None:
     """Print an error that every process of a job is likely to meet: rank 0 at once, another one only if it is still alive later."""
-    rank = _rank()
     if rank > 0:
         time.sleep(FIRST_SPEAKS)
         message = f"rank {rank} on {socket.gethostname()}: {message}"
     print(message, file=sys.stderr, flush=True)
 
 
-def say_failure(error: BaseException) -> None:
+def say_failure(error: BaseException, rank: int) -> None:
     """Print what ended this rank of a job, last a line with rank and host; one that only lost its peers leaves them the word."""
     message = " ".join(str(error).split())
     if any(sign in message.lower() for sign in LOST_PEER):
         time.sleep(FOLLOWER)
     traceback.print_exception(error)
-    print(f"bitlm: rank {_rank()} on {socket.gethostname()} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)
+    print(f"bitlm: rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)

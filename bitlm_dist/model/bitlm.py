@@ -32,16 +32,15 @@ class BitLM(LanguageModel):
     """
 
     def __init__(self, config: Config, codes: BitCodes, eos: int, place: Place | None = None) -> None:
-        place = Place.alone(config.model.backbone.layers) if place is None else place
         super().__init__(config, eos, place)
         self.codes = codes
         width, seed = config.model.backbone.width, config.training.seed
-        if place.stage.embeds:
+        if self.place.stage.embeds:
             with drawn_from(seed, "embedding"):
                 table = config.model.input == "table"
                 window = config.model.input_window
                 self.embedding = token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width, window)
-        if place.stage.predicts:
+        if self.place.stage.predicts:
             with drawn_from(seed, "head"):
                 self.head = DiffusionHead(config, codes.bits)
         diffusion = config.diffusion

@@ -75,13 +75,14 @@ class LanguageModel(nn.Module, ABC):
     Args:
         config: checked.
         eos: id that ends a document.
-        place: the layout, and which stage of it this is.
+        place: the layout, and which stage of it this is; None: all of the model on one process.
     """
 
-    def __init__(self, config: Config, eos: int, place: Place) -> None:
+    def __init__(self, config: Config, eos: int, place: Place | None) -> None:
         super().__init__()
         from megatron.core.enums import ModelType
 
+        place = Place.alone(config.model.backbone.layers) if place is None else place
         self.config, self.eos, self.place = config, eos, place
         self.block_size = config.model.block_size
         # Megatron's schedules and reductions ask a stage for these
@@ -141,7 +142,10 @@ class LanguageModel(nn.Module, ABC):
 
         The noise depends on (seed, step, sample, block, draw) alone.
         """
-        hidden = self(batch, seed=seed, step=step)
+        return self.loss_after(self(batch, seed=seed, step=step), batch, seed=seed, step=step)
+
+    def loss_after(self, hidden: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """This rank's part of :meth:`loss` from the last stage's output [S, B, D]."""
         states, positions = self.own_states(hidden, batch.tokens.shape[1])
         return self.loss_of(states, positions, batch, seed=seed, step=step)
 

@@ -31,13 +31,12 @@ class SoftmaxLM(LanguageModel):
 
     def __init__(self, config: Config, vocabulary: int, eos: int, place: Place | None = None) -> None:
         assert config.model.block_size == 1
-        place = Place.alone(config.model.backbone.layers) if place is None else place
         super().__init__(config, eos, place)
         width, seed = config.model.backbone.width, config.training.seed
-        if place.stage.embeds:
+        if self.place.stage.embeds:
             with drawn_from(seed, "embedding"):
                 self.embedding = token_table(vocabulary, width)
-        if place.stage.predicts:
+        if self.place.stage.predicts:
             with drawn_from(seed, "output"):
                 self.output = nn.Linear(width, vocabulary, bias=False)
                 nn.init.normal_(self.output.weight, std=0.02)

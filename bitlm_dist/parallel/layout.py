@@ -54,6 +54,16 @@ class Layout:
         """Processes that hold one copy of the model."""
         return self.tensor * self.context * self.pipeline
 
+    @property
+    def replicas(self) -> int:
+        """Processes that hold the same weights: data- and context-parallel ranks."""
+        return self.data * self.context
+
+    @property
+    def replica_rank(self) -> int:
+        """Place among them."""
+        return self.rank // self.tensor % self.replicas
+
     def pieces(self, rank: int | None = None) -> list[int]:
         """The pieces of a sequence that a context rank (default: this one) holds, of 2·context.
 

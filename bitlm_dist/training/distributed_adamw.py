@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from bitlm_dist.config import OptimizerConfig
-from bitlm_dist.model.initialization import split_dimension
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.training.optimizer import clip_scale, sum_of_squares
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,37 +49,27 @@ class DistributedAdamW:
         self._chained, self._named, self.layout = chained, dict(named), layout
         self.clip_norm, self._peak = config.clip_norm, config.lr
 
-    def _shards(self) -> Iterator[tuple[str, nn.Parameter, Tensor, slice]]:
-        """Name, whole tensor, this rank's flat shard that AdamW updates, and where it lies in the flat tensor."""
+    def _shards(self) -> Iterator[tuple[str, Tensor, slice]]:
+        """Name of a tensor, this rank's flat shard of it that AdamW updates, and where that lies in the flat tensor."""
         for name, parameter in self._named.items():
             if parameter in self._inner.model_param_gbuf_map:
                 place = self._inner._get_model_param_range_map(parameter)["param"]
-                yield (
-                    name,
-                    parameter,
-                    self._inner._get_main_param_and_optimizer_states(parameter)["param"],
-                    slice(place.start, place.end),
-                )
+                shard = self._inner._get_main_param_and_optimizer_states(parameter)["param"]
+                yield name, shard, slice(place.start, place.end)
 
     def step(self, factor: float) -> tuple[float, bool]:
         """See :meth:`Optimizers.step`."""
         self._chained.prepare_grads()
-        grads = [(name, shard.grad) for name, _, shard, _ in self._shards() if shard.grad is not None]
-        norm = self._norm(grads)
+        grads = [(name, shard.grad) for name, shard, _ in self._shards() if shard.grad is not None]
+        norm = float(mesh.sum_over_all(sum_of_squares(grads, self.layout)).sqrt())
         finite = math.isfinite(norm)
         if finite:
-            torch._foreach_mul_([grad for _, grad in grads], min(1.0, (self.clip_norm or math.inf) / (norm + 1e-6)))
+            torch._foreach_mul_([grad for _, grad in grads], clip_scale(norm, self.clip_norm))
             for group in self._chained.param_groups:
                 group["lr"] = self._peak * factor
             self._chained.step_with_ready_grads()
         self._chained.zero_grad()
         return norm, finite
-
-    def _norm(self, grads: list[tuple[str, Tensor]]) -> float:
-        """Norm of the whole gradient: shards of all processes, and what all tensor ranks hold counted by one of them."""
-        counted = [grad for name, grad in grads if self.layout.tensor_rank == 0 or split_dimension(name) is not None]
-        squares = torch.stack(torch._foreach_norm(counted)).square().sum() if counted else torch.zeros((), device=mesh.device())
-        return float(mesh.sum_over_all(squares).sqrt())
 
     def _slots(self, shard: Tensor) -> dict[str, Tensor]:
         """AdamW's state of a shard, made if no step has been taken."""
@@ -92,7 +82,7 @@ class DistributedAdamW:
     def state(self) -> dict[str, Tensor]:
         """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks; :meth:`restore` takes them back."""
         found = {}
-        shards = {name: (shard, place) for name, _, shard, place in self._shards()}
+        shards = {name: (shard, place) for name, shard, place in self._shards()}
         for name, parameter in self._named.items():
             step = torch.zeros((), device=parameter.device)
             flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in MOMENTS}
@@ -111,7 +101,7 @@ class DistributedAdamW:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take over what a checkpoint has loaded into :meth:`state`'s tensors."""
-        for name, _, shard, place in self._shards():
+        for name, shard, place in self._shards():
             slots = self._slots(shard)
             slots["step"] = state[f"{name}.step"].clone()  # one for each: torch counts it up in place
             for slot in MOMENTS:

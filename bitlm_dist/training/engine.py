@@ -45,8 +45,7 @@ class Engine:
         self.config, self.layout = config, layout
         self.microbatch = check_batch(config, layout)
         self.chunks = [chunk.to(mesh.device()) for chunk in build_chunks(config, codes, eos, layout)]
-        ranks = layout.data * layout.context
-        megatron_shards = config.optimizer.sharded and config.optimizer.matrices == "adamw" and ranks > 1
+        megatron_shards = config.optimizer.sharded and config.optimizer.matrices == "adamw" and layout.replicas > 1
         self._wrapped: list[Any] = [_wrap(chunk, number == 0, megatron_shards) for number, chunk in enumerate(self.chunks)]
         for chunk in self.chunks:
             chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
@@ -107,8 +106,7 @@ class Engine:
 
         def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             with self._autocast():
-                states, positions = chunk.own_states(hidden, batch.tokens.shape[1])
-                loss = chunk.loss_of(states, positions, batch, seed=seed, step=step) / valid
+                loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
             # the schedule changes the loss in place; the count of tokens is not used
             return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach().clone()}
 
@@ -122,7 +120,6 @@ class Engine:
     def _finalize(self, wrapped: list[nn.Module], tokens: Tensor | None = None, **settings: Any) -> None:
         """Megatron's reductions over data and norms, without its division by tokens; then what tensor ranks saw in parts."""
         from megatron.core.distributed import finalize_model_grads
-        from megatron.core.parallel_state import get_tensor_model_parallel_group
 
         finalize_model_grads(wrapped, None, **settings)
         if self.layout.tensor == 1:
@@ -131,7 +128,7 @@ class Engine:
         for chunk in self.chunks:
             grads = [p.main_grad for name, p in chunk.named_parameters() if name.startswith(partial_names)]  # type: ignore[attr-defined]
             for grad in grads:
-                torch.distributed.all_reduce(grad, group=get_tensor_model_parallel_group())
+                torch.distributed.all_reduce(grad, group=mesh.tensor_group())
 
 
 def _wrap(chunk: LanguageModel, first: bool, shards: bool) -> nn.Module:

@@ -1,7 +1,7 @@
 """Muon for the matrices of backbone layers and head blocks, AdamW for the rest; one schedule scales both."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,17 @@ def _gradient(parameter: nn.Parameter) -> Tensor | None:
     return getattr(parameter, "main_grad", parameter.grad)
 
 
+def sum_of_squares(grads: Sequence[tuple[str, Tensor]], layout: Layout) -> Tensor:
+    """What this rank adds to the squared norm of the whole gradient; of a tensor that all tensor ranks hold, one counts it."""
+    counted = [grad for name, grad in grads if layout.tensor_rank == 0 or split_dimension(name) is not None]
+    return torch.stack(torch._foreach_norm(counted)).square().sum() if counted else torch.zeros((), device=mesh.device())
+
+
+def clip_scale(norm: float, most: float) -> float:
+    """What a gradient is multiplied with so that its norm is at most ``most``; 0: never clipped."""
+    return min(1.0, (most or math.inf) / (norm + 1e-6))
+
+
 def is_inner_matrix(name: str, parameter: Tensor) -> bool:
     """Whether Muon may take a parameter: a matrix of a backbone layer or of a head block."""
     return parameter.dim() == 2 and (".layers." in name or name.startswith(("head.blocks.", "head.ahead.")))
@@ -47,9 +58,8 @@ class Optimizers:
     def __init__(self, named: Mapping[str, nn.Parameter], config: OptimizerConfig, layout: Layout = ALONE) -> None:
         self.clip_norm, self.layout = config.clip_norm, layout
         self._named = dict(named)
-        ranks, rank = layout.data * layout.context, layout.data_rank * layout.context + layout.context_rank
-        self._owners = _owners(self._named, ranks if config.sharded else 1)
-        own = {n: p for n, p in self._named.items() if self._owners[n] == (rank if config.sharded else 0)}
+        self._owners = _owners(self._named, layout.replicas if config.sharded else 1)
+        own = {n: p for n, p in self._named.items() if self._owners[n] == (layout.replica_rank if config.sharded else 0)}
         muon = {n for n, p in own.items() if config.matrices == "muon" and is_inner_matrix(n, p)}
         decayed = [p for n, p in own.items() if n not in muon and p.dim() >= 2]
         plain = [p for n, p in own.items() if n not in muon and p.dim() < 2]
@@ -81,7 +91,7 @@ class Optimizers:
         norm = self._norm()
         finite = math.isfinite(norm)
         if finite:
-            scale = min(1.0, (self.clip_norm or math.inf) / (norm + 1e-6))
+            scale = clip_scale(norm, self.clip_norm)
             for parameter in self._own.values():
                 grad = _gradient(parameter)
                 parameter.grad = None if grad is None else grad.mul_(scale)
@@ -95,13 +105,8 @@ class Optimizers:
         return norm, finite
 
     def _norm(self) -> float:
-        """Norm of the whole gradient: of a tensor that all tensor ranks hold, one of them counts it."""
-        counted = [
-            grad
-            for n, p in self._named.items()
-            if (self.layout.tensor_rank == 0 or split_dimension(n) is not None) and (grad := _gradient(p)) is not None
-        ]
-        squares = torch.stack(torch._foreach_norm(counted)).square().sum() if counted else torch.zeros((), device=mesh.device())
+        """Norm of the whole gradient."""
+        squares = sum_of_squares([(n, grad) for n, p in self._named.items() if (grad := _gradient(p)) is not None], self.layout)
         if self.layout.tensor * self.layout.pipeline > 1:
             torch.distributed.all_reduce(squares, group=mesh.model_group())
         return float(squares.sqrt())

@@ -136,7 +136,7 @@ def evaluate(
 ) -> None:
     """Score a run on held-out text: bits a byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
     from bitlm_dist.data.shards import SPLITS
-    from bitlm_dist.training.trainer import load_trained
+    from bitlm_dist.training.weights import load_trained
 
     if split not in SPLITS:
         raise UserError(f"--split {split}: choose from {', '.join(SPLITS)}")
@@ -211,7 +211,7 @@ def generate(
     """Write text, block by block. The sampling section can be overridden: --sampling.steps 4."""
     from bitlm_dist.display import BitWatcher, TextStream
     from bitlm_dist.inference.generate import Progress, generate_blocks
-    from bitlm_dist.training.trainer import load_trained
+    from bitlm_dist.training.weights import load_trained
 
     config = config_loading.read_run(run, overrides or [])
     folder, model, _ = load_trained(run, config)

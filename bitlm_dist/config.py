@@ -122,6 +122,17 @@ class DiffusionConfig(Section):
     """Largest probability of flipping an input bit in training (against exposure bias)."""
 
 
+class DistillationConfig(Section):
+    """Targets from a trained softmax beside the text's own."""
+
+    teacher: Path | None = None
+    """Run folder of a softmax with the same tokenizer: tokens drawn from it become targets of the chain; none: no distillation."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the chain's loss that the drawn tokens have."""
+    draws: int = Field(4, ge=1, le=64)
+    """Tokens drawn a place."""
+
+
 class ModelConfig(Section):
     """The model."""
 
@@ -265,6 +276,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     head: HeadConfig = HeadConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
+    distillation: DistillationConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -333,6 +345,10 @@ def _problems(c: Config) -> Iterator[str]:
         yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
+    if c.distillation.teacher is not None:
+        chained = c.diffusion.chain and (m > 1 or (c.head.group_tables and head.output == "mixture"))
+        if c.model.output == "softmax" or not chained:
+            yield f"distillation.teacher = {c.distillation.teacher} teaches the chain of bits: it needs diffusion.chain > 0"
     yield from _layout_problems(c)
 
 

@@ -15,7 +15,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 # One independent stream a purpose, so that adding one never changes the numbers of another.
-NOISE, TIME, CHOICES, BIT_FLIPS, SAMPLING = range(5)
+NOISE, TIME, CHOICES, BIT_FLIPS, SAMPLING, TEACHER = range(6)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor | int], key: tuple[int, int]) -> Tensor:

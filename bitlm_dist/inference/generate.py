@@ -105,7 +105,7 @@ def next_tokens(
     """
     if isinstance(model, SoftmaxLM):
         u = source.at(step=1).uniforms(noise.SAMPLING, 1)
-        return model.sample(hidden[:, 0], u[:, 0], sampling.temperature).unsqueeze(1), 0
+        return model.sample(hidden[:, 0], u, sampling.temperature), 0
     assert isinstance(model, BitLM)
     known = None if fixed is None or fixed.shape[1] == 0 else _known(model, fixed)
     sampled = sample_block(model, hidden, sampling, source, known=known, watch=watch)

@@ -79,13 +79,18 @@ class BitLM(LanguageModel):
         t = torch.stack([draw.t for draw in draws])
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
-        raw_chain = self.head.chain(clean, context) if self.head.chained else None
+        drawn = targets.drawn
+        answers = clean if drawn is None else torch.cat((clean.unsqueeze(0), self.codes.encode(drawn)))
+        raw_chain = self.head.chain(clean, context, answers) if self.head.chained else None
         with exact(noisy):
             loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
             if context.logits is not None:
                 loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
             if raw_chain is not None:
-                loss = loss - self.config.diffusion.chain / self.codes.bits * output.log_prob(raw_chain, clean)
+                log_prob = output.log_prob(raw_chain, answers)
+                if drawn is not None:
+                    log_prob = torch.lerp(log_prob[0], log_prob[1:].mean(0), self.config.distillation.weight)
+                loss = loss - self.config.diffusion.chain / self.codes.bits * log_prob
             loss = (loss * targets.valid).sum()
         return loss + self._next_token_loss(batch, states, positions)
 

@@ -35,8 +35,9 @@ class GroupTables(nn.Module):
         return flat.view(*before.shape, -1)
 
     def forward(self, raw: Tensor, state: Tensor, clean: Tensor) -> Tensor:
-        """Raw output [N, M, size] for states [N, M, D] -> the same, given that the tokens are ``clean`` [N, M, K]."""
+        """Raw output [..., size] of tokens ``clean`` [..., K] -> the same given their bits; states [..., D] are broadcast to them."""
         output, index = self.output, self.output.index(clean)
+        state = state.expand(*index.shape[:-1], -1)
         parts = [self.after(state, j, index[..., j - 1]) for j in range(1, output.groups)]
         added = F.pad(torch.stack(parts, -2), (0, 0, 1, 0))  # nothing to the first group
         logits = raw[..., output.components :].unflatten(-1, (output.components, *added.shape[-2:]))

@@ -207,10 +207,11 @@ class DiffusionHead(nn.Module):
             x = x + self.evidence_in(evidence)
         return finish(self.features(x, modulation, causal=False), context.logits, context.readout)
 
-    def chain(self, clean: Tensor, context: Context) -> Tensor:
+    def chain(self, clean: Tensor, context: Context, targets: Tensor | None = None) -> Tensor:
         """Raw output [N, M, size] of every token given the context and what is before it in its block, in one pass.
 
-        Its log-probability of ``clean`` [N, M, K] is the chain rule's. The tokens themselves are pure noise, so nothing of a token
+        Its log-probability of ``clean`` [N, M, K] is the chain rule's; that of ``targets`` [R, N, M, K] is the same law's at other
+        tokens after the same ones, and needs a raw output of its own, [R, N, M, size], for the tables. The tokens themselves are pure noise, so nothing of a token
         reaches an earlier one, nor its own place but by the tables, which give each group of bits the group before it. Where the
         denoiser needs M passes to go through a block from left to right, this is the same law taught in one.
         """
@@ -221,7 +222,9 @@ class DiffusionHead(nn.Module):
             x = F.pad(self.before_in(clean[..., :-1, :]), (0, 0, 1, 0))
         x = self.features(x, self.modulate(t, context), causal=True)
         raw = finish(x, context.logits, context.readout)
-        return raw if self.tables is None else self.tables(raw, self.corrected(x, context.states), clean)
+        targets = clean if targets is None else targets
+        raw = raw.expand(*targets.shape[:-1], -1)
+        return raw if self.tables is None else self.tables(raw, self.corrected(x, context.states), targets)
 
     def corrected(self, x: Tensor, states: Tensor) -> Tensor:
         """What a shared read-out reads: states [..., D] and the correction by the last features x [..., W]."""

@@ -38,10 +38,12 @@ class Batch:
     tokens: Tensor  # [B, S] int64
     document_ids: Tensor  # [B, S] int64, -1 where the sequence is padding
     sample: Tensor  # [B] int64, global index of each sequence
+    drawn: Tensor | None = None  # [R, B, S] int64, what a teacher would write at each place
 
     def part(self, rows: slice) -> "Batch":
         """Some of the sequences: a microbatch."""
-        return Batch(self.tokens[rows], self.document_ids[rows], self.sample[rows])
+        drawn = None if self.drawn is None else self.drawn[:, rows]
+        return Batch(self.tokens[rows], self.document_ids[rows], self.sample[rows], drawn)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Targets:
     valid: Tensor  # [V, M] bool: False after a document's first EOS
     sample: Tensor  # [V]
     block: Tensor  # [V] index of the target block in its sequence
+    drawn: Tensor | None = None  # [R, V, M], what a teacher would write instead of the tokens
 
 
 def target_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
@@ -186,4 +189,5 @@ class LanguageModel(nn.Module, ABC):
             valid=valid[row, block],
             sample=batch.sample[row],
             block=block,
+            drawn=None if batch.drawn is None else batch.drawn.unflatten(-1, (-1, m))[:, row, block],
         )

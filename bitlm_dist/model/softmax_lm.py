@@ -67,16 +67,19 @@ class SoftmaxLM(LanguageModel):
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """Token ids [T] after hidden states [T, D], by inverting the cumulative distribution at uniform numbers u [T].
+        """Token ids [T, R] after hidden states [T, D], by inverting the cumulative distribution at uniform numbers u [T, R].
 
         ``temperature`` divides the logits; 0 takes the likeliest.
         """
+        rows = max(1, SCORED_LOGITS // self.output.out_features)
+        return torch.cat([self._sample(h, v, temperature) for h, v in zip(hidden.split(rows), u.split(rows), strict=True)])
+
+    def _sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
         logits = self.output(hidden).float()
         if temperature == 0:
-            return logits.argmax(-1)
+            return logits.argmax(-1, keepdim=True).expand_as(u)
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        below = cumulative < (u * cumulative[:, -1]).unsqueeze(-1)
-        return below.sum(-1).clamp_max(self.output.out_features - 1)
+        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(self.output.out_features - 1)
 
     def parts(self) -> dict[str, nn.Module]:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,14 +16,14 @@ from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import build_model
-from bitlm_dist.model.initialization import GATED, global_names, split_dimension
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.run_folder import RunFolder, environment
+from bitlm_dist.training.teacher import Teacher
+from bitlm_dist.training.weights import model_tensors, saved_as
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
@@ -57,6 +57,7 @@ class Trainer:
             )
         manifest = read_manifest(config.data.path)
         codes = make_codes(config.model, config.data.path, manifest)
+        self._teacher = Teacher.of_config(config, manifest["tokenizer"]["fingerprint"], layout)
         self.folder = RunFolder(config.run.dir)
         done = store.complete_steps(self.folder.checkpoints)
         if done and not resume:
@@ -126,6 +127,8 @@ class Trainer:
         began, cpu_began = time.perf_counter(), time.process_time()
         share = self.sequences // self.layout.data
         batch = self.feed.batch(self.step * self.sequences + self.layout.data_rank * share, share, self.device)
+        if self._teacher is not None:
+            batch = self._teacher.draw(batch, self.step)
         update = self.engine.step(batch, self.step)
         self._skipped = 0 if update.made else self._skipped + 1
         if self._skipped >= MAX_SKIPPED:
@@ -205,43 +208,3 @@ class Trainer:
     def close(self) -> None:
         """Let go of the data."""
         self.feed.close()
-
-
-def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
-    """The weights of this process by their names in the whole model, as a checkpoint holds them."""
-    tensors: dict[str, Tensor] = {}
-    for chunk in chunks:
-        for name, parameter in global_names(chunk, chunk.place.stage.layers.start):
-            tensors |= {f"model.{n}": t for n, t in saved_as(name, parameter.detach(), chunk.place.layout).items()}
-    return tensors
-
-
-def saved_as(name: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """A tensor as views that a checkpoint of any layout knows: shares of a split matrix, the two halves of a gated one apart."""
-    dimension = split_dimension(name) if tensor.dim() == 2 else None
-    if dimension is None:
-        return {name: tensor}
-    halves = tensor.unflatten(0, (2, -1)) if name.endswith(GATED) else [tensor]
-    names = [f"{name}.{part}" for part in ("gate", "up")] if name.endswith(GATED) else [name]
-    return {n: mesh.share_of(half, dimension, layout) for n, half in zip(names, halves, strict=True)}
-
-
-def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
-    """The newest checkpoint of a run, for evaluation and generation -> (folder, model, step).
-
-    Args:
-        run: the run folder.
-        config: its config, overrides applied.
-
-    Raises:
-        UserError: the folder holds no complete checkpoint.
-    """
-    folder = RunFolder(run)
-    steps = store.complete_steps(folder.checkpoints)
-    if not steps:
-        raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
-    model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
-    checkpoint = store.folder_of(folder.checkpoints, steps[-1])
-    store.read_state(checkpoint)
-    store.load(checkpoint, model_tensors([model]))
-    return folder, model.eval(), steps[-1]

@@ -11,7 +11,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from bitlm_dist.training.trainer import Trainer, load_trained
+from bitlm_dist.training.trainer import Trainer
+from bitlm_dist.training.weights import load_trained
 
 
 def losses(run: Path) -> list[float]:

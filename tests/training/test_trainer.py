@@ -11,7 +11,8 @@ import torch
 from bitlm_dist.checkpoint import store
 from bitlm_dist.config_loading import read_run
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.trainer import Trainer, load_trained, model_tensors
+from bitlm_dist.training.trainer import Trainer
+from bitlm_dist.training.weights import load_trained, model_tensors
 
 HARD = (
     "--diffusion.draws", "2", "--diffusion.context_dropout", "0.2", "--diffusion.input_bit_flips", "0.05",

@@ -35,7 +35,7 @@ class GroupTables(nn.Module):
         return flat.view(*before.shape, -1)
 
     def forward(self, raw: Tensor, state: Tensor, clean: Tensor) -> Tensor:
-        """Raw output [..., size] of tokens ``clean`` [..., K] -> the same given their bits; states [..., D] are broadcast to them."""
+        """Raw output [..., size] of tokens ``clean`` [..., K] -> the same given their bits; ``state`` broadcasts to [..., D]."""
         output, index = self.output, self.output.index(clean)
         state = state.expand(*index.shape[:-1], -1)
         parts = [self.after(state, j, index[..., j - 1]) for j in range(1, output.groups)]

@@ -70,7 +70,8 @@ def test_samples_follow_the_softmax(softmax):
     torch.nn.init.normal_(model.output.weight, std=0.5)
     hidden = torch.randn(1, 32)
     count = 200_000
-    drawn = model.sample(hidden.expand(count, -1), ((torch.arange(count) + 0.5) / count).unsqueeze(1), 0.7).flatten().bincount(minlength=VOCABULARY)
+    u = ((torch.arange(count) + 0.5) / count).view(-1, 2)
+    drawn = model.sample(hidden.expand(len(u), -1), u, 0.7).flatten().bincount(minlength=VOCABULARY)
     expected = (hidden.double() @ model.output.weight.double().T / 0.7).softmax(-1)[0]
     torch.testing.assert_close(drawn.double() / count, expected, rtol=0, atol=3 / count + 1e-5)
     assert model.sample(hidden, torch.zeros(1, 1), 0.0).item() == expected.argmax()

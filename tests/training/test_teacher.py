@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.errors import UserError
+from bitlm_dist.model.build import build_model
+from bitlm_dist.model.language_model import Batch
+from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.training.teacher import Teacher
+from bitlm_dist.training.trainer import Trainer
+
+SOFTMAX = ("--model.output", "softmax", "--training.steps", "4")
+
+
+@pytest.fixture
+def trained(tiny, tmp_path):
+    """(name, overrides) -> folder of a short run."""
+
+    def make(name, *overrides):
+        trainer = Trainer(tiny("--run.dir", str(tmp_path / name), *overrides))
+        trainer.fit()
+        trainer.close()
+        return tmp_path / name
+
+    return make
+
+
+def test_draws_follow_what_the_teacher_says_after_the_text_before(tiny, seed):
+    model = build_model(tiny(*SOFTMAX), BitCodes(natural(300), 9), eos=1)
+    torch.nn.init.normal_(model.output.weight, std=0.5)
+    batch = Batch(torch.randint(2, 300, (3, 32)), torch.zeros(3, 32, dtype=torch.int64), torch.arange(5, 8))
+    teacher, steps = Teacher(model, 50, seed), 200
+    drawn = torch.cat([teacher.draw(batch, step).drawn for step in range(steps)])
+    for row, place in ((0, 1), (1, 17), (2, 31)):
+        law = (model.hidden(batch.tokens)[row, place - 1].double() @ model.output.weight.double().T).softmax(-1)
+        share = drawn[:, row, place].bincount(minlength=300) / (50 * steps)
+        torch.testing.assert_close(share.double(), law, rtol=0, atol=6 * (0.25 / (50 * steps)) ** 0.5)
+    alone = teacher.draw(batch.part(slice(1, 3)), 7).drawn
+    assert torch.equal(alone, teacher.draw(batch, 7).drawn[:, 1:]), "any microbatch sees the same draws"
+
+
+def test_the_chain_learns_the_drawn_tokens_after_the_text(tiny_model, seed):
+    """Against one chain a place, in which that token is replaced by the drawn one and those before are the text's."""
+    model = tiny_model("--distillation.weight", "0.3")
+    tokens, ids = torch.randint(2, 300, (2, 32)), torch.zeros(2, 32, dtype=torch.int64)
+    batch = Batch(tokens, ids, torch.arange(2))
+    drawn = torch.randint(2, 300, (3, 2, 32))
+    targets = model.targets(batch, model.hidden(tokens))
+    context, clean = model.head.read(targets.context), model.codes.encode(targets.tokens)
+    law = model.head.output.log_prob
+    expected = 0.3 * law(model.head.chain(clean, context), clean).sum()
+    for other in drawn.unflatten(-1, (-1, 4))[:, :, 1:].flatten(1, 2):
+        for place in range(4):
+            changed = targets.tokens.clone()
+            changed[:, place] = other[:, place]
+            bits = model.codes.encode(changed)
+            expected = expected - 0.3 / 3 * law(model.head.chain(bits, context), bits)[:, place].sum()
+    got = model.loss(replace(batch, drawn=drawn), seed=0, step=0) - model.loss(batch, seed=0, step=0)
+    torch.testing.assert_close(got, expected / 9, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", ["1", "4"])
+def test_a_pupil_is_another_model_and_resumes_bitwise(block, tiny, trained, tmp_path):
+    words = ("--model.block_size", block, "--parallel.microbatch", "3", "--training.global_batch_tokens", "192")
+    words += ("--distillation.teacher", str(trained("teacher", *SOFTMAX)))
+    whole, half = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole"))), Trainer(tiny(*words))
+    whole.fit(until=4)
+    half.fit(until=2)
+    half.close()
+    resumed = Trainer(tiny(*words))
+    resumed.fit(until=4)
+    alone = Trainer(tiny(*words[:-2], "--run.dir", str(tmp_path / "alone")))
+    alone.fit(until=4)
+    weights = [t.engine.model.head.final.weight for t in (whole, resumed, alone)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    for trainer in (whole, resumed, alone):
+        trainer.close()
+
+
+def test_teachers_that_cannot_teach_are_refused(tiny, trained, tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        Trainer(tiny("--distillation.teacher", str(tmp_path / "none")))
+    bits = trained("bits", "--training.steps", "1")
+    with pytest.raises(UserError, match="is a run of bits: name one with model.output = softmax"):
+        Trainer(tiny("--distillation.teacher", str(bits)))
+    softmax = str(trained("softmax", *SOFTMAX))
+    with pytest.raises(UserError, match="was trained with another tokenizer than data.path has"):
+        Teacher.of_config(tiny("--distillation.teacher", softmax), "another", Layout())
+    with pytest.raises(UserError, match="needs the whole model in one process: use parallel.data alone"):
+        Teacher.of_config(tiny("--distillation.teacher", softmax), "any", Layout(pipeline=2))
+    for words in (SOFTMAX[:2], ("--diffusion.chain", "0"), ("--model.block_size", "1", "--head.group_tables", "false")):
+        with pytest.raises(UserError, match="teaches the chain of bits: it needs diffusion.chain > 0"):
+            tiny("--distillation.teacher", softmax, *words)
+    assert not (tmp_path / "run").exists()

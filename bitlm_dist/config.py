@@ -194,7 +194,7 @@ class TrainingConfig(Section):
     global_batch_tokens: int = Field(4096, ge=1)
     """Tokens a step, over all ranks; a multiple of data.sequence_length."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: matrix products under autocast; weights, optimizer, noise and loss stay fp32."""
+    """bf16: of weights, activations and products; the optimizer keeps fp32 weights, noise, posteriors and loss are fp32 too."""
 
 
 class CheckpointConfig(Section):

@@ -26,7 +26,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """
     if x.is_cuda or torch.is_grad_enabled():
         return F.rms_norm(x, x.shape[-1:], None, eps) * weight if weight.dim() > 1 else F.rms_norm(x, x.shape[-1:], weight, eps)
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def _turn(a: Tensor, weight: Tensor) -> bool:
@@ -34,8 +35,12 @@ def _turn(a: Tensor, weight: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] times the transpose of weight [N, K], plus bias [N]: torch's, fast with few rows too."""
-    if not _turn(x, weight) or torch.is_autocast_enabled(x.device.type):
+    """x [..., K] times the transpose of weight [N, K], plus bias [N]: torch's, fast with few rows too.
+
+    x comes in any dtype; the product and the result have the weight's.
+    """
+    x = x.to(weight.dtype)
+    if not _turn(x, weight):
         return F.linear(x, weight, bias)
     out = matmul(x, weight.t())
     return out if bias is None else out + bias

@@ -54,8 +54,7 @@ class Writer(Runner):
         return self.request.batch * blocks * m
 
     def _next(self) -> Tensor | None:
-        with torch.autocast(mesh.device().type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
-            return next(self._text, None)
+        return next(self._text, None)
 
 
 def build_writer(config: Config, request: Request) -> Runner:

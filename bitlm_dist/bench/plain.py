@@ -56,7 +56,7 @@ class PlainBackbone(nn.Module):
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=b.heads != b.kv_heads)
 
-        cos, sin = rotary(0, x.shape[1], b.rope_base, b.head_width, x.device)
+        cos, sin = rotary(0, x.shape[1], b.rope_base, b.head_width, x)
         for plain in self.layers:
             assert isinstance(plain, PlainLayer)
             x = layer(x, plain.weights(), cos, sin, attend, b.kv_heads)

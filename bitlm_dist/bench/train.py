@@ -14,6 +14,7 @@ from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.build import rounded
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
@@ -76,17 +77,15 @@ class PlainRunner(Runner):
         torch.manual_seed(config.training.seed)
         self.config, self.load = config, load
         device = mesh.device()
-        self.model = PlainBitLM(config, BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))).to(device)
+        codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
+        self.model = rounded(PlainBitLM(config, codes), config).to(device)
         self.optimizers = Optimizers(dict(self.model.named_parameters()), config.optimizer)
         self.batch = synthetic_batch(config, load.vocabulary, 0, device)
 
     def __call__(self) -> int:
         """See :class:`~bitlm_dist.bench.contest.Runner`."""
         for _ in range(self.load.steps):
-            enabled = self.config.training.precision == "bf16"
-            with torch.autocast(self.batch.tokens.device.type, torch.bfloat16, enabled=enabled):
-                loss = self.model.loss(self.batch.tokens, self.batch.document_ids)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self.model.loss(self.batch.tokens, self.batch.document_ids).backward()  # type: ignore[no-untyped-call]
             self.optimizers.step(1.0)
         return self.load.steps * self.config.training.global_batch_tokens
 

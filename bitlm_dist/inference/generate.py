@@ -54,7 +54,7 @@ def sample_block(
         return codes.encode(codes.project(bits)) if settle else bits
 
     chained = sampling.sampler == "sequential" and head.chained
-    start = hidden.new_zeros(shape) if chained else normal(0)
+    start = torch.zeros(shape, device=hidden.device) if chained else normal(0)
     context, known = head.read(hidden), Known.none(start) if known is None else known
     if sampling.sampler == "sequential":
         u = source.at(step=1).uniforms(noise.SAMPLING, shape[1] * (shape[2] + 1)).view(*shape[:2], -1)

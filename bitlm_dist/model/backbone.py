@@ -18,8 +18,10 @@ from bitlm_dist.model.plain_layer import rotary_angles
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, Stage
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights and activations, by training.precision
+
 if TYPE_CHECKING:
-    from bitlm_dist.config import Config, ModelConfig, ParallelConfig
+    from bitlm_dist.config import Config
 
 
 class RMSNorm(nn.RMSNorm):
@@ -65,7 +67,7 @@ def _layer_spec() -> Any:
     )
 
 
-def _transformer_config(model: "ModelConfig", parallel: "ParallelConfig", layout: Layout, layers_per_stage: list[int]) -> Any:
+def _transformer_config(config: "Config", layout: Layout, layers_per_stage: list[int]) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
@@ -76,8 +78,9 @@ def _transformer_config(model: "ModelConfig", parallel: "ParallelConfig", layout
         attention_backend: str = "auto"
         layout: Layout = ALONE
 
-    backbone = model.backbone
+    model, parallel, backbone = config.model, config.parallel, config.model.backbone
     on_cpu = mesh.device().type == "cpu"
+    dtype = DTYPES[config.training.precision]
     return BackboneConfig(
         num_layers=backbone.layers,
         hidden_size=backbone.width,
@@ -109,7 +112,9 @@ def _transformer_config(model: "ModelConfig", parallel: "ParallelConfig", layout
         pipeline_model_parallel_layout=_stages(layers_per_stage) if layout.pipeline > 1 else None,
         batch_p2p_comm=not on_cpu,  # interleaved stages exchange wrong tensors with it on gloo, silently
         batch_p2p_sync=not on_cpu,
-        pipeline_dtype=torch.float32,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,  # the loss is normalised before the backward pass; nobody scales the gradient again
         recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
@@ -141,7 +146,7 @@ class Backbone(nn.Module):
         mesh.initialize(layout)
         from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 
-        self.megatron_config = _transformer_config(config.model, config.parallel, layout, layers_per_stage)
+        self.megatron_config = _transformer_config(config, layout, layers_per_stage)
         self.block = TransformerBlock(
             self.megatron_config,
             TransformerBlockSubmodules(layer_specs=[_layer_spec() for _ in stage.layers], layer_norm=RMSNorm),

@@ -16,7 +16,7 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
 from bitlm_dist.model.bit_embedding import BitEmbedding, token_table
-from bitlm_dist.model.head import DiffusionHead, exact
+from bitlm_dist.model.head import DiffusionHead
 from bitlm_dist.model.initialization import drawn_from
 from bitlm_dist.model.language_model import Batch, LanguageModel, Place, target_mask
 
@@ -82,16 +82,15 @@ class BitLM(LanguageModel):
         drawn = targets.drawn
         answers = clean if drawn is None else torch.cat((clean.unsqueeze(0), self.codes.encode(drawn)))
         raw_chain = self.head.chain(clean, context, answers) if self.head.chained else None
-        with exact(noisy):
-            loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
-            if context.logits is not None:
-                loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
-            if raw_chain is not None:
-                log_prob = output.log_prob(raw_chain, answers)
-                if drawn is not None:
-                    log_prob = torch.lerp(log_prob[0], log_prob[1:].mean(0), self.config.distillation.weight)
-                loss = loss - self.config.diffusion.chain / self.codes.bits * log_prob
-            loss = (loss * targets.valid).sum()
+        loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
+        if context.logits is not None:
+            loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
+        if raw_chain is not None:
+            log_prob = output.log_prob(raw_chain, answers)
+            if drawn is not None:
+                log_prob = torch.lerp(log_prob[0], log_prob[1:].mean(0), self.config.distillation.weight)
+            loss = loss - self.config.diffusion.chain / self.codes.bits * log_prob
+        loss = (loss * targets.valid).sum()
         return loss + self._next_token_loss(batch, states, positions)
 
     def _next_token_loss(self, batch: Batch, states: Tensor, positions: Tensor) -> Tensor | float:
@@ -105,8 +104,7 @@ class BitLM(LanguageModel):
         following = F.pad(target_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))  # whether the next token carries loss
         row, place = following[:, positions].nonzero(as_tuple=True)
         logits, clean = self.head.next_logits(states[row, place]), self.codes.encode(batch.tokens[row, positions[place] + 1])
-        with exact(clean):
-            return -weight / self.codes.bits * self.head.output.log_prob(logits, clean).sum()
+        return -weight / self.codes.bits * self.head.output.log_prob(logits, clean).sum()
 
     def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Input bits flipped with probability p·U, one U a sequence (BitDance), or None where the switch is off."""

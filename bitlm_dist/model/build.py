@@ -1,9 +1,13 @@
 """The model that a config names."""
 
+from typing import TypeVar
+
 import torch
+from torch import nn
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config import Config
+from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import head_weights
 from bitlm_dist.model.language_model import LanguageModel, Place
@@ -21,8 +25,18 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
         place: which part of the model; None: all of it.
     """
     if config.model.output == "softmax":
-        return SoftmaxLM(config, codes.vocabulary, eos, place)
-    return BitLM(config, codes, eos, place)
+        return rounded(SoftmaxLM(config, codes.vocabulary, eos, place), config)
+    return rounded(BitLM(config, codes, eos, place), config)
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def rounded(model: Model, config: Config) -> Model:
+    """The model with weights in the dtype of ``training.precision``; its buffers stay fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(DTYPES[config.training.precision])
+    return model
 
 
 def build_chunks(config: Config, codes: BitCodes, eos: int, layout: Layout) -> list[LanguageModel]:

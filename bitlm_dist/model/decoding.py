@@ -57,7 +57,7 @@ class Decoder:
         b = self._model.backbone
         block = self._model.block_size if self._model.attention == "block" else 1
         first = self._caches[0].length
-        cos, sin = rotary(first, first + embedded.shape[1], b.rope_base, b.head_width, embedded.device)
+        cos, sin = rotary(first, first + embedded.shape[1], b.rope_base, b.head_width, embedded)
         x = embedded
         for weights, cache in zip(self._layers, self._caches, strict=True):
 

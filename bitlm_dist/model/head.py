@@ -8,7 +8,7 @@ Legend: N blocks (any leading shape), M tokens a block, K bits, D width of the b
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,12 +59,6 @@ class Modulation:
     def __getitem__(self, index: Any) -> "Modulation":
         """That of some noise levels or tokens."""
         return Modulation(self.y[index], [run[index] for run in self.runs], self.final[index])
-
-
-def exact(like: Tensor) -> AbstractContextManager[Any]:
-    """No autocast: noise, posteriors and losses stay fp32 whatever the precision of the layers."""
-    device = like.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def time_features(t: Tensor) -> Tensor:
@@ -197,8 +191,7 @@ class DiffusionHead(nn.Module):
         evidence = None
         if self.evidence_in is not None:
             assert context.logits is not None
-            with exact(noisy):
-                evidence = self.output.evidence(context.logits, self.output.field(noisy, t))
+            evidence = self.output.evidence(context.logits, self.output.field(noisy, t))
         return self._raw(noisy, evidence, context, self.modulate(t, context))
 
     def _raw(self, noisy: Tensor, evidence: Tensor | None, context: Context, modulation: Modulation) -> Tensor:
@@ -289,12 +282,9 @@ class DiffusionHead(nn.Module):
             reader = self.output.reader(context.logits)
 
         def denoise(t: Tensor, modulation: Modulation, noisy: Tensor) -> Tensor:
-            with exact(noisy):
-                field = self.output.field(noisy, t)
-                evidence = None if reader is None else reader(field)
-            raw = self._raw(noisy, evidence, context, modulation)
-            with exact(noisy):
-                return self.output.denoise(raw, field)
+            field = self.output.field(noisy, t)
+            evidence = None if reader is None else reader(field)
+            return self.output.denoise(self._raw(noisy, evidence, context, modulation), field)
 
         def at(times: Tensor) -> list[Step]:
             modulation = self.modulate(times, context)

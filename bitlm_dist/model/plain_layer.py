@@ -34,12 +34,12 @@ def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
     return torch.cat((half, half), -1)
 
 
-def rotary(first: int, last: int, base: float, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines [S, 1, 1, E] of positions first..last-1, for :func:`layer`."""
-    angles = rotary_angles(torch.arange(first, last, device=device), base, size)[:, None, None]
-    sign = torch.ones(size, device=device)
+def rotary(first: int, last: int, base: float, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines [S, 1, 1, E] of positions first..last-1, for :func:`layer`, in device and dtype of ``like``."""
+    angles = rotary_angles(torch.arange(first, last, device=like.device), base, size)[:, None, None]
+    sign = torch.ones(size, device=like.device)
     sign[: size // 2] = -1
-    return angles.cos(), angles.sin() * sign
+    return angles.cos().to(like.dtype), (angles.sin() * sign).to(like.dtype)
 
 
 def layer(

@@ -11,7 +11,7 @@ from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.training.optimizer import clip_scale, sum_of_squares
+from bitlm_dist.training.optimizer import MASTER, clip_scale, sum_of_squares
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,6 +37,7 @@ class DistributedAdamW:
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
             weight_decay=config.weight_decay,
+            bf16=next(iter(named.values())).dtype == torch.bfloat16,
             use_distributed_optimizer=True,
             clip_grad=0.0,  # clipped here: only here a norm that is not finite is known in time to skip the step
         )
@@ -72,12 +73,16 @@ class DistributedAdamW:
         return norm, finite
 
     def _slots(self, shard: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a shard, made if no step has been taken."""
+        """AdamW's state of a shard, made if no step has been taken, and the shard itself."""
         state: dict[str, Tensor] = self._inner.optimizer.state[shard]
         if not state:
             state |= {slot: torch.zeros_like(shard) for slot in MOMENTS}
             state["step"] = torch.zeros((), dtype=torch.float32)
-        return state
+        return {**state, MASTER: shard.detach()}
+
+    @staticmethod
+    def _saved(parameter: Tensor) -> tuple[str, ...]:
+        return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
 
     def state(self) -> dict[str, Tensor]:
         """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks; :meth:`restore` takes them back."""
@@ -85,7 +90,7 @@ class DistributedAdamW:
         shards = {name: (shard, place) for name, shard, place in self._shards()}
         for name, parameter in self._named.items():
             step = torch.zeros((), device=parameter.device)
-            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in MOMENTS}
+            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in self._saved(parameter)}
             if name in shards:
                 shard, place = shards[name]
                 slots = self._slots(shard)
@@ -103,6 +108,6 @@ class DistributedAdamW:
         """Take over what a checkpoint has loaded into :meth:`state`'s tensors."""
         for name, shard, place in self._shards():
             slots = self._slots(shard)
-            slots["step"] = state[f"{name}.step"].clone()  # one for each: torch counts it up in place
-            for slot in MOMENTS:
+            slots["step"].copy_(state[f"{name}.step"])
+            for slot in self._saved(self._named[name]):
                 slots[slot].copy_(state[f"{name}.{slot}"].flatten()[place])

@@ -105,17 +105,11 @@ class Engine:
         assert isinstance(chunk, LanguageModel)
 
         def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            with self._autocast():
-                loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
+            loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
             # the schedule changes the loss in place; the count of tokens is not used
             return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach().clone()}
 
-        with self._autocast():
-            hidden: Tensor = wrapped(batch, seed=seed, step=step)
-        return hidden, loss_of
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(mesh.device().type, torch.bfloat16, enabled=self.config.training.precision == "bf16")
+        return wrapped(batch, seed=seed, step=step), loss_of
 
     def _finalize(self, wrapped: list[nn.Module], tokens: Tensor | None = None, **settings: Any) -> None:
         """Megatron's reductions over data and norms, without its division by tokens; then what tensor ranks saw in parts."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bitlm_dist.model.initialization import cut, join, split_dimension
 from bitlm_dist.parallel import mesh
@@ -43,7 +43,7 @@ class Muon(torch.optim.Muon):
         settings: those of torch.optim.Muon.
     """
 
-    def __init__(self, named: Mapping[str, nn.Parameter], layout: Layout, **settings: Any) -> None:
+    def __init__(self, named: Mapping[str, Tensor], layout: Layout, **settings: Any) -> None:
         super().__init__(list(named.values()), **settings)
         self._names = {parameter: name for name, parameter in named.items()}
         self._layout = layout
@@ -67,7 +67,7 @@ class Muon(torch.optim.Muon):
                     mine = cut(self._names[parameter], update, self._layout.tensor_rank, self._layout.tensor)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(mine, alpha=-scale)
 
-    def _whole(self, parameters: list[nn.Parameter], shares: list[Tensor]) -> list[Tensor]:
+    def _whole(self, parameters: list[Tensor], shares: list[Tensor]) -> list[Tensor]:
         """Shares of the tensor ranks -> whole matrices, in one exchange."""
         ranks = self._layout.tensor
         split = [split_dimension(self._names[p]) is not None for p in parameters]

@@ -12,6 +12,8 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout
 from bitlm_dist.training.muon import Muon
 
+MASTER = "master"
+
 
 def _owners(named: Mapping[str, nn.Parameter], ranks: int) -> dict[str, int]:
     """Which of ``ranks`` updates each tensor: the largest first, each to the rank with least so far."""
@@ -23,7 +25,8 @@ def _owners(named: Mapping[str, nn.Parameter], ranks: int) -> dict[str, int]:
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor | None:
-    return getattr(parameter, "main_grad", parameter.grad)
+    grad = getattr(parameter, "main_grad", parameter.grad)
+    return None if grad is None else grad.float()
 
 
 def sum_of_squares(grads: Sequence[tuple[str, Tensor]], layout: Layout) -> Tensor:
@@ -59,7 +62,12 @@ class Optimizers:
         self.clip_norm, self.layout = config.clip_norm, layout
         self._named = dict(named)
         self._owners = _owners(self._named, layout.replicas if config.sharded else 1)
-        own = {n: p for n, p in self._named.items() if self._owners[n] == (layout.replica_rank if config.sharded else 0)}
+        own: dict[str, Tensor] = {
+            n: p for n, p in self._named.items() if self._owners[n] == (layout.replica_rank if config.sharded else 0)
+        }
+        # of weights in bf16 an fp32 copy is what is updated: small updates would be rounded away
+        self._masters = {n: p.detach().float() for n, p in own.items() if p.dtype != torch.float32}
+        own |= self._masters
         muon = {n for n, p in own.items() if config.matrices == "muon" and is_inner_matrix(n, p)}
         decayed = [p for n, p in own.items() if n not in muon and p.dim() >= 2]
         plain = [p for n, p in own.items() if n not in muon and p.dim() < 2]
@@ -92,15 +100,16 @@ class Optimizers:
         finite = math.isfinite(norm)
         if finite:
             scale = clip_scale(norm, self.clip_norm)
-            for parameter in self._own.values():
-                grad = _gradient(parameter)
-                parameter.grad = None if grad is None else grad.mul_(scale)
+            for name, updated in self._own.items():
+                grad = _gradient(self._named[name])
+                updated.grad = None if grad is None else grad.mul_(scale)
             for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
                 optimizer.step()
+            self._round()
             self._share()
-        for parameter in self._named.values():
+        for parameter in (*self._named.values(), *self._masters.values()):
             parameter.grad = None
         return norm, finite
 
@@ -110,6 +119,12 @@ class Optimizers:
         if self.layout.tensor * self.layout.pipeline > 1:
             torch.distributed.all_reduce(squares, group=mesh.model_group())
         return float(squares.sqrt())
+
+    @torch.no_grad()
+    def _round(self) -> None:
+        """The weights that the model computes with, from those that were updated."""
+        for name, master in self._masters.items():
+            self._named[name].copy_(master)
 
     @torch.no_grad()
     def _share(self) -> None:
@@ -133,8 +148,11 @@ class Optimizers:
                     yield names[id(parameter)], parameter, optimizer
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state by parameter name, ``NAME.SLOT``; the tensors themselves, so loading into them restores it."""
-        found = {}
+        """Optimizer state by parameter name, ``NAME.SLOT``; the tensors themselves, so loading into them restores it.
+
+        Of weights in bf16 the slot ``master`` holds the fp32 copy.
+        """
+        found = {f"{name}.{MASTER}": master for name, master in self._masters.items()}
         for name, parameter, optimizer in self._slots():
             if parameter not in optimizer.state:
                 self._fill(parameter, optimizer)

@@ -46,9 +46,6 @@ class Trainer:
         self.config, self.layout = config, layout
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
-        if config.training.precision == "bf16" and mesh.device().type == "cpu":
-            # Megatron's linear layers take part in autocast on CUDA only
-            raise UserError("training.precision = bf16 needs a GPU: use fp32 on this machine")
         check_batch(config, layout)
         if config.evaluation.every_steps and layout.model > 1:
             raise UserError(

@@ -3,6 +3,7 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.build import rounded
 from bitlm_dist.model.chain import ChainDecoder, NoiseDecoder
 from bitlm_dist.model.head import finish
 
@@ -191,13 +192,17 @@ def test_modulation_layers_are_shared_by_runs_of_blocks(tiny):
     head(torch.randn(2, 4, 9), torch.rand(2, 4), head.read(torch.randn(2, 4, 32)))
 
 
-def test_posteriors_and_losses_stay_exact_under_autocast(tiny_model, seed):
-    head = tiny_model().head
-    noisy, t, hidden = torch.randn(6, 4, 9), torch.rand(6, 4), torch.randn(6, 4, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        context = head.read(hidden)
-        assert context.logits.dtype == torch.bfloat16
-        raw = head(noisy, t, context)
-        out = denoised(head, noisy, t, context)
+def test_posteriors_and_losses_stay_fp32_with_weights_in_bf16(tiny_model, tiny, seed):
+    model = tiny_model()
+    head, noisy, t, hidden = model.head, torch.randn(6, 4, 9), torch.rand(6, 4), torch.randn(6, 4, 32)
+    clean = torch.randn(6, 4, 9).sign()
+    exact = head.output.log_prob(head.chain(clean, head.read(hidden)), clean)
+    rounded(model, tiny("--training.precision", "bf16"))
+    context = head.read(hidden.bfloat16())
+    raw, out = head(noisy, t, context), denoised(head, noisy, t, context)
+    assert raw.dtype == torch.bfloat16
     assert out.dtype == torch.float32
     torch.testing.assert_close(out, head.output.denoise(raw, head.output.field(noisy, t)))
+    log_prob = head.output.log_prob(head.chain(clean, context), clean)
+    assert log_prob.dtype == torch.float32
+    torch.testing.assert_close(log_prob, exact, rtol=0.05, atol=0.05)

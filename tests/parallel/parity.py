@@ -58,6 +58,10 @@ def _held(engine: Engine) -> tuple[int, int, int]:
     optimizers: Any = engine.optimizers
     inner = [optimizers._inner.optimizer] if isinstance(optimizers, DistributedAdamW) else optimizers._optimizers
     slots = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
+    if isinstance(optimizers, DistributedAdamW):
+        slots += [shard for name, shard, _ in optimizers._shards() if optimizers._named[name].dtype != shard.dtype]
+    else:
+        slots += optimizers._masters.values()
     buffers = [buffer.grad_data for wrapped in engine._wrapped for buffer in wrapped.buffers]
     parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
     return tuple(sum(t.numel() * t.element_size() for t in part) for part in (parameters, buffers, slots))  # type: ignore[return-value]

@@ -51,6 +51,24 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     assert len(optimizers.state()) == len(muon) + 3 * (sum(1 for _ in model.parameters()) - len(muon))
 
 
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
+    """A hundred updates, each too small to move a bf16 weight, add up to those of fp32."""
+    config = OptimizerConfig(lr=1e-5, muon_lr=1e-5, matrices=matrices)
+    exact = {"backbone.layers.0.w": torch.nn.Parameter(torch.randn(16, 16).bfloat16().float().sign())}
+    rounded = {name: torch.nn.Parameter(p.detach().bfloat16()) for name, p in exact.items()}
+    grad = torch.randn(16, 16).bfloat16()
+    sides = [(Optimizers(named, config), next(iter(named.values()))) for named in (exact, rounded)]
+    for _ in range(1000):
+        for optimizers, parameter in sides:
+            parameter.grad = grad.to(parameter.dtype)
+            optimizers.step(1.0)
+    master = sides[1][0].state()["backbone.layers.0.w.master"]
+    torch.testing.assert_close(master, sides[0][1].detach(), rtol=0, atol=1e-6)
+    assert torch.equal(sides[1][1], master.bfloat16())
+    assert not torch.equal(master.bfloat16(), master.sign().bfloat16()), "the weights moved"
+
+
 def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
     model = tiny_model()
     optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig(clip_norm=0.5, matrices="adamw"))

@@ -170,6 +170,8 @@ class OptimizerConfig(Section):
     """AdamW betas."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
+    fused: Literal["auto", "torch"] = "auto"
+    """AdamW on a GPU: Transformer Engine's, else NVIDIA apex's, where one is installed (auto), or torch's."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
     sharded: bool = True

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from bitlm_dist.kernels import available_backends
+from bitlm_dist.training import fused_adam
 from bitlm_dist.training.run_folder import PACKAGES, package_version
 
 
@@ -67,7 +68,7 @@ def examine() -> dict[str, list[Finding]]:
         "packages": packages,
         "attention": [Finding(name, True, "block-causal back end") for name in available_backends()],
         "optimizers": [
-            Finding("AdamW", True, "torch, fused"),
+            Finding("AdamW", True, f"{fused_adam.find('auto')[0]}, fused"),
             Finding("Muon", True, "torch's, orthogonalised in " + ("bf16" if torch.cuda.is_available() else "fp32")),
         ],
         "optional": [_transformer_engine(), _apex(), _flash_attention(), _wandb()],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,19 @@ from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.training import fused_adam
 from bitlm_dist.training.optimizer import MASTER, clip_scale, sum_of_squares
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Shard(NamedTuple):
+    """This rank's part of a tensor: what AdamW updates, where it lies in the flat tensor, and its parameter group."""
+
+    name: str
+    flat: Tensor
+    place: slice
+    group: dict[str, Any]
 
 
 class DistributedAdamW:
@@ -42,26 +52,29 @@ class DistributedAdamW:
             clip_grad=0.0,  # clipped here: only here a norm that is not finite is known in time to skip the step
         )
         overrides = get_standard_config_overrides(settings)  # vectors do not decay
-        with tensors_named_as_on_cuda():
+        with tensors_named_as_on_cuda(), fused_adam.chosen_in_megatron(config.fused):
             chained = get_megatron_optimizer(settings, list(wrapped), overrides, use_gloo_process_groups=False)
         for group in chained.param_groups:  # Megatron leaves this to its scheduler
             group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            if "fused" in group:  # torch's
+                group["fused"] = True
         (self._inner,) = chained.chained_optimizers
         self._chained, self._named, self.layout = chained, dict(named), layout
         self.clip_norm, self._peak = config.clip_norm, config.lr
 
-    def _shards(self) -> Iterator[tuple[str, Tensor, slice]]:
-        """Name of a tensor, this rank's flat shard of it that AdamW updates, and where that lies in the flat tensor."""
+    def _shards(self) -> Iterator[Shard]:
+        inner = self._inner
         for name, parameter in self._named.items():
-            if parameter in self._inner.model_param_gbuf_map:
-                place = self._inner._get_model_param_range_map(parameter)["param"]
-                shard = self._inner._get_main_param_and_optimizer_states(parameter)["param"]
-                yield name, shard, slice(place.start, place.end)
+            if parameter in inner.model_param_gbuf_map:
+                place = inner._get_model_param_range_map(parameter)["param"]
+                flat = inner._get_main_param_and_optimizer_states(parameter)["param"]
+                group = inner.optimizer.param_groups[inner.model_param_group_index_map[parameter][0]]
+                yield Shard(name, flat, slice(place.start, place.end), group)
 
     def step(self, factor: float) -> tuple[float, bool]:
         """See :meth:`Optimizers.step`."""
         self._chained.prepare_grads()
-        grads = [(name, shard.grad) for name, shard, _ in self._shards() if shard.grad is not None]
+        grads = [(shard.name, shard.flat.grad) for shard in self._shards() if shard.flat.grad is not None]
         norm = float(mesh.sum_over_all(sum_of_squares(grads, self.layout)).sqrt())
         finite = math.isfinite(norm)
         if finite:
@@ -72,31 +85,25 @@ class DistributedAdamW:
         self._chained.zero_grad()
         return norm, finite
 
-    def _slots(self, shard: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a shard, made if no step has been taken, and the shard itself."""
-        state: dict[str, Tensor] = self._inner.optimizer.state[shard]
-        if not state:
-            state |= {slot: torch.zeros_like(shard) for slot in MOMENTS}
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        return {**state, MASTER: shard.detach()}
-
-    @staticmethod
-    def _saved(parameter: Tensor) -> tuple[str, ...]:
-        return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
+    def _slots(self, shard: Shard) -> dict[str, Tensor]:
+        """What of a shard is saved: AdamW's state, and of weights in bf16 the shard itself, which is fp32."""
+        slots = fused_adam.fill(self._inner.optimizer, shard.flat, shard.group)
+        rounded = self._named[shard.name].dtype != shard.flat.dtype
+        return {**slots, MASTER: shard.flat.detach()} if rounded else slots
 
     def state(self) -> dict[str, Tensor]:
-        """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks; :meth:`restore` takes them back."""
+        """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks."""
         found = {}
-        shards = {name: (shard, place) for name, shard, place in self._shards()}
+        shards = {shard.name: shard for shard in self._shards()}
         for name, parameter in self._named.items():
             step = torch.zeros((), device=parameter.device)
-            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in self._saved(parameter)}
+            names = MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
+            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in names}
             if name in shards:
-                shard, place = shards[name]
-                slots = self._slots(shard)
+                slots = self._slots(shards[name])
                 step += slots["step"]
                 for slot, whole in flat.items():
-                    whole[place] = slots[slot]
+                    whole[shards[name].place] = slots[slot]
             torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX, group=mesh.data_group())
             for slot, whole in flat.items():
                 torch.distributed.all_reduce(whole, group=mesh.data_group())
@@ -105,9 +112,9 @@ class DistributedAdamW:
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what a checkpoint has loaded into :meth:`state`'s tensors."""
-        for name, shard, place in self._shards():
-            slots = self._slots(shard)
-            slots["step"].copy_(state[f"{name}.step"])
-            for slot in self._saved(self._named[name]):
-                slots[slot].copy_(state[f"{name}.{slot}"].flatten()[place])
+        """See :meth:`Optimizers.restore`."""
+        for shard in self._shards():
+            fused_adam.set_step(self._inner.optimizer, shard.flat, shard.group, state[f"{shard.name}.step"])
+            for slot, value in self._slots(shard).items():
+                if slot != "step":
+                    value.copy_(state[f"{shard.name}.{slot}"].flatten()[shard.place])

@@ -85,10 +85,16 @@ class Muon(torch.optim.Muon):
             wholes.append(share)
         return wholes
 
-    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        state, grad = self.state[parameter], parameter.grad
-        assert grad is not None
+    def momentum_of(self, parameter: Tensor) -> Tensor:
+        """The buffer that is the state of a matrix, made if no step has been taken."""
+        state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer
+
+    def _momentum(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        grad = parameter.grad
+        assert grad is not None
+        buffer = self.momentum_of(parameter).lerp_(grad, 1 - group["momentum"])
         return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer.clone()

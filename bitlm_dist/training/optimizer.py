@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.model.initialization import split_dimension
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout
+from bitlm_dist.training import fused_adam
 from bitlm_dist.training.muon import Muon
 
 MASTER = "master"
@@ -75,7 +77,8 @@ class Optimizers:
         groups = [group for group in groups if group["params"]]
         self._optimizers: list[torch.optim.Optimizer] = []
         if groups:
-            self._optimizers.append(torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True))
+            _, adamw = fused_adam.find(config.fused)
+            self._optimizers.append(adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps))
         if muon:
             self._optimizers.append(
                 Muon(
@@ -140,40 +143,33 @@ class Optimizers:
                 for tensor, new in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
                     tensor.copy_(new.view_as(tensor))
 
-    def _slots(self) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer]]:
+    def _tensors(self) -> Iterator[tuple[str, Tensor, torch.optim.Optimizer, dict[str, Any]]]:
+        """Every tensor that this rank updates, with its optimizer and parameter group."""
         names = {id(p): n for n, p in self._own.items()}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    yield names[id(parameter)], parameter, optimizer
+                    yield names[id(parameter)], parameter, optimizer, group
 
     def state(self) -> dict[str, Tensor]:
-        """Optimizer state by parameter name, ``NAME.SLOT``; the tensors themselves, so loading into them restores it.
+        """Optimizer state by parameter name, ``NAME.SLOT``, to be saved, or to be loaded into and given to :meth:`restore`.
 
         Of weights in bf16 the slot ``master`` holds the fp32 copy.
         """
         found = {f"{name}.{MASTER}": master for name, master in self._masters.items()}
-        for name, parameter, optimizer in self._slots():
-            if parameter not in optimizer.state:
-                self._fill(parameter, optimizer)
-            for slot, value in optimizer.state[parameter].items():
-                found[f"{name}.{slot}"] = value
+        for name, parameter, optimizer, group in self._tensors():
+            if isinstance(optimizer, Muon):
+                slots = {"momentum_buffer": optimizer.momentum_of(parameter)}
+            else:
+                slots = fused_adam.fill(optimizer, parameter, group)
+            found |= {f"{name}.{slot}": value for slot, value in slots.items()}
         return found
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing to do after a checkpoint was loaded into :meth:`state`'s tensors: they are the optimizers' own."""
-
-    @staticmethod
-    def _fill(parameter: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """The state that the first step would create, so that there is something to load into."""
-        if isinstance(optimizer, torch.optim.AdamW):
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        else:
-            optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+        """Take over what was loaded into :meth:`state`'s tensors: all but step counts are the optimizers' own."""
+        for name, parameter, optimizer, group in self._tensors():
+            if not isinstance(optimizer, Muon):
+                fused_adam.set_step(optimizer, parameter, group, state[f"{name}.step"])
 
 
 def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "logging.",
     "parallel.",
     "optimizer.sharded",
+    "optimizer.fused",
     "data.cache",
     "data.path",
 )

@@ -59,7 +59,7 @@ def _held(engine: Engine) -> tuple[int, int, int]:
     inner = [optimizers._inner.optimizer] if isinstance(optimizers, DistributedAdamW) else optimizers._optimizers
     slots = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
     if isinstance(optimizers, DistributedAdamW):
-        slots += [shard for name, shard, _ in optimizers._shards() if optimizers._named[name].dtype != shard.dtype]
+        slots += [shard.flat for shard in optimizers._shards() if optimizers._named[shard.name].dtype != shard.flat.dtype]
     else:
         slots += optimizers._masters.values()
     buffers = [buffer.grad_data for wrapped in engine._wrapped for buffer in wrapped.buffers]

@@ -1,0 +1,98 @@
+"""Neither Transformer Engine nor NVIDIA apex runs without a GPU: a stand-in with their interface counts steps in its groups."""
+
+import sys
+import types
+
+import pytest
+import torch
+
+from bitlm_dist.config import OptimizerConfig
+from bitlm_dist.parallel import mesh
+from bitlm_dist.training import fused_adam
+from bitlm_dist.training.optimizer import Optimizers
+
+
+class GroupCounting(torch.optim.Optimizer):
+    """AdamW by its formula (Loshchilov & Hutter, 2019), with apex's arguments and its count of steps."""
+
+    def __init__(self, params, lr, betas, eps, weight_decay=0.0, adam_w_mode=False):
+        assert adam_w_mode
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            first, second = group["betas"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["exp_avg"].lerp_(p.grad, 1 - first)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 1 - second)
+                mean = state["exp_avg"] / (1 - first ** group["step"])
+                scale = (state["exp_avg_sq"] / (1 - second ** group["step"])).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * mean / scale)
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(mesh, "device", lambda: torch.device("cuda"))
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.optimizers", None)
+
+    def install(module):
+        monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+        monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+
+    return install
+
+
+def test_the_fastest_implementation_that_is_there_is_taken(on_gpu, monkeypatch):
+    apex, engine = types.ModuleType("apex.optimizers"), types.ModuleType("transformer_engine.pytorch.optimizers")
+    on_gpu(apex)  # another project's apex: no FusedAdam
+    assert fused_adam.find("auto")[0] == "torch"
+    apex.FusedAdam = engine.FusedAdam = GroupCounting
+    assert fused_adam.find("auto")[0] == "apex"
+    assert fused_adam.find("torch")[0] == "torch"
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("transformer_engine.pytorch"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.optimizers", engine)
+    assert fused_adam.find("auto")[0] == "transformer_engine"
+    monkeypatch.setattr(mesh, "device", lambda: torch.device("cpu"))
+    assert fused_adam.find("auto")[0] == "torch"
+
+
+def test_a_run_may_change_the_implementation_at_a_checkpoint(on_gpu, seed):
+    """Two steps with the stand-in, saved, two with torch's, saved, two with the stand-in again: all as torch alone."""
+    config = OptimizerConfig(matrices="adamw", weight_decay=0.1, lr=1e-2)
+    start = {"a": torch.randn(6, 5), "b": torch.randn(7)}
+    grads = [{n: torch.randn_like(x) for n, x in start.items()} for _ in range(6)]
+
+    def optimizers_of(values, choice):
+        named = {n: torch.nn.Parameter(x.clone()) for n, x in values.items()}
+        return named, Optimizers(named, config.model_copy(update={"fused": choice}))
+
+    def take(named, optimizers, steps):
+        for grad in steps:
+            for name, parameter in named.items():
+                parameter.grad = grad[name].clone()
+            optimizers.step(1.0)
+        return named
+
+    apex = types.ModuleType("apex.optimizers")
+    apex.FusedAdam = GroupCounting
+    on_gpu(apex)
+    expected, values, saved = take(*optimizers_of(start, "torch"), grads), start, None
+    for number, choice in enumerate(("auto", "torch", "auto")):
+        named, optimizers = optimizers_of(values, choice)
+        if saved is not None:
+            state = optimizers.state()
+            assert state.keys() == saved.keys()
+            for name, tensor in state.items():
+                tensor.copy_(saved[name])
+            optimizers.restore(state)
+        values = {n: p.detach().clone() for n, p in take(named, optimizers, grads[2 * number : 2 * number + 2]).items()}
+        saved = {name: tensor.clone() for name, tensor in optimizers.state().items()}
+    for name, parameter in expected.items():
+        torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-4, atol=1e-5)

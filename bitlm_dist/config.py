@@ -364,8 +364,10 @@ def _layout_problems(c: Config) -> Iterator[str]:
             yield f"model.backbone.{key} = {size} cannot be split over parallel.tensor = {p.tensor} ranks: use one of {fits}"
     if p.sequence and p.tensor == 1:
         yield "parallel.sequence = true splits over the tensor ranks: set parallel.tensor > 1 or leave it off"
-    if c.model.tied and (p.pipeline > 1 or (p.tensor > 1 and not p.sequence)):
-        yield "model.tied = true needs parallel.pipeline = 1, and parallel.sequence with parallel.tensor > 1: set it false"
+    if c.model.tied and p.pipeline > 1:
+        yield "model.tied = true needs parallel.pipeline = 1: set it false"
+    if c.model.output == "softmax" and 128 % p.tensor:  # to a multiple of 128 rows they are padded
+        yield f"model.output = softmax splits its tables in 1, 2, 4, … parts, not in parallel.tensor = {p.tensor}"
     if p.virtual_pipeline > 1 and p.pipeline == 1:
         yield f"parallel.virtual_pipeline = {p.virtual_pipeline} needs parallel.pipeline > 1"
     pieces = p.tensor * p.context * m * (2 if p.context > 1 else 1)

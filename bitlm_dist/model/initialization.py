@@ -14,6 +14,7 @@ from torch import Tensor, nn
 STD = 0.02  # of the backbone's matrices; those that write to the residual stream: divided by sqrt(2 · layers)
 RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 SPLIT = {"linear_qkv.weight": 0, "linear_proj.weight": 1, "linear_fc1.weight": 0, "linear_fc2.weight": 1}
+SPLIT |= {"embedding.rows": 0, "output.rows": 0}  # a softmax's tables
 GATED = "linear_fc1.weight"  # a rank holds its share of the gate above its share of the other half
 
 

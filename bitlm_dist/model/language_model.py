@@ -92,6 +92,7 @@ class LanguageModel(nn.Module, ABC):
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = place.stage.embeds, place.stage.predicts
         self.share_embeddings_and_output_weights = False
+        self.loss_copies = 1  # tensor ranks whose loss is one and the same
         self.vp_stage = place.stage.chunk if place.layout.virtual > 1 else None
         self.backbone = Backbone(config, place.layout, place.stage, place.layers_per_stage)
         initialize_layers(
@@ -121,14 +122,18 @@ class LanguageModel(nn.Module, ABC):
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> Tensor:
         """The stage's output [S, B, D], in Megatron's order, S the tokens of this rank: for the next stage or for the loss."""
-        embedded, layout = None, self.place.layout
-        if self.place.stage.embeds:
-            mine = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
-            mine = layout.own(mine) if layout.sequence else mine
-            flips = self.flips(batch, seed=seed, step=step)
-            embedded = self.embed(batch.tokens[:, mine], None if flips is None else flips[:, mine]).transpose(0, 1).contiguous()
+        embedded = self.own_embedded(batch, seed=seed, step=step) if self.place.stage.embeds else None
         hidden: Tensor = self.backbone(embedded, batch.document_ids, batch.tokens.shape[1])
         return hidden
+
+    def own_embedded(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """What the first layer of this rank reads: [S, B, D]."""
+        layout = self.place.layout
+        mine = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
+        mine = layout.own(mine) if layout.sequence else mine
+        flips = self.flips(batch, seed=seed, step=step)
+        embedded = self.embed(batch.tokens[:, mine], None if flips is None else flips[:, mine])
+        return embedded.transpose(0, 1).contiguous()
 
     def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The last stage's output [S, B, D] -> what this rank's head handles of it: states [B, S', D], their positions [S']."""

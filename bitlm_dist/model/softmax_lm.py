@@ -8,9 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.config import Config
-from bitlm_dist.model.bit_embedding import token_table
-from bitlm_dist.model.initialization import drawn_from
 from bitlm_dist.model.language_model import Batch, LanguageModel, Place
+from bitlm_dist.model.vocabulary_table import VocabularyTable
 
 SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
 
@@ -23,47 +22,84 @@ except ImportError:  # the extra `liger`
 class SoftmaxLM(LanguageModel):
     """See :class:`~bitlm_dist.model.language_model.LanguageModel`; ``model.block_size`` is 1, so attention is causal.
 
+    Tensor ranks share both tables by vocabulary, and the work of the output with them: each sees all states, and the ranks' logits
+    meet in Megatron's cross-entropy.
+
     Args:
         config: checked.
         vocabulary: V.
         eos: id that ends a document.
+        place: which part of the model this is; None: all of it.
     """
 
     def __init__(self, config: Config, vocabulary: int, eos: int, place: Place | None = None) -> None:
         assert config.model.block_size == 1
         super().__init__(config, eos, place)
-        width, seed = config.model.backbone.width, config.training.seed
+        width, layout, seed = config.model.backbone.width, self.place.layout, config.training.seed
         if self.place.stage.embeds:
-            with drawn_from(seed, "embedding"):
-                self.embedding = token_table(vocabulary, width)
+            self.embedding = VocabularyTable(vocabulary, width, layout, seed, "embedding")
         if self.place.stage.predicts:
-            with drawn_from(seed, "output"):
-                self.output = nn.Linear(width, vocabulary, bias=False)
-                nn.init.normal_(self.output.weight, std=0.02)
-            if config.model.tied:
-                self.output.weight = self.embedding.weight
+            tied = config.model.tied
+            self.output = self.embedding if tied else VocabularyTable(vocabulary, width, layout, seed, "output")
+        self.loss_copies = layout.tensor
 
     def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
-        embedded: Tensor = self.embedding(tokens)
-        return embedded
+        return self.embedding.look_up(tokens)
+
+    def own_embedded(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`; the tensor ranks add up what each has of the table."""
+        layout = self.place.layout
+        if layout.tensor == 1:
+            return super().own_embedded(batch, seed=seed, step=step)
+        from megatron.core.tensor_parallel import mappings
+
+        positions = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
+        embedded = self.embed(batch.tokens[:, positions], None).transpose(0, 1).contiguous()
+        if layout.sequence:
+            scattered: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(embedded)
+            return scattered
+        summed: Tensor = mappings.reduce_from_tensor_model_parallel_region(embedded)
+        return summed
+
+    def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """See :class:`~bitlm_dist.model.language_model.LanguageModel`: every tensor rank has all states of its context rank."""
+        layout = self.place.layout
+        if layout.tensor > 1:
+            from megatron.core.tensor_parallel import mappings
+
+            if layout.sequence:
+                hidden = mappings.gather_from_sequence_parallel_region(hidden)
+            else:
+                hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
+                # Megatron adds up a gradient in place, and one that is not contiguous it returns as it came, silently
+                if hidden.requires_grad:
+                    hidden.register_hook(torch.Tensor.contiguous)
+        return hidden.transpose(0, 1), layout.positions(length).to(hidden.device)
 
     def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`: -log p in nats; nothing in it is random."""
         targets = self.targets(batch, states, positions)
         hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
+        if self.place.layout.tensor > 1:
+            from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+
+            shared: Tensor = vocab_parallel_cross_entropy(self.output.logits(hidden).float(), tokens).sum()
+            return shared
         if hidden.is_cuda and _fused is not None:
-            fused: Tensor = _fused(hidden, self.output.weight, tokens, reduction="sum")
+            fused: Tensor = _fused(hidden, self.output.rows[: self.output.vocabulary], tokens, reduction="sum")
             return fused
         # On a CPU nothing is faster: torch's chunked linear_cross_entropy takes many times as long, recomputing twice as long.
-        return F.cross_entropy(self.output(hidden).float(), tokens, reduction="sum")
+        return F.cross_entropy(self.output.logits(hidden).float(), tokens, reduction="sum")
+
+    def _slice(self) -> int:
+        return max(1, SCORED_LOGITS // self.output.vocabulary)
 
     @torch.no_grad()
     def nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """-log p [T] of ``tokens`` [T] after hidden states [T, D], without gradient, in slices of bounded size."""
-        rows = max(1, SCORED_LOGITS // self.output.out_features)
-        parts = zip(hidden.split(rows), tokens.split(rows), strict=True)
-        return torch.cat([F.cross_entropy(self.output(h).float(), y, reduction="none") for h, y in parts])
+        parts = zip(hidden.split(self._slice()), tokens.split(self._slice()), strict=True)
+        return torch.cat([F.cross_entropy(self.output.logits(h).float(), y, reduction="none") for h, y in parts])
 
     @torch.no_grad()
     def sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
@@ -71,15 +107,15 @@ class SoftmaxLM(LanguageModel):
 
         ``temperature`` divides the logits; 0 takes the likeliest.
         """
-        rows = max(1, SCORED_LOGITS // self.output.out_features)
-        return torch.cat([self._sample(h, v, temperature) for h, v in zip(hidden.split(rows), u.split(rows), strict=True)])
+        parts = zip(hidden.split(self._slice()), u.split(self._slice()), strict=True)
+        return torch.cat([self._sample(h, v, temperature) for h, v in parts])
 
     def _sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
-        logits = self.output(hidden).float()
+        logits = self.output.logits(hidden).float()
         if temperature == 0:
             return logits.argmax(-1, keepdim=True).expand_as(u)
         cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(self.output.out_features - 1)
+        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)
 
     def parts(self) -> dict[str, nn.Module]:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""

@@ -18,7 +18,7 @@ from bitlm_dist.parallel.layout import Layout, check_batch
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.optimizer import Optimizers, schedule_factor
 
-PARTIAL = ("head.", "output.")  # of these every tensor rank sees its own blocks only
+PARTIAL = "head."  # of these weights every tensor rank sees its own blocks only
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Engine:
         def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
             # the schedule changes the loss in place; the count of tokens is not used
-            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach().clone()}
+            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach() / chunk.loss_copies}
 
         return wrapped(batch, seed=seed, step=step), loss_of
 
@@ -118,9 +118,10 @@ class Engine:
         finalize_model_grads(wrapped, None, **settings)
         if self.layout.tensor == 1:
             return
-        partial_names = PARTIAL + (("embedding.",) if self.layout.sequence else ())
+        partial_names = (PARTIAL, "embedding.") if self.layout.sequence else (PARTIAL,)
         for chunk in self.chunks:
-            grads = [p.main_grad for name, p in chunk.named_parameters() if name.startswith(partial_names)]  # type: ignore[attr-defined]
+            partly = [p for n, p in chunk.named_parameters() if n.startswith(partial_names) and split_dimension(n) is None]
+            grads = [p.main_grad for p in partly]  # type: ignore[attr-defined]
             for grad in grads:
                 torch.distributed.all_reduce(grad, group=mesh.tensor_group())
 

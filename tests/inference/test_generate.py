@@ -45,7 +45,7 @@ def test_a_softmax_generates_with_its_cache_as_without(tiny, seed):
     greedy = generated(softmax, (5, 6, 7), sampling=sampling.model_copy(update={"temperature": 0.0}))
     tokens = [0, 5, 6, 7]
     for _ in range(6):
-        tokens.append(softmax.output(softmax.hidden(torch.tensor([tokens]))[0, -1]).argmax().item())
+        tokens.append(softmax.output.logits(softmax.hidden(torch.tensor([tokens]))[0, -1]).argmax().item())
     assert greedy == tokens[4:]
 
 

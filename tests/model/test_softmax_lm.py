@@ -43,10 +43,10 @@ def test_loss_is_the_cross_entropy_of_the_next_token_inside_a_document(softmax, 
             before = batch.document_ids[row, place - 1]
             if before < 0 or before != batch.document_ids[row, place]:
                 continue
-            logits = hidden[row, place - 1] @ model.output.weight.double().T
+            logits = hidden[row, place - 1] @ model.output.rows[:VOCABULARY].double().T
             expected -= logits.log_softmax(-1)[batch.tokens[row, place]].item()
     assert model.loss(batch, seed=0, step=0).item() == pytest.approx(expected, rel=1e-5)
-    assert (model.output.weight is model.embedding.weight) == (tied == "true")
+    assert (model.output.rows is model.embedding.rows) == (tied == "true")
 
 
 def test_scores_in_slices_equal_the_loss(softmax, monkeypatch):
@@ -67,12 +67,12 @@ def test_the_loss_reaches_every_parameter(softmax):
 
 def test_samples_follow_the_softmax(softmax):
     model = softmax()
-    torch.nn.init.normal_(model.output.weight, std=0.5)
+    torch.nn.init.normal_(model.output.rows, std=0.5)
     hidden = torch.randn(1, 32)
     count = 200_000
     u = ((torch.arange(count) + 0.5) / count).view(-1, 2)
     drawn = model.sample(hidden.expand(len(u), -1), u, 0.7).flatten().bincount(minlength=VOCABULARY)
-    expected = (hidden.double() @ model.output.weight.double().T / 0.7).softmax(-1)[0]
+    expected = (hidden.double() @ model.output.rows[:VOCABULARY].double().T / 0.7).softmax(-1)[0]
     torch.testing.assert_close(drawn.double() / count, expected, rtol=0, atol=3 / count + 1e-5)
     assert model.sample(hidden, torch.zeros(1, 1), 0.0).item() == expected.argmax()
 

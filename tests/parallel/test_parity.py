@@ -35,7 +35,9 @@ def cases_of(layouts, kinds=KINDS):
 SOFTMAX = ["--model.output", "softmax", "--model.block_size", "1"]
 TIED = ["--model.tied", "true"]
 BASELINE = {
+    "TP2, softmax": [*SP[:2], *SOFTMAX],
     "TP2+SP, softmax": [*SP, *SOFTMAX],
+    "TP2, tied": [*SP[:2], *SOFTMAX, *TIED],
     "TP2+SP, tied": [*SP, *SOFTMAX, *TIED],
     "PP2, softmax": ["--parallel.pipeline", "2", *SOFTMAX],
     "CP2, softmax": ["--parallel.context", "2", *SOFTMAX],

@@ -126,9 +126,9 @@ class DistillationConfig(Section):
     """Targets from a trained softmax beside the text's own."""
 
     teacher: Path | None = None
-    """Run folder of a softmax with the same tokenizer: tokens drawn from it become targets of the chain; none: no distillation."""
+    """Run folder of a softmax with the same tokenizer, whose draws become targets of all that reads no noise; none: no teacher."""
     weight: float = Field(0.5, gt=0, le=1)
-    """Share of the chain's loss that the drawn tokens have."""
+    """Share of the loss of context and chain that the drawn tokens have."""
     draws: int = Field(4, ge=1, le=64)
     """Tokens drawn a place."""
 
@@ -347,10 +347,9 @@ def _problems(c: Config) -> Iterator[str]:
         yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
-    if c.distillation.teacher is not None:
-        chained = c.diffusion.chain and (m > 1 or (c.head.group_tables and head.output == "mixture"))
-        if c.model.output == "softmax" or not chained:
-            yield f"distillation.teacher = {c.distillation.teacher} teaches the chain of bits: it needs diffusion.chain > 0"
+    teacher, taught = c.distillation.teacher, c.model.output == "bits" and (c.head.context_logits or c.diffusion.chain)
+    if teacher is not None and not taught:
+        yield f"distillation.teacher = {teacher} needs model.output = bits and head.context_logits or diffusion.chain"
     yield from _layout_problems(c)
 
 

@@ -79,17 +79,12 @@ class BitLM(LanguageModel):
         t = torch.stack([draw.t for draw in draws])
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
-        drawn = targets.drawn
-        answers = clean if drawn is None else torch.cat((clean.unsqueeze(0), self.codes.encode(drawn)))
-        raw_chain = self.head.chain(clean, context, answers) if self.head.chained else None
         loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
+        answers = self._answers(targets.tokens, targets.drawn)
         if context.logits is not None:
-            loss = loss - output.log_prob(context.logits, clean) / self.codes.bits
-        if raw_chain is not None:
-            log_prob = output.log_prob(raw_chain, answers)
-            if drawn is not None:
-                log_prob = torch.lerp(log_prob[0], log_prob[1:].mean(0), self.config.distillation.weight)
-            loss = loss - self.config.diffusion.chain / self.codes.bits * log_prob
+            loss = loss + self._cross_entropy(context.logits, answers)
+        if self.head.chained:
+            loss = loss + self.config.diffusion.chain * self._cross_entropy(self.head.chain(clean, context, answers), answers)
         loss = (loss * targets.valid).sum()
         return loss + self._next_token_loss(batch, states, positions)
 
@@ -103,8 +98,21 @@ class BitLM(LanguageModel):
             return 0.0
         following = F.pad(target_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))  # whether the next token carries loss
         row, place = following[:, positions].nonzero(as_tuple=True)
-        logits, clean = self.head.next_logits(states[row, place]), self.codes.encode(batch.tokens[row, positions[place] + 1])
-        return -weight / self.codes.bits * self.head.output.log_prob(logits, clean).sum()
+        after = positions[place] + 1
+        answers = self._answers(batch.tokens[row, after], None if batch.drawn is None else batch.drawn[:, row, after])
+        return weight * self._cross_entropy(self.head.next_logits(states[row, place]), answers).sum()
+
+    def _answers(self, tokens: Tensor, drawn: Tensor | None) -> Tensor:
+        """The text's tokens [...] and R of a teacher [R, ...] -> their bits [1 + R, ..., K]."""
+        tokens = tokens.unsqueeze(0)
+        return self.codes.encode(tokens if drawn is None else torch.cat((tokens, drawn)))
+
+    def _cross_entropy(self, raw: Tensor, answers: Tensor) -> Tensor:
+        """-log-probability of :meth:`_answers` at pure noise, in nats a bit, [...]; a teacher's share is that of the config."""
+        log_prob = self.head.output.log_prob(raw.expand(*answers.shape[:-1], -1), answers)
+        text, taught = log_prob[0], log_prob[1:]
+        mixed = torch.lerp(text, taught.mean(0), self.config.distillation.weight) if len(taught) else text
+        return -mixed / self.codes.bits
 
     def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Input bits flipped with probability p·U, one U a sequence (BitDance), or None where the switch is off."""

@@ -203,8 +203,8 @@ class DiffusionHead(nn.Module):
     def chain(self, clean: Tensor, context: Context, targets: Tensor | None = None) -> Tensor:
         """Raw output [N, M, size] of every token given the context and what is before it in its block, in one pass.
 
-        Its log-probability of ``clean`` [N, M, K] is the chain rule's. ``targets`` [R, N, M, K] are other tokens after the same
-        text; by the tables each has a raw output of its own, [R, N, M, size].
+        Its log-probability of ``clean`` [N, M, K] is the chain rule's. ``targets`` [A, N, M, K] are other tokens after the same
+        text; by the tables each has a raw output of its own, [A, N, M, size].
 
         The tokens themselves are pure noise, so nothing of a token reaches an earlier one, nor its own place but by the tables,
         which give each group of bits the group before it. Where the denoiser needs M passes to go through a block from left to

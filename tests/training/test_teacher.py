@@ -41,22 +41,29 @@ def test_draws_follow_what_the_teacher_says_after_the_text_before(tiny, seed):
     assert torch.equal(alone, teacher.draw(batch, 7).drawn[:, 1:]), "any microbatch sees the same draws"
 
 
-def test_the_chain_learns_the_drawn_tokens_after_the_text(tiny_model, seed):
+def test_context_and_chain_learn_the_drawn_tokens_after_the_text(tiny_model, seed):
     """Against one chain a place, in which that token is replaced by the drawn one and those before are the text's."""
-    model = tiny_model("--distillation.weight", "0.3")
+    model = tiny_model("--distillation.weight", "0.3", "--diffusion.next_token", "0.5")
     tokens, ids = torch.randint(2, 300, (2, 32)), torch.zeros(2, 32, dtype=torch.int64)
     batch = Batch(tokens, ids, torch.arange(2))
     drawn = torch.randint(2, 300, (3, 2, 32))
-    targets = model.targets(batch, model.hidden(tokens))
-    context, clean = model.head.read(targets.context), model.codes.encode(targets.tokens)
-    law = model.head.output.log_prob
-    expected = 0.3 * law(model.head.chain(clean, context), clean).sum()
-    for other in drawn.unflatten(-1, (-1, 4))[:, :, 1:].flatten(1, 2):
+    hidden = model.hidden(tokens)
+    targets = model.targets(batch, hidden)
+    context, law = model.head.read(targets.context), model.head.output.log_prob
+
+    def learnt(block_tokens, text, place):
+        bits, text_bits = model.codes.encode(block_tokens), model.codes.encode(text)
+        both = law(model.head.chain(bits, context), bits) + law(context.logits, bits)
+        after = model.head.next_logits(hidden[:, 3:-1])  # of all tokens after the first block
+        return both[:, place].sum() + (0.5 * law(after, text_bits).sum() if place == 0 else 0)
+
+    expected = 0.3 * sum(learnt(targets.tokens, tokens[:, 4:], place) for place in range(4))
+    for other in drawn:
+        blocks = other.unflatten(-1, (-1, 4))[:, 1:].flatten(0, 1)
         for place in range(4):
             changed = targets.tokens.clone()
-            changed[:, place] = other[:, place]
-            bits = model.codes.encode(changed)
-            expected = expected - 0.3 / 3 * law(model.head.chain(bits, context), bits)[:, place].sum()
+            changed[:, place] = blocks[:, place]
+            expected = expected - 0.3 / 3 * learnt(changed, other[:, 4:], place)
     got = model.loss(replace(batch, drawn=drawn), seed=0, step=0) - model.loss(batch, seed=0, step=0)
     torch.testing.assert_close(got, expected / 9, rtol=1e-3, atol=1e-3)
 
@@ -91,7 +98,7 @@ def test_teachers_that_cannot_teach_are_refused(tiny, trained, tmp_path):
         Teacher.of_config(tiny("--distillation.teacher", softmax), "another", Layout())
     with pytest.raises(UserError, match="needs the whole model in one process: use parallel.data alone"):
         Teacher.of_config(tiny("--distillation.teacher", softmax), "any", Layout(pipeline=2))
-    for words in (SOFTMAX[:2], ("--diffusion.chain", "0"), ("--model.block_size", "1", "--head.group_tables", "false")):
-        with pytest.raises(UserError, match="teaches the chain of bits: it needs diffusion.chain > 0"):
+    for words in (SOFTMAX[:2], ("--preset", "paper")):
+        with pytest.raises(UserError, match=r"needs model.output = bits and head.context_logits or diffusion.chain"):
             tiny("--distillation.teacher", softmax, *words)
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,8 @@ class BackboneConfig(Section):
     """Hidden width of the SwiGLU."""
     rope_base: int = Field(1_000_000, ge=1)
     """Base of the rotary positions."""
+    rope_reset: bool = False
+    """Begin the rotary positions anew at each document; being relative, they mean the same without."""
     attention: str = "auto"
     """Attention back end: auto, or a name that `bitlm doctor` lists."""
 

@@ -134,6 +134,13 @@ def _stages(layers_per_stage: list[int]) -> list[list[str]]:
     return stages
 
 
+def places_in_documents(document_ids: Tensor) -> Tensor:
+    """document_ids [B, L] of packed sequences -> how many tokens of its own document stand before each, [B, L]."""
+    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
 class Backbone(nn.Module):
     """The layers of one stage: embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
 
@@ -167,9 +174,12 @@ class Backbone(nn.Module):
             assert embedded is not None
             assert document_ids is None, "decoding reads one document a row"
             return self._decoder(embedded.transpose(0, 1)).transpose(0, 1)
-        b = self._model.backbone
-        angles = rotary_angles(self._layout.positions(length).to(mesh.device()), b.rope_base, b.head_width)
-        hidden: Tensor = self.block(embedded, document_ids, rotary_pos_emb=angles[:, None, None])
+        b, mine = self._model.backbone, self._layout.positions(length).to(mesh.device())
+        positions = mine[:, None]  # of all rows
+        if b.rope_reset and document_ids is not None:
+            positions = places_in_documents(document_ids)[:, mine].T
+        angles = rotary_angles(positions, b.rope_base, b.head_width)
+        hidden: Tensor = self.block(embedded, document_ids, rotary_pos_emb=angles.unsqueeze(2))
         return hidden
 
     @contextmanager

@@ -29,8 +29,8 @@ class LayerWeights(NamedTuple):
 
 
 def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
-    """Angles of the rotary embedding at positions [S]: [S, E], the same for both halves of E."""
-    half = positions[:, None] * base ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    """Angles of the rotary embedding at positions [...]: [..., E], the same for both halves of E."""
+    half = positions[..., None] * base ** (-torch.arange(0, size, 2, device=positions.device) / size)
     return torch.cat((half, half), -1)
 
 

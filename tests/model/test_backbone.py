@@ -3,6 +3,7 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config_loading import load
+from bitlm_dist.model.backbone import places_in_documents
 from bitlm_dist.model.bitlm import BitLM
 
 
@@ -24,14 +25,22 @@ def test_causal_attention_sees_no_later_token_of_its_block(tiny_model, seed):
     assert (grad[0] != 0).any(-1).nonzero().flatten().tolist() == list(range(10))
 
 
-def test_documents_in_one_sequence_do_not_see_each_other(tiny_model, seed):
-    model = tiny_model()
+@pytest.mark.parametrize("reset", ["false", "true"])
+def test_documents_in_one_sequence_do_not_see_each_other(reset, tiny_model, seed):
+    model, seen = tiny_model("--model.backbone.rope_reset", reset), {}
+    model.backbone.block.register_forward_pre_hook(lambda *call: seen.update(call[2]), with_kwargs=True)
     tokens = torch.randint(2, 300, (1, 32))
     ids = torch.tensor([[0] * 12 + [1] * 20])
     packed = model.hidden(tokens, ids)
+    assert seen["rotary_pos_emb"][[1, 12, 13], 0, 0, 0].tolist() == ([1, 0, 1] if reset == "true" else [1, 12, 13])
     torch.testing.assert_close(packed[:, :12], model.hidden(tokens[:, :12]), rtol=1e-4, atol=1e-5)
     # rotary positions only matter by their differences, so the second document needs no reset
     torch.testing.assert_close(packed[:, 12:], model.hidden(tokens[:, 12:]), rtol=1e-4, atol=1e-5)
+
+
+def test_places_in_documents_are_counted_from_each_documents_first_token():
+    ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, -1, -1]])
+    assert places_in_documents(ids).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
 
 
 def test_blocks_of_one_token_are_a_causal_language_model(tiny_model, seed):

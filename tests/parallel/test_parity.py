@@ -12,6 +12,7 @@ TWO = {
     "PP2": ["--parallel.pipeline", "2"],
     "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
     "CP2": ["--parallel.context", "2"],
+    "CP2, positions reset": ["--parallel.context", "2", "--model.backbone.rope_reset", "true"],  # one process: not reset
     "DP2": [],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.recompute", "full"],

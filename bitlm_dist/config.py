@@ -227,7 +227,7 @@ class SamplingConfig(Section):
     """`bitlm generate`."""
 
     sampler: Literal["ode", "sde", "sequential"] = "sequential"
-    """Sampler; sequential needs diffusion.per_token > 0 (or blocks of one token)."""
+    """Sampler; sequential needs diffusion.chain or diffusion.per_token > 0, or blocks of one token."""
     steps: int = Field(8, ge=1)
     """Denoising steps (K) of ode and sde."""
     guidance: float = Field(1.0, ge=0)
@@ -329,7 +329,7 @@ def _problems(c: Config) -> Iterator[str]:
         if getattr(head, name) and not head.context_logits:
             yield f"head.{name} = true needs head.context_logits = true"
     if head.group_tables and not head.shared_readout:
-        yield "head.group_tables = true needs head.shared_readout = true"
+        yield "head.group_tables = true needs head.shared_readout = true: or set it false"
     if c.diffusion.next_token and m > 1 and c.model.output == "bits":
         if c.model.attention == "block":
             yield f"diffusion.next_token = {c.diffusion.next_token}: states that see their whole block cannot predict in it; use 0"

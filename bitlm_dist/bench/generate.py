@@ -8,12 +8,12 @@ from torch import Tensor
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
 from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
-from bitlm_dist.bench.train import as_softmax, refuse_itself
-from bitlm_dist.codes import BitCodes, bits_needed, natural
+from bitlm_dist.bench.train import as_softmax, plain_codes, refuse_itself
+from bitlm_dist.codes import bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.inference.generate import generate_batch
-from bitlm_dist.model.build import build_model
+from bitlm_dist.model.build import build_model, check_machine
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import generation_flops
 from bitlm_dist.planning.memory import check_memory, generation_bytes
@@ -33,8 +33,7 @@ class Writer(Runner):
     """Writes the request with an untrained model: the cost does not depend on the weights."""
 
     def __init__(self, config: Config, request: Request) -> None:
-        codes = BitCodes(natural(request.vocabulary), bits_needed(request.vocabulary))
-        self.model = build_model(config, codes, eos=1).to(mesh.device()).eval()
+        self.model = build_model(config, plain_codes(request.vocabulary), eos=1).to(mesh.device()).eval()
         self.config, self.request = config, request
 
     def prepare(self) -> None:
@@ -72,6 +71,7 @@ def bench_generate(config: Config, request: Request, against: list[str], sampler
         samplers: ``sequential``, or ``ode:K`` for K steps, ``sde:K``; empty: as the config says.
         repeats: at least 1.
     """
+    check_machine(config)
     refuse_itself(config, against)
     if "plain" in against:
         raise UserError("--vs plain compares training steps: use it with `bitlm bench train`")

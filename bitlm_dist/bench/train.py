@@ -14,7 +14,7 @@ from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import rounded
+from bitlm_dist.model.build import check_machine, rounded
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
@@ -35,6 +35,11 @@ class Load:
     steps: int
 
 
+def plain_codes(vocabulary: int) -> BitCodes:
+    """Codes of a vocabulary without a corpus: the token's number in bits."""
+    return BitCodes(natural(vocabulary), bits_needed(vocabulary))
+
+
 def synthetic_batch(config: Config, vocabulary: int, number: int, device: torch.device) -> Batch:
     """Random tokens, one document a sequence; the cost of a step does not depend on what they are."""
     sequences = config.training.global_batch_tokens // config.data.sequence_length
@@ -48,8 +53,7 @@ class StackRunner(Runner):
 
     def __init__(self, config: Config, load: Load) -> None:
         self.config, self.load, self.device = config, load, mesh.device()
-        codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
-        self.engine = Engine(config, codes, load.eos, Layout())
+        self.engine = Engine(config, plain_codes(load.vocabulary), load.eos, Layout())
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
         self.log = MetricsLog(Path(self.folder.name), config.logging)
         self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
@@ -77,8 +81,7 @@ class PlainRunner(Runner):
         torch.manual_seed(config.training.seed)
         self.config, self.load = config, load
         device = mesh.device()
-        codes = BitCodes(natural(load.vocabulary), bits_needed(load.vocabulary))
-        self.model = rounded(PlainBitLM(config, codes), config).to(device)
+        self.model = rounded(PlainBitLM(config, plain_codes(load.vocabulary)), config).to(device)
         self.optimizers = Optimizers(dict(self.model.named_parameters()), config.optimizer)
         self.batch = synthetic_batch(config, load.vocabulary, 0, device)
 
@@ -112,6 +115,7 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
     Raises:
         UserError: a model does not fit into memory, before it is built.
     """
+    check_machine(config)
     refuse_itself(config, against)
     if "plain" in against and config.model.output != "bits":
         raise UserError("--vs plain compares model.output = bits: the softmax has no plain counterpart")

@@ -7,6 +7,8 @@ from torch import nn
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
+from bitlm_dist.kernels import available_backends
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import head_weights
@@ -27,6 +29,13 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
     if config.model.output == "softmax":
         return rounded(SoftmaxLM(config, codes.vocabulary, eos, place), config)
     return rounded(BitLM(config, codes, eos, place), config)
+
+
+def check_machine(config: Config) -> None:
+    """Raise :class:`UserError` where the config asks for a back end that this machine does not have."""
+    wanted, there = config.model.backbone.attention, ("auto", *available_backends())
+    if wanted not in there:
+        raise UserError(f"model.backbone.attention = {wanted} is not available on this machine: choose from {', '.join(there)}")
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -16,6 +16,7 @@ from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.build import check_machine
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
@@ -46,6 +47,7 @@ class Trainer:
         self.config, self.layout = config, layout
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
+        check_machine(config)
         check_batch(config, layout)
         if config.evaluation.every_steps and layout.model > 1:
             raise UserError(

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitlm_dist.checkpoint import store
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import build_model
+from bitlm_dist.model.build import build_model, check_machine
 from bitlm_dist.model.initialization import GATED, global_names, split_dimension
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
@@ -49,6 +49,7 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
     steps = store.complete_steps(folder.checkpoints)
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
+    check_machine(config)
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
     store.read_state(checkpoint)

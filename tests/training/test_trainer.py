@@ -143,6 +143,12 @@ def test_shards_that_changed_under_a_run_are_refused(tiny, tmp_path, prepared):
         Trainer(tiny("--data.path", str(other)))
 
 
+def test_a_back_end_that_is_not_there_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="model.backbone.attention = fa9 is not available on this machine: choose from auto, sdpa"):
+        Trainer(tiny("--model.backbone.attention", "fa9"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_few_bits_for_the_tokenizer(tiny, tmp_path):
     with pytest.raises(UserError, match="model.bits = 8 gives 256 codes, too few for the tokenizer's 300 tokens: use 9"):
         Trainer(tiny("--model.bits", "8"))

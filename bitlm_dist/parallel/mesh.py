@@ -19,7 +19,7 @@ def device() -> torch.device:
 
 
 def initialize(layout: Layout) -> None:
-    """Build the process group and Megatron's groups; a second call does nothing.
+    """Build the process group and Megatron's groups; a second call does nothing, so the job's own layout comes first.
 
     gloo carries the CPU, NCCL the GPU. One process meets itself in a store of its own, so no port is opened; more of them meet
     where the launcher's MASTER_ADDR and MASTER_PORT say.
@@ -36,6 +36,7 @@ def initialize(layout: Layout) -> None:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=layout.rank, world_size=layout.world)
+    assert layout.world in (1, dist.get_world_size()), "the process group was built for another layout"
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,

@@ -12,6 +12,7 @@ from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.model.softmax_lm import SoftmaxLM
+from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.weights import load_trained
 
@@ -45,7 +46,9 @@ class Teacher:
             return None
         if layout.model > 1:
             raise UserError(f"distillation.teacher = {run} needs the whole model in one process: use parallel.data alone")
-        folder, model, _ = load_trained(run, read_run(run))
+        teacher = read_run(run)
+        mesh.initialize(layout)  # before a model of one process does it for itself
+        folder, model, _ = load_trained(run, teacher)
         if not isinstance(model, SoftmaxLM):
             raise UserError(f"distillation.teacher = {run} is a run of bits: name one with model.output = softmax")
         if folder.tokenizer().fingerprint != tokenizer:

@@ -54,6 +54,20 @@ def test_a_run_goes_on_under_another_layout(matrices, precision, first, second, 
         torch.testing.assert_close(got, expected, rtol=0, atol=close)
 
 
+def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_path):
+    teacher = Trainer(tiny("--model.output", "softmax", "--run.dir", str(tmp_path / "teacher")))
+    teacher.fit()
+    teacher.close()
+    settings = ["--training.steps", "4", "--distillation.teacher", str(tmp_path / "teacher")]
+    whole = Trainer(tiny(*settings, "--run.dir", str(tmp_path / "whole")))
+    whole.fit()
+    whole.close()
+    common = [*settings, "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
+    (tmp_path / "ranks").mkdir()
+    run_ranks(2, "parity", "fit", str(tiny.file), common, 4, folder=tmp_path / "ranks", timeout=100)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
 JOB = """
 import sys, torch
 import bitlm_dist.cli

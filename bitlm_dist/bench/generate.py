@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
 from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
@@ -42,18 +41,15 @@ class Writer(Runner):
         prompts = torch.full((request.batch, request.prompt // m * m), 2, device=mesh.device())
         blocks = 1 + -(-request.tokens // m)
         self._text = generate_batch(self.model, prompts, bos=0, blocks=blocks, sampling=self.config.sampling, seed=0)
-        self._next()
+        next(self._text)
 
     def __call__(self) -> int:
         """See :class:`~bitlm_dist.bench.contest.Runner`: the blocks after the first."""
         m, blocks = self.model.block_size, 0
-        while (block := self._next()) is not None:
+        for block in self._text:
             assert block.shape == (self.request.batch, m)
             blocks += 1
         return self.request.batch * blocks * m
-
-    def _next(self) -> Tensor | None:
-        return next(self._text, None)
 
 
 def build_writer(config: Config, request: Request) -> Runner:

@@ -18,10 +18,10 @@ from bitlm_dist.model.plain_layer import rotary_angles
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, Stage
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights and activations, by training.precision
-
 if TYPE_CHECKING:
     from bitlm_dist.config import Config
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights and activations, by training.precision
 
 
 class RMSNorm(nn.RMSNorm):

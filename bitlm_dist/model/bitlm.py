@@ -70,8 +70,8 @@ class BitLM(LanguageModel):
     def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`; of a token, a mean over draws and bits."""
         targets = self.targets(batch, states, positions)
-        clean = self.codes.encode(targets.tokens)
-        output = self.head.output
+        answers = self._answers(targets.tokens, targets.drawn)
+        clean, output = answers[0], self.head.output
         source = Source(seed, targets.sample, targets.block, step)
         draws = list(training_draws(self.noise_law, (self.block_size, self.codes.bits), source))
         # The context is dropped per block, not per draw: the backbone's states are read once.
@@ -80,7 +80,6 @@ class BitLM(LanguageModel):
         noisy = add_noise(clean, torch.stack([draw.eps for draw in draws]), t)
         raw = self.head(noisy, t, context.broadcast(len(draws)))
         loss = output.loss(raw, noisy, t, clean.expand(noisy.shape)).mean(0)
-        answers = self._answers(targets.tokens, targets.drawn)
         if context.logits is not None:
             loss = loss + self._cross_entropy(context.logits, answers)
         if self.head.chained:

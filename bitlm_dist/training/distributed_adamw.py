@@ -40,6 +40,8 @@ class DistributedAdamW:
         from megatron.core.optimizer import OptimizerConfig as Settings
         from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
 
+        bf16 = next(iter(named.values())).dtype == torch.bfloat16
+        self._saved = (*MOMENTS, MASTER) if bf16 else MOMENTS  # in fp32 the weights are their own masters
         settings = Settings(
             optimizer="adam",
             lr=config.lr,
@@ -47,7 +49,7 @@ class DistributedAdamW:
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
             weight_decay=config.weight_decay,
-            bf16=next(iter(named.values())).dtype == torch.bfloat16,
+            bf16=bf16,
             use_distributed_optimizer=True,
             clip_grad=0.0,  # clipped here: only here a norm that is not finite is known in time to skip the step
         )
@@ -86,10 +88,8 @@ class DistributedAdamW:
         return norm, finite
 
     def _slots(self, shard: Shard) -> dict[str, Tensor]:
-        """What of a shard is saved: AdamW's state, and of weights in bf16 the shard itself, which is fp32."""
-        slots = fused_adam.fill(self._inner.optimizer, shard.flat, shard.group)
-        rounded = self._named[shard.name].dtype != shard.flat.dtype
-        return {**slots, MASTER: shard.flat.detach()} if rounded else slots
+        """AdamW's state of a shard, and the shard itself, which is fp32."""
+        return {**fused_adam.fill(self._inner.optimizer, shard.flat, shard.group), MASTER: shard.flat.detach()}
 
     def state(self) -> dict[str, Tensor]:
         """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks."""
@@ -97,8 +97,7 @@ class DistributedAdamW:
         shards = {shard.name: shard for shard in self._shards()}
         for name, parameter in self._named.items():
             step = torch.zeros((), device=parameter.device)
-            names = MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MASTER)
-            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in names}
+            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in self._saved}
             if name in shards:
                 slots = self._slots(shards[name])
                 step += slots["step"]
@@ -115,6 +114,6 @@ class DistributedAdamW:
         """See :meth:`Optimizers.restore`."""
         for shard in self._shards():
             fused_adam.set_step(self._inner.optimizer, shard.flat, shard.group, state[f"{shard.name}.step"])
-            for slot, value in self._slots(shard).items():
-                if slot != "step":
-                    value.copy_(state[f"{shard.name}.{slot}"].flatten()[shard.place])
+            slots = self._slots(shard)
+            for slot in self._saved:
+                slots[slot].copy_(state[f"{shard.name}.{slot}"].flatten()[shard.place])

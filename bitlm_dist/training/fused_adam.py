@@ -35,11 +35,11 @@ def find(choice: str) -> tuple[str, Callable[..., torch.optim.Optimizer]]:
 
 @contextmanager
 def chosen_in_megatron(choice: str) -> Iterator[None]:
-    """While open, Megatron makes its optimizers from the implementation that :func:`find` names; its own order is the same."""
+    """While open, Megatron makes its optimizers from the implementation that :func:`find` names; its own order is that too."""
     from megatron.core import optimizer
 
     found = optimizer.USING_PYTORCH_OPTIMIZER
-    optimizer.USING_PYTORCH_OPTIMIZER = found or choice == "torch"
+    optimizer.USING_PYTORCH_OPTIMIZER = find(choice)[0] == "torch"
     try:
         yield
     finally:
@@ -52,8 +52,7 @@ def fill(optimizer: torch.optim.Optimizer, parameter: Tensor, group: dict[str, A
     if not state:
         state |= {"exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
         if isinstance(optimizer, torch.optim.AdamW):
-            on = parameter.device if group["fused"] else None
-            state["step"] = torch.zeros((), dtype=torch.float32, device=on)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
     return state if "step" in state else {**state, "step": torch.tensor(float(group.get("step", 0)))}
 
 

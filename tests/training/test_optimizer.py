@@ -53,7 +53,7 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
-    """A hundred updates, each too small to move a bf16 weight, add up to those of fp32."""
+    """A thousand updates, each too small to move a bf16 weight, add up to those of fp32."""
     config = OptimizerConfig(lr=1e-5, muon_lr=1e-5, matrices=matrices)
     exact = {"backbone.layers.0.w": torch.nn.Parameter(torch.randn(16, 16).bfloat16().float().sign())}
     rounded = {name: torch.nn.Parameter(p.detach().bfloat16()) for name, p in exact.items()}

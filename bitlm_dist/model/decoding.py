@@ -10,8 +10,7 @@ from torch import Tensor
 
 from bitlm_dist.config import ModelConfig
 from bitlm_dist.kernels import block_causal_attention
-from bitlm_dist.kernels.few_rows import rms_norm
-from bitlm_dist.model.plain_layer import LayerWeights, layer, rotary
+from bitlm_dist.model.plain_layer import LayerWeights, layer, rms_norm, rotary
 
 
 class KeyValueCache:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bitlm_dist.kernels.few_rows import matmul, rms_norm
+from bitlm_dist.kernels.few_rows import linear
 
 
 class LayerWeights(NamedTuple):
@@ -26,6 +26,12 @@ class LayerWeights(NamedTuple):
     norm2: Tensor
     gate_up: Tensor
     down: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    """x / rms(x) · weight over the last dimension; ``weight`` may have more dimensions."""
+    shape, eps = x.shape[-1:], 1e-6
+    return F.rms_norm(x, shape, weight, eps) if weight.dim() == 1 else F.rms_norm(x, shape, None, eps) * weight
 
 
 def rotary_angles(positions: Tensor, base: float, size: int) -> Tensor:
@@ -53,10 +59,10 @@ def layer(
         groups: G.
     """
     heads, size = w.qk_norm.shape
-    qkv = matmul(rms_norm(x, w.norm1), w.qkv.t()).unflatten(-1, (groups, heads + 1, size))
+    qkv = linear(rms_norm(x, w.norm1), w.qkv).unflatten(-1, (groups, heads + 1, size))
     qk = rms_norm(qkv[..., :heads, :], w.qk_norm)
     qk = (qk * cos + qk.roll(size // 2, -1) * sin).permute(0, 2, 3, 1, 4)
     attended = attend(qk[:, :, :-1].flatten(1, 2), qk[:, :, -1], qkv[..., -1, :].transpose(1, 2))
-    x = x + matmul(attended.transpose(1, 2).flatten(2), w.out.t())
-    gate, up = matmul(rms_norm(x, w.norm2), w.gate_up.t()).chunk(2, -1)
-    return x + matmul(F.silu(gate) * up, w.down.t())
+    x = x + linear(attended.transpose(1, 2).flatten(2), w.out)
+    gate, up = linear(rms_norm(x, w.norm2), w.gate_up).chunk(2, -1)
+    return x + linear(F.silu(gate) * up, w.down)

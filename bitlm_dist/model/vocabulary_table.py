@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlm_dist.kernels.few_rows import linear
 from bitlm_dist.model.initialization import STD, drawn_from
 from bitlm_dist.parallel.layout import Layout
 
@@ -45,5 +46,5 @@ class VocabularyTable(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> [..., P]: products with this rank's rows, -inf for those of no token; with T = 1 [..., V]."""
-        used = F.linear(hidden, self.rows[: self._used])
+        used = linear(hidden, self.rows[: self._used])
         return used if self._layout.tensor == 1 else F.pad(used, (0, len(self.rows) - self._used), value=-math.inf)

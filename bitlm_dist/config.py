@@ -97,8 +97,12 @@ class HeadConfig(Section):
     """Add time, context and place to the head's input, not only to its modulation."""
     position_table: bool = True
     """Learned m x d table added to the context."""
+    engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
+    """What shards the head over the ranks of the last stage: DeepSpeed's ZeRO, torch's FSDP2, or nothing (replicated)."""
     zero_stage: int = Field(2, ge=0, le=3)
-    """ZeRO stage of the head over its ranks; one process holds the whole head whatever the stage."""
+    """DeepSpeed: split nothing (0), optimizer state (1), gradients too (2), weights too (3)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """DeepSpeed: keep optimizer state (stages 1 to 3), or the weights too (stage 3), in the memory of the host."""
 
 
 class DiffusionConfig(Section):
@@ -157,6 +161,15 @@ class ModelConfig(Section):
     backbone: BackboneConfig = BackboneConfig()
 
 
+class ComponentConfig(Section):
+    """What one part of the model has of its own."""
+
+    lr_scale: float = Field(1.0, gt=0)
+    """Its learning rates as a share of the others'."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Its weight decay; none: optimizer.weight_decay."""
+
+
 class OptimizerConfig(Section):
     """Optimizers and schedule."""
 
@@ -186,6 +199,11 @@ class OptimizerConfig(Section):
     """Decay after warm-up, over training.steps."""
     final_lr: float = Field(0.0, ge=0, le=1)
     """Learning rate at the end, as a share of the peak."""
+    ema: float = Field(0.0, ge=0, lt=1)
+    """Keep a moving average of the weights in fp32, with this decay a step; 0: none. evaluation.averaged uses it."""
+    backbone: ComponentConfig = ComponentConfig()
+    head: ComponentConfig = ComponentConfig()
+    input: ComponentConfig = ComponentConfig()
 
 
 class TrainingConfig(Section):
@@ -217,6 +235,8 @@ class EvaluationConfig(Section):
     """Sequences of the validation split to read; 0: all."""
     strata: int = Field(8, ge=1)
     """Noise levels a block (head passes) of the bound."""
+    averaged: bool = False
+    """Read the moving average of the weights instead of the weights (also `bitlm generate`); needs a run with optimizer.ema."""
     sampled_blocks: int = Field(256, ge=0)
     """Blocks to sample twice for Brier scores and the invalid-code rate."""
     every_steps: int = Field(0, ge=0)
@@ -349,10 +369,28 @@ def _problems(c: Config) -> Iterator[str]:
         yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
+    yield from _sharding_problems(c)
     teacher, taught = c.distillation.teacher, c.model.output == "bits" and (c.head.context_logits or c.diffusion.chain)
     if teacher is not None and not taught:
         yield f"distillation.teacher = {teacher} needs model.output = bits and head.context_logits or diffusion.chain"
     yield from _layout_problems(c)
+
+
+def _sharding_problems(c: Config) -> Iterator[str]:
+    """What `head.engine` cannot do."""
+    head, bf16 = c.head, c.training.precision == "bf16"
+    if head.engine == "fsdp2" and head.zero_stage < 2:
+        yield f"head.zero_stage = {head.zero_stage}: head.engine = fsdp2 has stages 2 and 3 only; or use deepspeed"
+    if head.engine == "deepspeed" and head.zero_stage < 2 and bf16:
+        yield (
+            f"head.zero_stage = {head.zero_stage} would add up gradients of bf16 weights in bf16: "
+            "use 2 or 3 with training.precision = bf16"
+        )
+    if head.offload != "none" and head.engine != "deepspeed":
+        yield f"head.offload = {head.offload} needs head.engine = deepspeed"
+    least = {"none": 0, "optimizer": 1, "all": 3}[head.offload]
+    if head.zero_stage < least:
+        yield f"head.offload = {head.offload} needs head.zero_stage of at least {least}, not {head.zero_stage}"
 
 
 def _layout_problems(c: Config) -> Iterator[str]:

@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 import torch
 
+from bitlm_dist.errors import UserError
 from bitlm_dist.kernels import available_backends
+from bitlm_dist.parallel.zero_head import check_deepspeed
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.run_folder import PACKAGES, package_version
 
@@ -26,6 +28,14 @@ def _importable(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return False
+
+
+def _deepspeed() -> Finding:
+    try:
+        check_deepspeed()
+    except UserError as error:
+        return Finding("DeepSpeed ZeRO", False, str(error))
+    return Finding("DeepSpeed ZeRO", True, "head.engine = deepspeed, stages 0 to 3")
 
 
 def _transformer_engine() -> Finding:
@@ -71,5 +81,6 @@ def examine() -> dict[str, list[Finding]]:
             Finding("AdamW", True, f"{fused_adam.find('auto')[0]}, fused"),
             Finding("Muon", True, "torch's, orthogonalised in " + ("bf16" if torch.cuda.is_available() else "fp32")),
         ],
+        "head": [_deepspeed(), Finding("FSDP2", True, "torch's, head.engine = fsdp2")],
         "optional": [_transformer_engine(), _apex(), _flash_attention(), _wandb()],
     }

@@ -15,8 +15,8 @@ def grouped_matmul(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     Returns:
         [T, P] in the dtype of the product; differentiable in x and weights.
     """
-    if len(x) == 1:  # decoding
-        return x @ weights[index[0]].T
+    if len(x) <= 1:  # decoding; or a rank without a row, whose gradients are zeros
+        return (x.unsqueeze(1) @ weights[index].mT).squeeze(1)
     order = index.argsort()
     chosen = index.bincount(minlength=len(weights)).tolist()
     parts = zip(x[order].split(chosen), weights.unbind(0), strict=True)

@@ -106,7 +106,7 @@ def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bo
         shuffled = _bound(model, clean, other, targets, strata).nats[valid]
     if head.chained:
         chain = -head.output.log_prob(head.chain(clean, context), clean)[valid]
-    elif model.noise_law.per_token > 0 or model.block_size == 1:
+    elif model.config.diffusion.per_token > 0 or model.block_size == 1:
         chain = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))[valid]
     return _Scores(result.nats[valid], shuffled, chain, result.accuracy)
 

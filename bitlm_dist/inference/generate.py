@@ -116,7 +116,7 @@ def _known(model: BitLM, fixed: Tensor) -> Known:
     count, m = fixed.shape[1], model.block_size
     filled = torch.cat((fixed, fixed[:, -1:].expand(-1, m - count)), 1)
     mask = (torch.arange(m, device=fixed.device) < count).expand(len(fixed), -1)
-    return Known(model.codes.encode(filled), mask, clean_time=model.noise_law.per_token > 0)
+    return Known(model.codes.encode(filled), mask, clean_time=model.config.diffusion.per_token > 0)
 
 
 @torch.inference_mode()

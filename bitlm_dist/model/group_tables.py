@@ -27,11 +27,13 @@ class GroupTables(nn.Module):
         super().__init__()
         patterns = 2**output.group
         self.output = output
-        self.rows = nn.Parameter(torch.zeros(output.groups - 1, patterns, patterns, width))
+        self.rows = nn.Parameter(torch.zeros((output.groups - 1) * patterns, patterns, width))  # [(G - 1)·P, P, D]
 
     def after(self, state: Tensor, j: int, before: Tensor) -> Tensor:
         """What group ``j`` adds to its logits: state [..., D], patterns ``before`` [...] of group j - 1 -> [..., P]."""
-        flat = grouped_matmul(state.reshape(-1, state.shape[-1]), before.flatten(), self.rows[j - 1])
+        flat = grouped_matmul(
+            state.reshape(-1, state.shape[-1]), before.flatten(), self.rows.unflatten(0, (-1, self.rows.shape[1]))[j - 1]
+        )
         return flat.view(*before.shape, -1)
 
     def forward(self, raw: Tensor, state: Tensor, clean: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ from torch._C._distributed_c10d import HashStore
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
 from bitlm_dist.parallel.layout import Layout
 
+_head_group: dist.ProcessGroup | None = None  # of this process's job; Megatron has no group of this kind
+
 
 def device() -> torch.device:
     """The device this process computes on: its own GPU where CUDA exists, the CPU elsewhere."""
@@ -45,6 +47,7 @@ def initialize(layout: Layout) -> None:
             context_parallel_size=layout.context,
             create_gloo_process_groups=False,
         )
+        _build_head_group(layout)
         # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
         with torch.random.fork_rng():
             model_parallel_cuda_manual_seed(0)
@@ -61,6 +64,13 @@ def sum_over_data(value: Tensor) -> Tensor:
 def sum_over_all(value: Tensor) -> Tensor:
     """Sum of a tensor over all processes, in place."""
     dist.all_reduce(value)
+    return value
+
+
+def sum_over_model(value: Tensor, layout: Layout) -> Tensor:
+    """Sum of a tensor over the ranks that hold one copy of the model together, in place."""
+    if layout.tensor * layout.pipeline > 1:
+        dist.all_reduce(value, group=model_group())
     return value
 
 
@@ -109,3 +119,15 @@ def tensor_group() -> dist.ProcessGroup:
 
     group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
     return group
+
+
+def _build_head_group(layout: Layout) -> None:
+    """Every process takes part in making a group, also those outside it."""
+    global _head_group
+    _head_group = dist.new_group(layout.head_ranks()) if layout.world > 1 else None
+
+
+def head_group() -> dist.ProcessGroup:
+    """The ranks of the last stage: tensor-, context- and data-parallel ones. For those ranks alone."""
+    assert _head_group is not None, "one process needs no group"
+    return _head_group

@@ -1,6 +1,6 @@
 """AdamW through Megatron-core's distributed optimizer: every data-parallel rank keeps the state of its slice of the gradients."""
 
-import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training import fused_adam
-from bitlm_dist.training.optimizer import MASTER, clip_scale, sum_of_squares
+from bitlm_dist.training.optimizer import AVERAGE, MASTER, Averages, rule_of, sum_of_squares
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,31 +38,32 @@ class DistributedAdamW:
 
     def __init__(self, wrapped: Sequence[Any], named: Mapping[str, nn.Parameter], config: OptimizerConfig, layout: Layout) -> None:
         from megatron.core.optimizer import OptimizerConfig as Settings
-        from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+        from megatron.core.optimizer import get_megatron_optimizer
 
         bf16 = next(iter(named.values())).dtype == torch.bfloat16
-        self._saved = (*MOMENTS, MASTER) if bf16 else MOMENTS  # in fp32 the weights are their own masters
+        # in fp32 the weights are their own masters
+        self._saved = (*MOMENTS, *((MASTER,) if bf16 else ()), *((AVERAGE,) if config.ema else ()))
         settings = Settings(
             optimizer="adam",
             lr=config.lr,
             adam_beta1=config.betas[0],
             adam_beta2=config.betas[1],
             adam_eps=config.eps,
-            weight_decay=config.weight_decay,
+            weight_decay=1.0,  # times that of each group
             bf16=bf16,
             use_distributed_optimizer=True,
             clip_grad=0.0,  # clipped here: only here a norm that is not finite is known in time to skip the step
         )
-        overrides = get_standard_config_overrides(settings)  # vectors do not decay
         with tensors_named_as_on_cuda(), fused_adam.chosen_in_megatron(config.fused):
-            chained = get_megatron_optimizer(settings, list(wrapped), overrides, use_gloo_process_groups=False)
+            chained = get_megatron_optimizer(settings, list(wrapped), _rules(named, config), use_gloo_process_groups=False)
         for group in chained.param_groups:  # Megatron leaves this to its scheduler
-            group["weight_decay"] = config.weight_decay * group["wd_mult"]
+            group["weight_decay"] = group["wd_mult"]
             if "fused" in group:  # torch's
                 group["fused"] = True
         (self._inner,) = chained.chained_optimizers
         self._chained, self._named, self.layout = chained, dict(named), layout
-        self.clip_norm, self._peak = config.clip_norm, config.lr
+        self.clip_norm = config.clip_norm
+        self._averages = Averages(config.ema, {shard.name: shard.flat for shard in self._shards()})
 
     def _shards(self) -> Iterator[Shard]:
         inner = self._inner
@@ -73,23 +74,31 @@ class DistributedAdamW:
                 group = inner.optimizer.param_groups[inner.model_param_group_index_map[parameter][0]]
                 yield Shard(name, flat, slice(place.start, place.end), group)
 
-    def step(self, factor: float) -> tuple[float, bool]:
-        """See :meth:`Optimizers.step`."""
+    def squares(self) -> float:
+        """See :class:`~bitlm_dist.training.optimizer.Part`."""
         self._chained.prepare_grads()
-        grads = [(shard.name, shard.flat.grad) for shard in self._shards() if shard.flat.grad is not None]
-        norm = float(mesh.sum_over_all(sum_of_squares(grads, self.layout)).sqrt())
-        finite = math.isfinite(norm)
-        if finite:
-            torch._foreach_mul_([grad for _, grad in grads], clip_scale(norm, self.clip_norm))
-            for group in self._chained.param_groups:
-                group["lr"] = self._peak * factor
-            self._chained.step_with_ready_grads()
+        return float(mesh.sum_over_all(sum_of_squares(self._gradients(), self.layout)))
+
+    def _gradients(self) -> list[tuple[str, Tensor]]:
+        return [(shard.name, shard.flat.grad) for shard in self._shards() if shard.flat.grad is not None]
+
+    def update(self, scale: float, factor: float) -> None:
+        """See :class:`~bitlm_dist.training.optimizer.Part`."""
+        torch._foreach_mul_([grad for _, grad in self._gradients()], scale)
+        for group in self._chained.param_groups:
+            group["lr"] = group["max_lr"] * factor
+        self._chained.step_with_ready_grads()
+        self._averages.follow({shard.name: shard.flat for shard in self._shards()})
+
+    def clear(self) -> None:
+        """See :class:`~bitlm_dist.training.optimizer.Part`."""
         self._chained.zero_grad()
-        return norm, finite
 
     def _slots(self, shard: Shard) -> dict[str, Tensor]:
-        """AdamW's state of a shard, and the shard itself, which is fp32."""
-        return {**fused_adam.fill(self._inner.optimizer, shard.flat, shard.group), MASTER: shard.flat.detach()}
+        """AdamW's state of a shard, the shard itself, which is fp32, and its average."""
+        slots = {**fused_adam.fill(self._inner.optimizer, shard.flat, shard.group), MASTER: shard.flat.detach()}
+        average = self._averages.by_name.get(shard.name)
+        return slots if average is None else {**slots, AVERAGE: average}
 
     def state(self) -> dict[str, Tensor]:
         """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks."""
@@ -117,3 +126,19 @@ class DistributedAdamW:
             slots = self._slots(shard)
             for slot in self._saved:
                 slots[slot].copy_(state[f"{shard.name}.{slot}"].flatten()[shard.place])
+
+
+def _rules(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> dict[Any, Any]:
+    """:func:`rule_of` of every tensor, as Megatron takes it."""
+    from megatron.core.optimizer import ParamGroupOverride
+    from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+
+    rules: dict[tuple[float, float], set[nn.Parameter]] = defaultdict(set)
+    for name, parameter in named.items():
+        rules[rule_of(config, name, parameter)].add(parameter)
+    return {
+        ParamKey(predicate=ParamPredicate(f"{scale} {decay}", members.__contains__)): ParamGroupOverride(
+            max_lr=config.lr * scale, wd_mult=decay
+        )
+        for (scale, decay), members in rules.items()
+    }

@@ -1,6 +1,7 @@
 """One optimizer step through Megatron's schedules: forward and backward over all microbatches and stages, then the update."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,9 +17,11 @@ from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout, check_batch
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
-from bitlm_dist.training.optimizer import Optimizers, schedule_factor
+from bitlm_dist.training.optimizer import Optimizers, schedule_factor, step_together
+from bitlm_dist.training.sharded_head import ShardedHead, held_back, is_sharded
+from bitlm_dist.training.weights import model_tensors
 
-PARTIAL = "head."  # of these weights every tensor rank sees its own blocks only
+HEAD = "head."  # of these weights every tensor rank sees its own blocks only
 
 
 @dataclass(frozen=True)
@@ -46,16 +49,21 @@ class Engine:
         self.microbatch = check_batch(config, layout)
         self.chunks = [chunk.to(mesh.device()) for chunk in build_chunks(config, codes, eos, layout)]
         megatron_shards = config.optimizer.sharded and config.optimizer.matrices == "adamw" and layout.replicas > 1
-        self._wrapped: list[Any] = [_wrap(chunk, number == 0, megatron_shards) for number, chunk in enumerate(self.chunks)]
+        named = {n: p for chunk in self.chunks for n, p in global_names(chunk, chunk.place.stage.layers.start)}
+        self.parameters = self._count(named)
+        apart = is_sharded(config, layout)
+        if apart:
+            named = {n: p for n, p in named.items() if not n.startswith(HEAD)}
+        self.optimizers: Optimizers | DistributedAdamW
+        with held_back(self.chunks[-1]) if apart else nullcontext():
+            self._wrapped: list[Any] = [_wrap(chunk, number == 0, megatron_shards) for number, chunk in enumerate(self.chunks)]
+            if megatron_shards:
+                self.optimizers = DistributedAdamW(self._wrapped, named, config.optimizer, layout)
+            else:
+                self.optimizers = Optimizers(named, config.optimizer, layout)
+        self.head = ShardedHead(config, self.chunks[-1], layout) if apart else None
         for chunk in self.chunks:
             chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
-        named = {n: p for chunk in self.chunks for n, p in global_names(chunk, chunk.place.stage.layers.start)}
-        self.optimizers: Optimizers | DistributedAdamW
-        if megatron_shards:
-            self.optimizers = DistributedAdamW(self._wrapped, named, config.optimizer, layout)
-        else:
-            self.optimizers = Optimizers(named, config.optimizer, layout)
-        self.parameters = self._count(named)
 
     @property
     def model(self) -> LanguageModel:
@@ -64,6 +72,30 @@ class Engine:
         assert self.chunks[0].place.stage.embeds
         assert self.chunks[0].place.stage.predicts
         return self.chunks[0]
+
+    @contextmanager
+    def evaluating(self) -> Iterator[LanguageModel]:
+        """The whole model, ready to be evaluated, where one process holds all but shares of its head; every process calls it."""
+        with self.head.whole() if self.head is not None else nullcontext():
+            yield self.model.eval()
+        self.model.train()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights by their names in the whole model, as a checkpoint holds them: to be saved, or to be loaded into."""
+        tensors = model_tensors(self.chunks)
+        if self.head is not None:
+            tensors = {n: t for n, t in tensors.items() if not n.startswith(HEAD)} | self.head.weights()
+        return tensors
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizers' state, ``NAME.SLOT``: to be saved, or to be loaded into."""
+        return self.optimizers.state() | ({} if self.head is None else self.head.state())
+
+    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take over what was loaded into the tensors of :meth:`weights` and :meth:`state`."""
+        self.optimizers.restore(state)
+        if self.head is not None:
+            self.head.restore(weights, state)
 
     def _count(self, named: Mapping[str, nn.Parameter]) -> int:
         """Parameters of the whole model."""
@@ -76,7 +108,8 @@ class Engine:
         """Update the model on this data rank's share of a global batch, the ``step``-th."""
         loss = self._forward_backward(batch, step)
         factor = schedule_factor(self.config.optimizer, step, self.config.training.steps)
-        norm, made = self.optimizers.step(factor)
+        parts = [self.optimizers] if self.head is None else [self.optimizers, self.head]
+        norm, made = step_together(parts, self.config.optimizer.clip_norm, factor)
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
         return Update(loss, norm, factor, made)
@@ -87,6 +120,7 @@ class Engine:
         one = self.chunks[0]
         valid = mesh.sum_over_data(target_mask(batch, one.block_size, one.eos).sum()).clamp_min(1)
         count = len(batch.tokens) // self.microbatch
+        self._left = count  # microbatches that the head has not seen
         parts = [batch.part(slice(i * self.microbatch, (i + 1) * self.microbatch)) for i in range(count)]
         found: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, valid=valid, step=step),
@@ -103,6 +137,9 @@ class Engine:
         batch, seed = next(parts), self.config.training.seed
         chunk = wrapped.module
         assert isinstance(chunk, LanguageModel)
+        if self.head is not None and chunk.place.stage.predicts:
+            self._left -= 1
+            self.head.begin(last=self._left == 0)
 
         def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
@@ -118,7 +155,7 @@ class Engine:
         finalize_model_grads(wrapped, None, **settings)
         if self.layout.tensor == 1:
             return
-        partial_names = (PARTIAL, "embedding.") if self.layout.sequence else (PARTIAL,)
+        partial_names = (*(() if self.head else (HEAD,)), *(("embedding.",) if self.layout.sequence else ()))
         for chunk in self.chunks:
             partly = [p for n, p in chunk.named_parameters() if n.startswith(partial_names) and split_dimension(n) is None]
             grads = [p.main_grad for p in partly]  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ than the rest of the training step. Hyper-parameters, state and update are torch
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,14 +38,14 @@ class Muon(torch.optim.Muon):
     """Momentum, orthogonalised (Nesterov if the group says so); the step is scaled by sqrt(max(1, rows/columns)).
 
     Args:
-        named: matrices by global name; of a split one, this rank's share.
+        groups: parameter groups with the matrices' global ``names`` beside ``params``; of a split matrix, this rank's share.
         layout: of the job; the tensor ranks hold the same names.
         settings: those of torch.optim.Muon.
     """
 
-    def __init__(self, named: Mapping[str, Tensor], layout: Layout, **settings: Any) -> None:
-        super().__init__(list(named.values()), **settings)
-        self._names = {parameter: name for name, parameter in named.items()}
+    def __init__(self, groups: Sequence[dict[str, Any]], layout: Layout, **settings: Any) -> None:
+        super().__init__(list(groups), **settings)
+        self._names = {p: name for group in groups for name, p in zip(group["names"], group["params"], strict=True)}
         self._layout = layout
 
     @torch.no_grad()

@@ -1,8 +1,9 @@
 """Muon for the matrices of backbone layers and head blocks, AdamW for the rest; one schedule scales both."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,26 @@ from bitlm_dist.parallel.layout import ALONE, Layout
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.muon import Muon
 
-MASTER = "master"
+MASTER, AVERAGE = "master", "ema"
+
+
+class Averages:
+    """Exponential moving averages of fp32 weights, by name; none where ``decay`` is 0.
+
+    Args:
+        decay: of every update; ``optimizer.ema``.
+        weights: what is averaged, as it stands now.
+    """
+
+    def __init__(self, decay: float, weights: Mapping[str, Tensor]) -> None:
+        self._decay = decay
+        self.by_name = {n: t.detach().clone() for n, t in weights.items()} if decay else {}
+
+    @torch.no_grad()
+    def follow(self, weights: Mapping[str, Tensor]) -> None:
+        """Take in the weights after an update."""
+        if self.by_name:
+            torch._foreach_lerp_([*self.by_name.values()], [weights[n].detach() for n in self.by_name], 1 - self._decay)
 
 
 def _owners(named: Mapping[str, nn.Parameter], ranks: int) -> dict[str, int]:
@@ -47,6 +67,63 @@ def is_inner_matrix(name: str, parameter: Tensor) -> bool:
     return parameter.dim() == 2 and (".layers." in name or name.startswith(("head.blocks.", "head.ahead.")))
 
 
+def rule_of(config: OptimizerConfig, name: str, parameter: Tensor) -> tuple[float, float]:
+    """A tensor's learning rates as a share of the config's, and its weight decay: vectors have none."""
+    part = name.partition(".")[0]
+    component = {"backbone": config.backbone, "embedding": config.input}.get(part, config.head)
+    decay = config.weight_decay if component.weight_decay is None else component.weight_decay
+    return component.lr_scale, decay if parameter.dim() >= 2 else 0.0
+
+
+def groups_of(named: Mapping[str, Tensor], config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Parameter groups of one optimizer (``muon``) and one rule each: ``names``, ``params``, peak ``lr``, ``weight_decay``."""
+    groups: dict[tuple[bool, float, float], list[str]] = defaultdict(list)
+    for name, parameter in named.items():
+        muon = config.matrices == "muon" and is_inner_matrix(name, parameter)
+        groups[muon, *rule_of(config, name, parameter)].append(name)
+    return [
+        {
+            "muon": muon,
+            "names": names,
+            "params": [named[name] for name in names],
+            "lr": (config.muon_lr if muon else config.lr) * scale,
+            "weight_decay": decay,
+        }
+        for (muon, scale, decay), names in groups.items()
+    ]
+
+
+class Part(Protocol):
+    """The optimizer of some of the model's tensors: what :func:`step_together` needs of it, once a step and in this order."""
+
+    def squares(self) -> float:
+        """Squared norm of the whole gradient of its tensors over all ranks; every process calls it and learns it."""
+        ...
+
+    def update(self, scale: float, factor: float) -> None:
+        """Update by gradients times ``scale``, with learning rates of ``factor`` times their peaks."""
+        ...
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        ...
+
+
+def step_together(parts: Sequence[Part], clip_norm: float, factor: float) -> tuple[float, bool]:
+    """Clip the joint gradient norm of all parts and update each.
+
+    Returns:
+        The norm before clipping, and whether the update was made: a norm that is not finite skips it for all parts on all ranks.
+    """
+    norm = math.sqrt(sum(part.squares() for part in parts))
+    finite = math.isfinite(norm)
+    for part in parts:
+        if finite:
+            part.update(clip_scale(norm, clip_norm), factor)
+        part.clear()
+    return norm, finite
+
+
 class Optimizers:
     """The optimizers of this process's stages behind one step.
 
@@ -70,58 +147,43 @@ class Optimizers:
         # of weights in bf16 an fp32 copy is what is updated: small updates would be rounded away
         self._masters = {n: p.detach().float() for n, p in own.items() if p.dtype != torch.float32}
         own |= self._masters
-        muon = {n for n, p in own.items() if config.matrices == "muon" and is_inner_matrix(n, p)}
-        decayed = [p for n, p in own.items() if n not in muon and p.dim() >= 2]
-        plain = [p for n, p in own.items() if n not in muon and p.dim() < 2]
-        groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        groups = [group for group in groups if group["params"]]
+        groups = groups_of(own, config)
+        adamw, muon = ([group for group in groups if group["muon"] == wanted] for wanted in (False, True))
         self._optimizers: list[torch.optim.Optimizer] = []
-        if groups:
-            _, adamw = fused_adam.find(config.fused)
-            self._optimizers.append(adamw(groups, lr=config.lr, betas=config.betas, eps=config.eps))
+        if adamw:
+            self._optimizers.append(fused_adam.find(config.fused)[1](adamw, lr=config.lr, betas=config.betas, eps=config.eps))
         if muon:
-            self._optimizers.append(
-                Muon(
-                    {n: p for n, p in own.items() if n in muon},
-                    layout,
-                    lr=config.muon_lr,
-                    momentum=config.muon_momentum,
-                    weight_decay=config.weight_decay,
-                    nesterov=True,
-                )
-            )
+            self._optimizers.append(Muon(muon, layout, momentum=config.muon_momentum, nesterov=True))
         self._own = own
+        self._averages = Averages(config.ema, own)
         self._peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self._optimizers]
 
     def step(self, factor: float) -> tuple[float, bool]:
-        """Clip the joint gradient norm and update with learning rates of ``factor`` times their peaks.
+        """:func:`step_together` with no other part."""
+        return step_together([self], self.clip_norm, factor)
 
-        Returns:
-            The norm before clipping, and whether the update was made: a norm that is not finite skips it on all ranks.
-        """
-        norm = self._norm()
-        finite = math.isfinite(norm)
-        if finite:
-            scale = clip_scale(norm, self.clip_norm)
-            for name, updated in self._own.items():
-                grad = _gradient(self._named[name])
-                updated.grad = None if grad is None else grad.mul_(scale)
-            for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["lr"] = peak * factor
-                optimizer.step()
-            self._round()
-            self._share()
+    def squares(self) -> float:
+        """See :class:`Part`."""
+        squares = sum_of_squares([(n, grad) for n, p in self._named.items() if (grad := _gradient(p)) is not None], self.layout)
+        return float(mesh.sum_over_model(squares, self.layout))
+
+    def update(self, scale: float, factor: float) -> None:
+        """See :class:`Part`."""
+        for name, updated in self._own.items():
+            grad = _gradient(self._named[name])
+            updated.grad = None if grad is None else grad.mul_(scale)
+        for optimizer, peaks in zip(self._optimizers, self._peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * factor
+            optimizer.step()
+        self._averages.follow(self._own)
+        self._round()
+        self._share()
+
+    def clear(self) -> None:
+        """See :class:`Part`."""
         for parameter in (*self._named.values(), *self._masters.values()):
             parameter.grad = None
-        return norm, finite
-
-    def _norm(self) -> float:
-        """Norm of the whole gradient."""
-        squares = sum_of_squares([(n, grad) for n, p in self._named.items() if (grad := _gradient(p)) is not None], self.layout)
-        if self.layout.tensor * self.layout.pipeline > 1:
-            torch.distributed.all_reduce(squares, group=mesh.model_group())
-        return float(squares.sqrt())
 
     @torch.no_grad()
     def _round(self) -> None:
@@ -154,9 +216,10 @@ class Optimizers:
     def state(self) -> dict[str, Tensor]:
         """Optimizer state by parameter name, ``NAME.SLOT``, to be saved, or to be loaded into and given to :meth:`restore`.
 
-        Of weights in bf16 the slot ``master`` holds the fp32 copy.
+        Of weights in bf16 the slot ``master`` holds the fp32 copy; ``ema`` is the moving average, where one is kept.
         """
         found = {f"{name}.{MASTER}": master for name, master in self._masters.items()}
+        found |= {f"{name}.{AVERAGE}": average for name, average in self._averages.by_name.items()}
         for name, parameter, optimizer, group in self._tensors():
             if isinstance(optimizer, Muon):
                 slots = {"momentum_buffer": optimizer.momentum_of(parameter)}

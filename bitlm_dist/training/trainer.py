@@ -23,8 +23,9 @@ from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.run_folder import RunFolder, environment
+from bitlm_dist.training.sharded_head import check_engine
 from bitlm_dist.training.teacher import Teacher
-from bitlm_dist.training.weights import model_tensors, saved_as
+from bitlm_dist.training.weights import saved_as, state_name, weight_name
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
@@ -49,6 +50,7 @@ class Trainer:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
         check_machine(config)
         check_batch(config, layout)
+        check_engine(config, layout)
         if config.evaluation.every_steps and layout.model > 1:
             raise UserError(
                 f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in one process: "
@@ -95,8 +97,8 @@ class Trainer:
                 if observe:
                     observe(metrics)
                 if evaluate and self._evaluation_due():
-                    found = evaluate(self.engine.model.eval())
-                    self.engine.model.train()
+                    with self.engine.evaluating() as model:
+                        found = evaluate(model)
                     if log:
                         log.write_evaluation(self._spent(), found)
                 if self.step % self.config.checkpoint.every_steps == 0 and self.step < last:
@@ -163,17 +165,18 @@ class Trainer:
             "fingerprint": self._fingerprint(),
             "environment": environment(),
         }
-        tensors = self._tensors(self.engine.optimizers.state())
+        tensors = self._saved(self.engine.weights(), self.engine.state())
         return store.save(self.folder.checkpoints, self.step, tensors, state, self.config.checkpoint.keep, self.layout)
 
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
-    def _tensors(self, optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        tensors = model_tensors(self.engine.chunks)
+    def _saved(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Both by the names of a checkpoint."""
+        tensors = {weight_name(name): tensor for name, tensor in weights.items()}
         for name, tensor in optimizer_state.items():
             parameter, _, slot = name.rpartition(".")
-            tensors |= {f"optimizer.{n}.{slot}": t for n, t in saved_as(parameter, tensor, self.layout).items()}
+            tensors |= {state_name(n, slot): t for n, t in saved_as(parameter, tensor, self.layout).items()}
         return tensors
 
     def _load(self, checkpoint: Path) -> None:
@@ -181,9 +184,9 @@ class Trainer:
         for field, value in self._fingerprint().items():
             if state["fingerprint"].get(field) != value:
                 raise UserError(f"{checkpoint} was trained with another {field}: the data would not continue where it stopped")
-        optimizers = self.engine.optimizers.state()
-        store.load(checkpoint, self._tensors(optimizers), self.layout)
-        self.engine.optimizers.restore(optimizers)
+        weights, optimizer_state = self.engine.weights(), self.engine.state()
+        store.load(checkpoint, self._saved(weights, optimizer_state), self.layout)
+        self.engine.restore(weights, optimizer_state)
         self.step, self.tokens = state["step"], state["tokens"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
 

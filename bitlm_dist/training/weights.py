@@ -13,6 +13,7 @@ from bitlm_dist.model.initialization import GATED, global_names, split_dimension
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.training.optimizer import AVERAGE
 from bitlm_dist.training.run_folder import RunFolder
 
 
@@ -21,8 +22,23 @@ def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for chunk in chunks:
         for name, parameter in global_names(chunk, chunk.place.stage.layers.start):
-            tensors |= {f"model.{n}": t for n, t in saved_as(name, parameter.detach(), chunk.place.layout).items()}
+            tensors |= saved_as(name, parameter.detach(), chunk.place.layout)
     return tensors
+
+
+def weight_name(name: str) -> str:
+    """What a checkpoint calls a weight."""
+    return f"model.{name}"
+
+
+def state_name(name: str, slot: str) -> str:
+    """What a checkpoint calls a slot of a weight's optimizer state."""
+    return f"optimizer.{name}.{slot}"
+
+
+def averaged_name(name: str) -> str:
+    """What a checkpoint calls a weight's moving average."""
+    return state_name(name, AVERAGE)
 
 
 def saved_as(name: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -53,5 +69,8 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
     store.read_state(checkpoint)
-    store.load(checkpoint, model_tensors([model]))
+    if config.evaluation.averaged and not config.optimizer.ema:
+        raise UserError(f"evaluation.averaged = true: {run} was trained without optimizer.ema and has no average: set it false")
+    saved = averaged_name if config.evaluation.averaged else weight_name
+    store.load(checkpoint, {saved(n): t for n, t in model_tensors([model]).items()})
     return folder, model.eval(), steps[-1]

@@ -45,6 +45,8 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
         update = engine.step(batch_of(step, layout.data_rank * share, share), step)
         found.append((float(update.loss), update.norm))
     own = {n: p.detach().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
+    if engine.head is not None:
+        own |= engine.head.weights()
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (layout, own))
     sizes: list[Any] = [None] * world
@@ -54,7 +56,7 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
 
 
 def _held(engine: Engine) -> tuple[int, int, int]:
-    """Bytes of this rank's parameters, gradient buffers and optimizer state."""
+    """Bytes of this rank's parameters, gradient buffers without a sharded head's, and optimizer state."""
     optimizers: Any = engine.optimizers
     inner = [optimizers._inner.optimizer] if isinstance(optimizers, DistributedAdamW) else optimizers._optimizers
     slots = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
@@ -62,6 +64,9 @@ def _held(engine: Engine) -> tuple[int, int, int]:
         slots += [shard.flat for shard in optimizers._shards() if optimizers._named[shard.name].dtype != shard.flat.dtype]
     else:
         slots += optimizers._masters.values()
+    if engine.head is not None and engine.head.engine is not None:
+        slots += [value for _, state in engine.head._parts() for value in state.values()]
+        slots += [partition.flat for partition in engine.head.engine.partitions()]  # ZeRO's fp32 weights
     buffers = [buffer.grad_data for wrapped in engine._wrapped for buffer in wrapped.buffers]
     parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
     return tuple(sum(t.numel() * t.element_size() for t in part) for part in (parameters, buffers, slots))  # type: ignore[return-value]

@@ -25,6 +25,8 @@ CHANGES = [
     ("muon", "fp32", SP, ["--parallel.pipeline", "2"]),
     ("adamw", "fp32", [], CP),  # Megatron's distributed optimizer
     ("adamw", "bf16", CP, SP),  # the same, and whole tensors
+    ("muon", "fp32", ["--head.zero_stage", "3"], ["--head.engine", "fsdp2"]),
+    ("adamw", "bf16", ["--head.engine", "fsdp2", "--head.zero_stage", "3"], ["--head.zero_stage", "3"]),
 ]
 
 
@@ -32,7 +34,7 @@ CHANGES = [
 def test_a_run_goes_on_under_another_layout(matrices, precision, first, second, tiny, tmp_path):
     """Two ranks, two ranks of another layout, then one process: the losses of one process that was never stopped."""
     settings = ["--training.steps", "8", "--optimizer.matrices", matrices, "--optimizer.weight_decay", "0.1"]
-    settings += ["--training.precision", precision]
+    settings += ["--training.precision", precision, "--optimizer.ema", "0.5"]
     common = [*settings, "--data.path", str(tiny().data.path)]
     whole = Trainer(tiny(*settings, "--run.dir", str(tmp_path / "whole")))
     whole.fit()
@@ -48,10 +50,12 @@ def test_a_run_goes_on_under_another_layout(matrices, precision, first, second, 
     last.close()
     near, close = {"fp32": (1e-5, 1e-4), "bf16": (1e-3, 2e-2)}[precision]
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=near)
-    _, model, step = load_trained(tmp_path / "run", last.config)
-    assert step == 8
-    for expected, got in zip(whole.engine.model.parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=close)
+    for averaged in ("false", "true"):
+        config = tiny(*settings, "--evaluation.averaged", averaged)
+        (_, expected, _), (_, model, step) = (load_trained(tmp_path / name, config) for name in ("whole", "run"))
+        assert step == 8
+        for a, b in zip(expected.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=close)
 
 
 def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_path):
@@ -84,17 +88,38 @@ main()
 """
 
 
-def test_a_rank_that_dies_is_named_once_and_ends_the_job(tmp_path):
-    script = tmp_path / "job.py"
-    script.write_text(JOB)
+HEAD_JOB = """
+import torch
+from bitlm_dist.__main__ import main
+from bitlm_dist.parallel.zero_head import ZeroHead
+
+def begin(self, last):
+    if torch.distributed.get_rank() == 3:
+        raise RuntimeError("head on fire")
+
+ZeroHead.begin = begin
+main()
+"""
+
+
+def run_job(script: Path, ranks: int, words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", str(script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     began = time.monotonic()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--standalone", str(script)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=60, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
     print(f"{time.monotonic() - began:.0f} s\n{result.stderr}")
+    return result
+
+
+@pytest.mark.parametrize(("job", "ranks", "failed"), [(JOB, 3, "1"), (HEAD_JOB, 4, "3")], ids=["any", "head"])
+def test_a_rank_that_dies_is_named_once_and_ends_the_job(job, ranks, failed, tiny, tmp_path):
+    """The second is a rank of the sharded head: ranks of the first stage wait for its gradients."""
+    script = tmp_path / "job.py"
+    script.write_text(job)
+    words = ["train", str(tiny.file), "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
+    result = run_job(script, ranks, [*words, "--parallel.pipeline", "2"], timeout=90)
     assert result.returncode != 0
     said = [line for line in result.stderr.splitlines() if line.startswith("bitlm:")]
     assert len(said) == 1
-    assert said[0].startswith("bitlm: rank 1 on ")
-    assert said[0].endswith("failed: RuntimeError: disk on fire")
+    assert said[0].startswith(f"bitlm: rank {failed} on ")
+    assert said[0].endswith("on fire")

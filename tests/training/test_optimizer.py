@@ -27,7 +27,8 @@ def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
     named = {str(i): p for i, p in enumerate(ours)}
-    pairs = ((ours, Muon(named, ALONE, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
+    groups = [{"names": [*named], "params": [*named.values()]}]
+    pairs = ((ours, Muon(groups, ALONE, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
     for step in range(5):
         torch.manual_seed(step)
         grads = [torch.randn_like(x) for x in start]
@@ -91,6 +92,35 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
     assert optimizers.step(1.0)[1] is False
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_components_have_rules_of_their_own(tiny_model):
+    """SGD-like first step of AdamW: every number moves by its learning rate, and decays by its own rule."""
+    named = dict(tiny_model().named_parameters())
+    head = {"lr_scale": 0.5, "weight_decay": 0.0}
+    config = OptimizerConfig(lr=0.1, matrices="adamw", weight_decay=0.2, clip_norm=0, head=head, input={"lr_scale": 2.0})
+    optimizers = Optimizers(named, config)
+    before = {n: p.detach().clone() for n, p in named.items()}
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizers.step(1.0)
+    for name, parameter in named.items():
+        scale, decay = {"head": (0.5, 0.0), "embedding": (2.0, 0.2), "backbone": (1.0, 0.2)}[name.split(".")[0]]
+        kept = 1 - 0.1 * scale * decay if parameter.dim() > 1 else 1
+        torch.testing.assert_close(parameter.detach(), before[name] * kept - 0.1 * scale, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_average_follows_the_fp32_weights(dtype, seed):
+    named = {"head.w": torch.nn.Parameter(torch.randn(4, 4).to(dtype))}
+    optimizers = Optimizers(named, OptimizerConfig(ema=0.9, matrices="adamw"))
+    expected = named["head.w"].detach().double()
+    for _ in range(5):
+        named["head.w"].grad = torch.randn(4, 4).to(dtype)
+        optimizers.step(1.0)
+        state = optimizers.state()
+        expected = 0.9 * expected + 0.1 * state.get("head.w.master", named["head.w"].detach()).double()
+    torch.testing.assert_close(state["head.w.ema"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,167 @@
+"""The head sharded by ZeRO or FSDP2 trains what one process trains; shards are shares; other stages know nothing of it."""
+
+import importlib.metadata
+
+import pytest
+from ranks import run_ranks
+
+from bitlm_dist.config_loading import load
+from bitlm_dist.errors import UserError
+from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.training.sharded_head import check_engine
+
+# AdamW divides by the root of a mean square: where a gradient is rounding alone, so is its update, of the size of lr.
+COMMON = ["--optimizer.lr", "5e-4", "--optimizer.clip_norm", "0.3", "--optimizer.weight_decay", "0.1"]
+KINDS = {"AdamW": ["--optimizer.matrices", "adamw"], "Muon": []}
+TWO = {"DP2": []}
+STAGES = {
+    "PP2 DP2": ["--parallel.pipeline", "2"],
+    "TP2 PP2": ["--parallel.tensor", "2", "--parallel.pipeline", "2"],
+}
+
+
+def stage(number, *more):
+    return ["--head.zero_stage", str(number), *more]
+
+
+ENGINES = {f"ZeRO {number}": stage(number) for number in range(4)}
+ENGINES |= {f"FSDP2 {number}": stage(number, "--head.engine", "fsdp2") for number in (2, 3)}
+ENGINES |= {f"ZeRO {number}, offloaded": stage(number, "--head.offload", what) for number, what in ((2, "optimizer"), (3, "all"))}
+
+
+def cases_of(layouts, engines, kinds=KINDS):
+    return {
+        f"{layout}, {engine}, {kind}": [*COMMON, *words, *more, *chosen]
+        for layout, words in layouts.items()
+        for engine, more in engines.items()
+        for kind, chosen in kinds.items()
+    }
+
+
+ZERO = {name: words for name, words in ENGINES.items() if name[-1].isdigit() and name.startswith("ZeRO")}
+TWO_CASES = cases_of(TWO, ENGINES)
+STAGES_CASES = {
+    **cases_of(STAGES, ZERO, {"AdamW": KINDS["AdamW"]}),
+    **cases_of(STAGES, {name: ZERO[name] for name in ("ZeRO 2", "ZeRO 3")}, {"Muon": KINDS["Muon"]}),
+}
+FOUR_CASES = cases_of({"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]})
+
+
+LOOKS = {name: words for name, words in ENGINES.items() if name[-1].isdigit() and not name.endswith("0")}
+BF16 = ["--training.precision", "bf16"]
+MICRO = ["--parallel.microbatch", "1", "--optimizer.matrices", "adamw"]
+LOOKS = {f"{name} {kind}": [*words, *more] for name, words in LOOKS.items() for kind, more in (("fp32", []), ("bf16", BF16))}
+del LOOKS["ZeRO 1 bf16"]
+LOOK_TWO = {f"2 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
+LOOK_STAGES = {f"PP2 DP2 | {name}": [*words, *STAGES["PP2 DP2"]] for name, words in LOOKS.items() if name.startswith("ZeRO")}
+LOOK_FOUR = {f"4 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """What every rank of the jobs saw.
+
+    A rank that entered a collective which the others don't know of would wait for ever: the time limit says so.
+    """
+    folder = tmp_path_factory.mktemp
+    one = run_ranks(1, "zero", "run", {kind: [*COMMON, *words] for kind, words in KINDS.items()}, {}, folder=folder("one"))
+    two = run_ranks(2, "zero", "run", TWO_CASES, LOOK_TWO, folder=folder("two"))
+    stages = run_ranks(4, "zero", "run", STAGES_CASES, LOOK_STAGES, folder=folder("stages"))
+    four = run_ranks(4, "zero", "run", FOUR_CASES, LOOK_FOUR, folder=folder("four"))  # a process can have one world of DeepSpeed
+    return one, two, stages, four
+
+
+@pytest.fixture(scope="module")
+def found(ran):
+    one, *others = ran
+    return one[0], {case: seen for ranks in others for case, seen in ranks[0].items()}
+
+
+@pytest.fixture(scope="module")
+def looks(ran):
+    return [
+        (case, [rank[case] for rank in ranks])
+        for ranks in ran
+        for case in (*LOOK_TWO, *LOOK_STAGES, *LOOK_FOUR)
+        if case in ranks[0]
+    ]
+
+
+@pytest.mark.parametrize("case", [*TWO_CASES, *STAGES_CASES, *FOUR_CASES])
+def test_a_sharded_head_trains_what_one_process_trains(case, found):
+    one, many = found
+    losses, parameters = many[case]
+    expected_losses, expected = one[case.rpartition(", ")[2]]
+    loss_error = max(abs(a - b) / b for (a, _), (b, _) in zip(losses, expected_losses, strict=True))
+    norm_error = max(abs(a - b) / b for (_, a), (_, b) in zip(losses, expected_losses, strict=True))
+    assert parameters.keys() == expected.keys()
+    worst = max((parameters[name] - expected[name]).abs().max().item() for name in expected)
+    print(f"{case.replace(', ', ' | ')} | {loss_error:.0e} | {norm_error:.0e} | {worst:.0e}")
+    assert loss_error < 1e-6
+    assert norm_error < 1e-6
+    assert worst < 1e-5
+    assert max(norm for _, norm in losses) > 0.3, "clipping was active"
+    assert min(norm for _, norm in losses) > 0
+
+
+def test_every_block_is_denoised_once(looks):
+    for case, ranks in looks:
+        assert sum(rank["blocks"][0] for rank in ranks) == ranks[0]["blocks"][1] > 0, case
+
+
+def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(looks):
+    for case, ranks in looks:
+        assert all(rank["skipped"] for rank in ranks), case
+        assert all(rank["went on"][2] for rank in ranks), case
+        assert len({rank["went on"] for rank in ranks}) == 1, case
+        assert any(rank["moved"] for rank in ranks), case
+
+
+def test_the_partition_is_real(looks):
+    """Bytes a number of the head: stage 1 splits AdamW's two and the fp32 weights, stage 2 gradients too, stage 3 weights too."""
+    for case, ranks in looks:
+        held = [rank["bytes"] for rank in ranks if rank["bytes"]]
+        group, number = len(held), held[0]["numbers"]
+        weights, gradients, state = (max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state"))
+        print(f"{case} | {group} | {weights:.2f} | {gradients:.2f} | {state:.2f}")
+        _, name, stage, precision = case.rsplit(" ", 3)
+        level, zero, width = int(stage), name == "ZeRO", 2 if precision == "bf16" and name == "ZeRO" else 4
+        slack = 1.05 if zero else 1.1  # padding; FSDP2 deals whole rows
+        small = 0.15 * width if zero else 0.0  # small tensors, which ZeRO-3 leaves whole
+        assert weights <= (width / group * slack + small if level == 3 or not zero else width)
+        # ZeRO-2 in fp32 keeps a tensor that lies on two ranks whole on both until the update
+        split = level == 3 or not zero or (level == 2 and precision == "bf16")
+        assert gradients <= (4 / group * slack if split else 4)
+        assert 8 / group <= state <= 12 / group * slack
+
+
+def test_no_rank_of_another_stage_knows_of_deepspeed(ran):
+    """With the head on the ranks of the last stage the others never import it, and it never addresses the whole job."""
+    for case in (*STAGES_CASES, *LOOK_STAGES):
+        assert [rank["met"][case] for rank in ran[2]] == [False, False, True, True], case
+    assert all(rank["world calls"] == [] for ranks in ran for rank in ranks)
+
+
+def test_another_version_of_deepspeed_is_refused(monkeypatch):
+    config, two = load(None, []).config, Layout(data=2)
+    check_engine(config, two)
+    found = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else found(name))
+    with pytest.raises(UserError, match=r"head.engine = deepspeed: DeepSpeed 0.18.2 is installed, tested is 0.19.8"):
+        check_engine(config, two)
+    check_engine(config, Layout())  # nothing to shard
+    check_engine(load(None, ["--head.engine", "fsdp2"]).config, two)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--head.engine", "fsdp2", "--head.zero_stage", "1"], r"head.zero_stage = 1: head.engine = fsdp2 has stages 2 and 3 only"),
+        (["--training.precision", "bf16", "--head.zero_stage", "1"], r"head.zero_stage = 1 would add up gradients"),
+        (["--head.engine", "replicated", "--head.offload", "optimizer"], r"head.offload = optimizer needs head.engine = deepspeed"),
+        (["--head.offload", "all"], r"head.offload = all needs head.zero_stage of at least 3, not 2"),
+    ],
+)
+def test_what_an_engine_lacks_is_one_line(words, message):
+    with pytest.raises(UserError, match=message):
+        load(None, words)

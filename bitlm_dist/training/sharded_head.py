@@ -93,6 +93,7 @@ class ShardedHead:
     def __init__(self, config: Config, model: LanguageModel, layout: Layout) -> None:
         assert isinstance(model, BitLM)
         self._layout = layout
+        self._updated = False  # in this step
         self.engine: HeadEngine | None = None
         if not model.place.stage.predicts:
             return
@@ -138,9 +139,14 @@ class ShardedHead:
             self._optimizer.prepare(scale, factor)
             self.engine.step(self._optimizer)
             self._averages.follow(self._flats())
+            self._updated = True
 
     def clear(self) -> None:
-        """See :class:`~bitlm_dist.training.optimizer.Part`."""
+        """See :class:`~bitlm_dist.training.optimizer.Part`. An engine forgets in its step: a skipped one is one without effect."""
+        if self.engine is not None and not self._updated:
+            self._optimizer.prepare(1.0, 0.0, skip=True)
+            self.engine.step(self._optimizer)
+        self._updated = False
 
     def _parts(self) -> Iterator[tuple[Partition, dict[str, Tensor]]]:
         """Every partition with its state and average."""

@@ -47,11 +47,11 @@ STAGES_CASES = {
 FOUR_CASES = cases_of({"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]})
 
 
-LOOKS = {name: words for name, words in ENGINES.items() if name[-1].isdigit() and not name.endswith("0")}
+LOOKS = {name: words for name, words in ENGINES.items() if name[-1].isdigit()}
 BF16 = ["--training.precision", "bf16"]
 MICRO = ["--parallel.microbatch", "1", "--optimizer.matrices", "adamw"]
 LOOKS = {f"{name} {kind}": [*words, *more] for name, words in LOOKS.items() for kind, more in (("fp32", []), ("bf16", BF16))}
-del LOOKS["ZeRO 1 bf16"]
+del LOOKS["ZeRO 0 bf16"], LOOKS["ZeRO 1 bf16"]
 LOOK_TWO = {f"2 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
 LOOK_STAGES = {f"PP2 DP2 | {name}": [*words, *STAGES["PP2 DP2"]] for name, words in LOOKS.items() if name.startswith("ZeRO")}
 LOOK_FOUR = {f"4 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
@@ -112,9 +112,11 @@ def test_every_block_is_denoised_once(looks):
 def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(looks):
     for case, ranks in looks:
         assert all(rank["skipped"] for rank in ranks), case
-        assert all(rank["went on"][2] for rank in ranks), case
-        assert len({rank["went on"] for rank in ranks}) == 1, case
+        for rank in ranks:  # the next step is as if the skipped one had not been: nothing of its gradients is left
+            assert rank["went on"] == pytest.approx(rank["expected"], rel=1e-6), case
+            assert rank["went on"] == ranks[0]["went on"], case
         assert any(rank["moved"] for rank in ranks), case
+        assert all(rank["poisoned"] == (True, True) for rank in ranks), case
 
 
 def test_the_partition_is_real(looks):
@@ -125,6 +127,8 @@ def test_the_partition_is_real(looks):
         weights, gradients, state = (max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state"))
         print(f"{case} | {group} | {weights:.2f} | {gradients:.2f} | {state:.2f}")
         _, name, stage, precision = case.rsplit(" ", 3)
+        if stage == "0":
+            continue
         level, zero, width = int(stage), name == "ZeRO", 2 if precision == "bf16" and name == "ZeRO" else 4
         slack = 1.05 if zero else 1.1  # padding; FSDP2 deals whole rows
         small = 0.15 * width if zero else 0.0  # small tensors, which ZeRO-3 leaves whole

@@ -78,6 +78,13 @@ def look(overrides: list[str]) -> dict[str, Any]:
     head = engine.head
     assert isinstance(head, ShardedHead)
     found: dict[str, Any] = {"blocks": count_blocks(engine), "bytes": bytes_of(engine)}
+    saved = [{n: t.clone() for n, t in part.items()} for part in (engine.weights(), engine.state())]
+    found["expected"] = steps(engine, 3, 1)[0]
+    live = engine.weights(), engine.state()
+    for tensors, old in zip(live, saved, strict=True):
+        for name, tensor in tensors.items():
+            tensor.copy_(old[name])
+    engine.restore(*live)
     before = head.consolidated()
     plain, engine.optimizers.squares = engine.optimizers.squares, lambda: float("nan")  # type: ignore[method-assign]
     skipped = steps(engine, 2, 1)
@@ -85,7 +92,22 @@ def look(overrides: list[str]) -> dict[str, Any]:
     found["skipped"] = not skipped[0][2] and all(torch.equal(before[n], t) for n, t in head.consolidated().items())
     found["went on"] = steps(engine, 3, 1)[0]
     found["moved"] = any(not torch.equal(before[n], t) for n, t in head.consolidated().items())
+    found["poisoned"] = poisoned(engine)
     return found
+
+
+def poisoned(engine: Engine) -> tuple[bool, bool]:
+    """A loss that is not a number: whether nothing moved, and whether the next step was made."""
+    assert engine.head is not None
+    model, before = engine.chunks[-1], engine.head.consolidated()
+    if isinstance(model, BitLM) and model.place.stage.predicts:
+        plain = model.head_loss
+        model.head_loss = lambda *arguments: plain(*arguments) * float("nan")
+    made = steps(engine, 4, 1)[0][2]
+    if isinstance(model, BitLM) and model.place.stage.predicts:
+        model.head_loss = plain
+    same = all(torch.equal(before[n], t) for n, t in engine.head.consolidated().items())
+    return same and not made, steps(engine, 5, 1)[0][2]
 
 
 def count_blocks(engine: Engine) -> tuple[int, int]:

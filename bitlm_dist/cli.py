@@ -12,6 +12,7 @@ import typer
 
 from bitlm_dist import config_loading
 from bitlm_dist.bench.command import bench
+from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="Pretrain language models that write a block of tokens at once, as bits, by diffusion.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(checkpoints, name="checkpoint")
 
 
 @app.command()
@@ -79,6 +81,7 @@ def _train(config: Config, resume: bool, layout: "Layout") -> None:
     if begun >= steps:
         if speaks:
             say(f"{config.run.dir} is trained: step {begun} of {steps}")
+        trainer.close()
         return
     if speaks:
         say(f"{config.run.dir}: {trainer.engine.parameters:,} parameters, step {begun} of {steps}")

@@ -41,6 +41,24 @@ def test_train_eval_and_generate(trained, prepared):
     assert "is trained: step 3 of 3" in run("train", trained / "config.yaml")
 
 
+def test_checkpoints_are_listed_and_verified(trained):
+    (listed,) = json.loads(run("checkpoint", "list", trained, "--json"))
+    folder = trained / "checkpoints" / "step-00000003"
+    assert listed["step"] == 3
+    assert listed["folder"] == str(folder)
+    assert listed["bytes"] == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
+    assert "step-00000003" in run("checkpoint", "list", trained)
+    assert "whole" in run("checkpoint", "verify", trained)
+    state = folder / "state.json"
+    state.write_text(state.read_text().replace("3", "4", 1))
+    assert "damaged" in run("checkpoint", "verify", trained, code=1)
+    state.unlink()
+    with pytest.raises(UserError, match="step-00000003 is damaged"):
+        run("checkpoint", "list", trained)
+    with pytest.raises(UserError, match="is no run folder"):
+        run("checkpoint", "list", trained / "tokenizer")
+
+
 def test_print_config_shows_values_and_sources(tiny):
     output = run("train", tiny.file, "--training.steps", "9", "--print-config")
     line = next(line for line in output.splitlines() if "training.steps" in line)

@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
@@ -42,6 +44,40 @@ def complete_steps(root: Path) -> list[int]:
     return sorted(int(path.parent.name[5:]) for path in root.glob(f"step-*/{MANIFEST}"))
 
 
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+def _on_first(layout: Layout, action: Callable[[], None]) -> None:
+    """Rank 0 does it; where that fails every rank raises :class:`SaveError`, so that none waits for the others."""
+    problem = ""
+    if layout.rank == 0:
+        try:
+            action()
+        except OSError as error:
+            problem = str(error)
+    failed = torch.tensor(bool(problem), dtype=torch.int32, device=mesh.device())
+    if int(mesh.most_of_all(failed) if layout.world > 1 else failed):
+        raise SaveError(problem or "rank 0 could not write")
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
+    """Every rank its part; if one fails, all raise :class:`SaveError`."""
+    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    try:
+        save_tensors(dict(tensors), storage_writer=writer, no_dist=layout.world == 1)
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise SaveError(f"rank {rank}: {_first_cause(cause)}") from error
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What went wrong first: torch's writer stumbles over a file that the disk had no room for, and says only that."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
 def save(
     root: Path,
     step: int,
@@ -56,20 +92,31 @@ def save(
         root: the run's ``checkpoints`` folder.
         tensors: by name; saved with shape and dtype. A name that several processes give is the same tensor, or shares of it.
         state: JSON values.
+
+    Raises:
+        SaveError: on every rank, if one could not write.
     """
     final = folder_of(root, step)
     building = root / f".{final.name}.partial"
-    if layout.rank == 0:
+
+    def prepare() -> None:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
-    mesh.wait_for_all(layout)
-    writer = FileSystemWriter(building / "tensors", single_file_per_rank=True, sync_files=True, thread_count=1)
-    save_tensors(dict(tensors), storage_writer=writer, no_dist=layout.world == 1)
-    if layout.rank == 0:
+
+    def finish() -> None:
         _complete(building, final, step, state)
         for old in complete_steps(root)[:-keep]:
             shutil.rmtree(folder_of(root, old))
-    mesh.wait_for_all(layout)
+
+    try:
+        _on_first(layout, prepare)
+        _write_tensors(building / "tensors", tensors, layout)
+        _on_first(layout, finish)
+    except SaveError as error:
+        if layout.rank == 0:
+            shutil.rmtree(building, ignore_errors=True)
+        free = shutil.disk_usage(root.parent).free / 2**20
+        raise SaveError(f"{final} could not be written, {free:,.0f} MiB are free there: {error}") from error
     return final
 
 
@@ -106,6 +153,22 @@ def read_state(folder: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise UserError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}: upgrade bitlm-dist")
     return state
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Step, tokens, size and time of a complete checkpoint, without reading its tensors.
+
+    Raises:
+        UserError: its description is damaged.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        state = json.loads((folder / "state.json").read_text())
+        size = sum(file["bytes"] for file in manifest.values())
+        saved = (folder / MANIFEST).stat().st_mtime
+        return {"step": state["step"], "tokens": state["tokens"], "bytes": size, "saved": saved, "folder": str(folder)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {folder} is damaged ({error}): {_remedy(folder)}") from None
 
 
 def _remedy(folder: Path) -> str:

@@ -1,11 +1,16 @@
 """The run folder: config, tokenizer, codes, environment, metrics, checkpoints; everything `eval` and `generate` need."""
 
+import errno
+import fcntl
 import json
+import os
 import platform
+import socket
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -19,6 +24,7 @@ from bitlm_dist.files import write_atomically
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS
 
 CODES = "codes.npz"
+LOCK = "run.lock"
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton", "numpy", "bitlm-dist")
 # A resumed run may differ from the saved one in these; anything else would make it another run.
 MAY_CHANGE = (
@@ -48,24 +54,56 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._lock: TextIO | None = None
         self.checkpoints = path / "checkpoints"
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Make the folder this run's, with its config, tokenizer and codes, or refuse; nothing is written if it is refused.
 
+        It is this process's until :meth:`release` or the process's end, however that comes.
+
         Raises:
-            UserError: it holds a run of another config, tokenizer or codes, or files of other origin.
+            UserError: it holds a run of another config, tokenizer or codes, or files of other origin; another process has it; it
+                cannot be written.
         """
         tokenizer = Tokenizer.of_folder(tokenizer_folder)
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
             self._compare_vocabulary(tokenizer, codes)
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
             raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
-        write_atomically(self.path / "config.yaml", to_yaml(config))
-        write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
-        if not (self.path / "tokenizer").is_dir():
-            self._save_vocabulary(tokenizer, codes)
+        try:
+            self._hold()
+            write_atomically(self.path / "config.yaml", to_yaml(config))
+            write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            if not (self.path / "tokenizer").is_dir():
+                self._save_vocabulary(tokenizer, codes)
+        except OSError as error:
+            raise UserError(f"run.dir = {self.path} cannot be written ({error}): free space, or choose another folder") from error
+
+    def _hold(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "another process"
+            lock.close()
+            raise UserError(f"run.dir = {self.path} is in use by {holder}: wait for it, end it, or choose another folder") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks: as good as none
+                raise
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        lock.flush()
+        self._lock = lock
+
+    def release(self) -> None:
+        """Let another process have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def _compare(self, found: Config, wanted: Config) -> None:
         old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))

@@ -1,6 +1,7 @@
 """The training loop."""
 
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from bitlm_dist.training.weights import saved_as, state_name, weight_name
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
 MAX_SKIPPED = 20  # non-finite steps in a row
+MAX_FAILED_SAVES = 3  # in a row
 
 
 class Trainer:
@@ -71,7 +73,7 @@ class Trainer:
         self.device = mesh.device()
         self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
-        self.step = self.tokens = self._skipped = 0
+        self.step = self.tokens = self._skipped = self._failed_saves = 0
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._stop: str | None = None
         if done:
@@ -102,9 +104,15 @@ class Trainer:
                     if log:
                         log.write_evaluation(self._spent(), found)
                 if self.step % self.config.checkpoint.every_steps == 0 and self.step < last:
-                    self.save()
+                    self._try_to_save()
             if self.step not in store.complete_steps(self.folder.checkpoints):
                 self.save()
+        except Exception:
+            time.sleep(0)  # lets Python notice a signal that came inside torch
+            if self._stop and self.layout.world > 1:  # the launcher is ending the job, which is why a peer is gone
+                restore()
+                signal.raise_signal(signal.Signals[self._stop])
+            raise
         finally:
             if log:
                 log.close()
@@ -168,6 +176,20 @@ class Trainer:
         tensors = self._saved(self.engine.weights(), self.engine.state())
         return store.save(self.folder.checkpoints, self.step, tensors, state, self.config.checkpoint.keep, self.layout)
 
+    def _try_to_save(self) -> None:
+        """Save; a disk that is full for a while does not stop training, one that stays so does."""
+        try:
+            self.save()
+        except store.SaveError as error:
+            self._failed_saves += 1
+            if self._failed_saves == MAX_FAILED_SAVES:
+                raise
+            if self.layout.rank == 0:
+                said = f"bitlm: {error}; training goes on ({self._failed_saves} of {MAX_FAILED_SAVES} failed saves in a row end it)"
+                print(said, file=sys.stderr, flush=True)
+        else:
+            self._failed_saves = 0
+
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
@@ -208,5 +230,6 @@ class Trainer:
         return restore
 
     def close(self) -> None:
-        """Let go of the data."""
+        """Let go of the data and of the run folder."""
         self.feed.close()
+        self.folder.release()

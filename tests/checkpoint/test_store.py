@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import pytest
 import torch
@@ -44,6 +45,37 @@ def test_a_save_over_a_half_written_folder_succeeds(tmp_path):
     (tmp_path / "step-00000004").mkdir()
     store.save(tmp_path, 4, tensors(), {}, keep=2)
     assert store.complete_steps(tmp_path) == [4]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one MiB."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    (tmp_path / "checkpoints").mkdir()
+    yield tmp_path / "checkpoints"
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(small_disk):
+    store.save(small_disk, 1, tensors(), {}, keep=1)
+    with pytest.raises(
+        store.SaveError, match=r"step-00000002 could not be written, 1 MiB are free there: .*No space left on device"
+    ):
+        store.save(small_disk, 2, {"a": torch.zeros(2**20)}, {}, keep=1)
+    assert [path.name for path in small_disk.iterdir()] == ["step-00000001"]
+    found = empty()
+    store.read_state(store.folder_of(small_disk, 1))
+    store.load(store.folder_of(small_disk, 1), found)
+    assert torch.equal(found["a"], tensors()["a"])
+    store.save(small_disk, 3, tensors(), {}, keep=1)
+    assert store.complete_steps(small_disk) == [3]
+
+
+def test_a_disk_that_is_read_only_is_named(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk.parent)], check=True)
+    with pytest.raises(store.SaveError, match=r"step-00000002 could not be written, 1 MiB are free there: .*Read-only file system"):
+        store.save(small_disk, 2, tensors(), {}, keep=1)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])

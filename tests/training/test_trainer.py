@@ -80,6 +80,42 @@ def test_metrics_after_the_last_checkpoint_are_forgotten(tiny, tmp_path):
     assert metrics.read_text() == kept
 
 
+def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_gone(tiny, tmp_path):
+    first = Trainer(tiny())
+    with pytest.raises(UserError, match=rf"run.dir = .* is in use by process {os.getpid()} on .*, since .*: wait for it, end it"):
+        Trainer(tiny())
+    first.close()
+    hold = "import sys, time; from pathlib import Path; from bitlm_dist.training.run_folder import RunFolder\n"
+    hold += "folder = RunFolder(Path(sys.argv[1])); folder._hold(); print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", hold, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on "):
+        Trainer(tiny())
+    holder.kill()
+    holder.wait()
+    Trainer(tiny()).close()
+
+
+def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(tiny, tmp_path, monkeypatch, capsys):
+    trainer, plain, asked = Trainer(tiny("--checkpoint.every_steps", "1", "--training.steps", "9")), store.save, []
+
+    def save(root, step, *arguments):
+        asked.append(step)
+        if step in (1, 2, 4, 5, 6):
+            raise store.SaveError(f"step {step}: the disk is full")
+        return plain(root, step, *arguments)
+
+    monkeypatch.setattr(store, "save", save)
+    with pytest.raises(UserError, match="step 6: the disk is full"):
+        trainer.fit()
+    trainer.close()
+    assert asked == [1, 2, 3, 4, 5, 6]
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3]
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bitlm:")]
+    assert len(said) == 4
+    assert said[0].endswith("step 1: the disk is full; training goes on (1 of 3 failed saves in a row end it)")
+
+
 REFUSED = [
     (("--model.backbone.layers", "3"), "a run with model.backbone.layers = 2, now 3"),
     (("--training.seed", "1"), "a run with training.seed = 0, now 1"),

@@ -62,6 +62,7 @@ class Engine:
             else:
                 self.optimizers = Optimizers(named, config.optimizer, layout)
         self.head = ShardedHead(config, self.chunks[-1], layout) if apart else None
+        self._left = 0  # microbatches of the step that the head has not seen
         for chunk in self.chunks:
             chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
 
@@ -120,7 +121,7 @@ class Engine:
         one = self.chunks[0]
         valid = mesh.sum_over_data(target_mask(batch, one.block_size, one.eos).sum()).clamp_min(1)
         count = len(batch.tokens) // self.microbatch
-        self._left = count  # microbatches that the head has not seen
+        self._left = count
         parts = [batch.part(slice(i * self.microbatch, (i + 1) * self.microbatch)) for i in range(count)]
         found: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=partial(self._forward, valid=valid, step=step),

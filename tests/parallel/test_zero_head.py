@@ -12,6 +12,8 @@ from bitlm_dist.training.sharded_head import check_engine
 
 # AdamW divides by the root of a mean square: where a gradient is rounding alone, so is its update, of the size of lr.
 COMMON = ["--optimizer.lr", "5e-4", "--optimizer.clip_norm", "0.3", "--optimizer.weight_decay", "0.1"]
+# every part by a rule of its own
+COMMON += ["--optimizer.head.lr_scale", "0.8", "--optimizer.head.weight_decay", "0.3", "--optimizer.input.lr_scale", "0.5"]
 KINDS = {"AdamW": ["--optimizer.matrices", "adamw"], "Muon": []}
 TWO = {"DP2": []}
 STAGES = {
@@ -40,10 +42,12 @@ def cases_of(layouts, engines, kinds=KINDS):
 
 ZERO = {name: words for name, words in ENGINES.items() if name[-1].isdigit() and name.startswith("ZeRO")}
 TWO_CASES = cases_of(TWO, ENGINES)
+INTERLEAVED = ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"]
 STAGES_CASES = {
     **cases_of(STAGES, ZERO, {"AdamW": KINDS["AdamW"]}),
     **cases_of(STAGES, {name: ZERO[name] for name in ("ZeRO 2", "ZeRO 3")}, {"Muon": KINDS["Muon"]}),
 }
+STAGES_CASES |= cases_of({"PP2 VPP2 DP2": INTERLEAVED}, {"ZeRO 3": ZERO["ZeRO 3"]}, {"AdamW": KINDS["AdamW"]})
 FOUR_CASES = cases_of({"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]})
 
 

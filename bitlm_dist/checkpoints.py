@@ -45,8 +45,9 @@ def verify_command(run: Run) -> None:
 
 def _folders(run: Path) -> list[Path]:
     from bitlm_dist.checkpoint.store import complete_steps, folder_of
+    from bitlm_dist.training.run_folder import RunFolder
 
-    root = run / "checkpoints"
+    root = RunFolder(run).checkpoints
     if not root.is_dir():
         raise UserError(f"{run} is no run folder: it holds no checkpoints/")
     return [folder_of(root, step) for step in complete_steps(root)]

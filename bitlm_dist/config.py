@@ -100,7 +100,7 @@ class HeadConfig(Section):
     engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
     """What shards the head over the ranks of the last stage: DeepSpeed's ZeRO, torch's FSDP2, or nothing (replicated)."""
     zero_stage: int = Field(2, ge=0, le=3)
-    """DeepSpeed: split nothing (0), optimizer state (1), gradients too (2), weights too (3)."""
+    """Split nothing (0), optimizer state (1), gradients too (2), weights too (3); FSDP2 has 2 and 3."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """DeepSpeed: keep optimizer state (stages 1 to 3), or the weights too (stage 3), in the memory of the host."""
 

@@ -64,11 +64,6 @@ class Layout:
         """Place among them."""
         return self.rank // self.tensor % self.replicas
 
-    @property
-    def last(self) -> bool:
-        """Whether this process holds the last stage, and so the head."""
-        return self.pipeline_rank == self.pipeline - 1
-
     def head_ranks(self) -> list[int]:
         """The processes of the last stage: tensor-, context- and data-parallel ones."""
         return list(range(self.world - self.world // self.pipeline, self.world))

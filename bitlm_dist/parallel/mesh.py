@@ -80,12 +80,6 @@ def most_of_all(value: Tensor) -> Tensor:
     return value
 
 
-def wait_for_all(layout: Layout) -> None:
-    """Return when every process of the layout has come here."""
-    if layout.world > 1:
-        dist.barrier()
-
-
 def share_of(local: Tensor, dimension: int, layout: Layout) -> Tensor:
     """A tensor rank's share as part of the whole tensor, for checkpoints; ``local`` itself where there is one tensor rank."""
     if layout.tensor == 1:

@@ -225,23 +225,18 @@ class ZeroHead:
         if self.stage == 0:
             return [Partition(p, [Piece(n, p.shape, 0)], None, p.numel()) for p, n in self._names.items()]
         if self.stage < 3:
-            pairs = zip(self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups, strict=True)
-            return [Partition(flat, self._end_to_end(group), self._group, len(flat)) for flat, group in pairs]
-        pairs = zip(self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups, strict=True)
-        return [Partition(flat, self._shares(group), self._group, len(flat)) for flat, group in pairs]
+            flats, groups = self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups
+        else:
+            flats, groups = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups
+        return [Partition(f, self._pieces(group), self._group, len(f)) for f, group in zip(flats, groups, strict=True)]
 
-    def _end_to_end(self, parameters: list[nn.Parameter]) -> list[Piece]:
+    def _pieces(self, parameters: list[Any]) -> list[Piece]:
+        """Tensors end to end in the table; at stage 3 each has a share of every row instead."""
         found, offset = [], 0
         for p in parameters:
-            found.append(Piece(self._names[p], p.shape, offset))
-            offset += p.numel()
-        return found
-
-    def _shares(self, parameters: list[Any]) -> list[Piece]:
-        found, offset = [], 0
-        for p in parameters:
-            found.append(Piece(self._names[p], p.ds_shape, offset, p.partition_numel()))
-            offset += p.partition_numel()
+            shape, share = (p.ds_shape, p.partition_numel()) if self.stage == 3 else (p.shape, None)
+            found.append(Piece(self._names[p], shape, offset, share))
+            offset += shape.numel() if share is None else share
         return found
 
     @torch.no_grad()

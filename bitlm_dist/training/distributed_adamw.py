@@ -62,7 +62,6 @@ class DistributedAdamW:
                 group["fused"] = True
         (self._inner,) = chained.chained_optimizers
         self._chained, self._named, self.layout = chained, dict(named), layout
-        self.clip_norm = config.clip_norm
         self._averages = Averages(config.ema, {shard.name: shard.flat for shard in self._shards()})
 
     def _shards(self) -> Iterator[Shard]:

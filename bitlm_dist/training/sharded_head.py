@@ -127,10 +127,9 @@ class ShardedHead:
         found = torch.zeros((), dtype=torch.float64, device=mesh.device())
         if self.engine is not None:
             self.engine.reduce()
+            norm = self.engine.norm()  # every rank of the head calls it, one tensor rank counts it
             if self._layout.tensor_rank == 0:
-                found += self.engine.norm() ** 2
-            else:
-                self.engine.norm()
+                found += norm**2
         return float(mesh.sum_over_model(found, self._layout))
 
     def update(self, scale: float, factor: float) -> None:
@@ -163,7 +162,7 @@ class ShardedHead:
     def consolidated(self) -> dict[str, Tensor]:
         """The whole fp32 weights by name; every rank of the head calls it, on others there are none."""
         found: dict[str, Tensor] = {}
-        for partition, _ in self._parts():
+        for partition in [] if self.engine is None else self.engine.partitions():
             table = partition.table(partition.flat)
             found |= {piece.name: piece.read(table) for piece in partition.pieces}
         return found

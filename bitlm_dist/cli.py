@@ -78,7 +78,7 @@ def _train(config: Config, resume: bool, layout: "Layout") -> None:
     trainer = Trainer(config, resume, layout)
     speaks = layout.rank == 0
     begun, steps = trainer.step, config.training.steps
-    if begun >= steps:
+    if trainer.done:
         if speaks:
             say(f"{config.run.dir} is trained: step {begun} of {steps}")
         trainer.close()

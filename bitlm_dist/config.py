@@ -222,10 +222,20 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """Saving."""
 
-    every_steps: int = Field(1000, ge=1)
-    """Save every so many steps, and at the end."""
+    every_steps: int = Field(1000, ge=0)
+    """Save every so many steps, and at the end; 0: only at the end."""
+    every_minutes: float = Field(0.0, ge=0)
+    """Save when so much time has passed since the last save began, too; 0: never."""
     keep: int = Field(2, ge=1)
-    """Newest checkpoints to keep."""
+    """Newest healthy checkpoints to keep; one whose next step has not been taken is kept beside them."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Keep the healthy checkpoints of steps divisible by this for ever; 0: none."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written; every rank copies its share into host memory first."""
+    fallback: bool = False
+    """Where the newest checkpoint is damaged, go on from the newest one that is whole and was healthy."""
+    new_global_batch: bool = False
+    """Let a resumed run have another training.global_batch_tokens; data and steps go on from where they are."""
 
 
 class EvaluationConfig(Section):

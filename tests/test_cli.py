@@ -46,17 +46,35 @@ def test_checkpoints_are_listed_and_verified(trained):
     folder = trained / "checkpoints" / "step-00000003"
     assert listed["step"] == 3
     assert listed["folder"] == str(folder)
-    assert listed["bytes"] == sum(f.stat().st_size for f in folder.rglob("*") if f.is_file() and f.name != "manifest.json")
+    assert listed["bytes"] == sum(f.stat().st_size for f in folder.iterdir() if f.name != "manifest.json")
+    assert listed["healthy"] is None
     assert "step-00000003" in run("checkpoint", "list", trained)
     assert "whole" in run("checkpoint", "verify", trained)
     state = folder / "state.json"
     state.write_text(state.read_text().replace("3", "4", 1))
     assert "damaged" in run("checkpoint", "verify", trained, code=1)
     state.unlink()
-    with pytest.raises(UserError, match="step-00000003 is damaged"):
-        run("checkpoint", "list", trained)
+    assert "step-00000003 is damaged" in run("checkpoint", "list", trained)
     with pytest.raises(UserError, match="is no run folder"):
         run("checkpoint", "list", trained / "tokenizer")
+
+
+def test_checkpoints_are_compared_exported_and_imported(trained, tiny, prepared, tmp_path):
+    step = trained / "checkpoints" / "step-00000003"
+    assert "differ" in run("checkpoint", "diff", trained, step)
+    run("train", tiny.file, "--run.dir", tmp_path / "other", "--data.path", prepared, "--training.steps=3", "--training.seed=1")
+    found = json.loads(run("checkpoint", "diff", trained, tmp_path / "other", "--json", code=1))
+    assert found["state"]["training.seed"] == [0, 1]
+    assert found["tensors"]["weights"] == found["tensors"]["step"] + found["tensors"]["momentum_buffer"]
+    assert "that differ most" in run("checkpoint", "diff", trained, tmp_path / "other", code=1)
+    assert "MiB of weights" in run("checkpoint", "export", trained, tmp_path / "out")
+    run("checkpoint", "import", tmp_path / "out", tmp_path / "back")
+    words = ("--json", "--evaluation.strata", "3", "--evaluation.sequences=8")
+    reports = [json.loads(run("eval", folder, *words)) for folder in (trained, tmp_path / "back")]
+    assert reports[0].pop("run") != reports[1].pop("run")
+    assert reports[0] == reports[1]
+    with pytest.raises(UserError, match="is no run folder"):
+        run("checkpoint", "diff", trained, tmp_path / "out")
 
 
 def test_print_config_shows_values_and_sources(tiny):

@@ -1,37 +1,43 @@
 """Checkpoints: one folder each, complete or absent.
 
-Tensors are written by torch.distributed.checkpoint, keyed by parameter name with global shapes, so the format does not know the
-layout that wrote it. A folder is built beside its place, flushed, given a manifest with the size and SHA-256 of every file, and
-renamed::
+A folder is built beside its place, flushed, given a manifest with the size and SHA-256 of every file, and renamed::
 
-    checkpoints/step-00000120/
-        tensors/         torch.distributed.checkpoint
-        state.json       step, tokens, position in the data, fingerprint, versions
-        manifest.json    size and hash of every other file
+    checkpoints/
+        step-00000120/
+            rank-00000.safetensors …   slices of tensors (tensors.py)
+            index.json                 which file holds which slice
+            state.json                 step, tokens, position in the data and its fingerprint, config, versions
+            manifest.json              format; size and hash of every other file
+            health.json                written once the step after it is known (retention.py)
+        latest -> step-00000120
+
+The format does not know the layout that wrote it, and nothing in it is ever executed: numbers are safetensors, the rest is JSON.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
-from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from bitlm_dist.checkpoint import tensors as tensor_files
+from bitlm_dist.checkpoint.tensors import INDEX, Entry, Written, index_of
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, write_atomically
-from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import ALONE, Layout
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+FORMAT = 2
+MANIFEST, STATE, HEALTH, LATEST = "manifest.json", "state.json", "health.json", "latest"
+STEP = re.compile(r"step-(\d{8,})")
+HIDDEN = (".*.partial", ".*.removed")  # what a killed process may have left
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; those before it are as they were."""
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -41,157 +47,166 @@ def folder_of(root: Path, step: int) -> Path:
 
 def complete_steps(root: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
-    return sorted(int(path.parent.name[5:]) for path in root.glob(f"step-*/{MANIFEST}"))
+    found = (STEP.fullmatch(path.parent.name) for path in root.glob(f"*/{MANIFEST}") if not path.parent.is_symlink())
+    return sorted(int(match[1]) for match in found if match)
 
 
-class SaveError(UserError):
-    """A checkpoint could not be written; those before it are as they were."""
+def begin(root: Path, step: int) -> Path:
+    """Make the folder that a checkpoint is built in, and remove what killed processes left."""
+    for pattern in HIDDEN:
+        for rubbish in root.glob(pattern):
+            shutil.rmtree(rubbish)
+    building = building_of(root, step)
+    building.mkdir(parents=True)
+    return building
 
 
-def _on_first(layout: Layout, action: Callable[[], None]) -> None:
-    """Rank 0 does it; where that fails every rank raises :class:`SaveError`, so that none waits for the others."""
-    problem = ""
-    if layout.rank == 0:
-        try:
-            action()
-        except OSError as error:
-            problem = str(error)
-    failed = torch.tensor(bool(problem), dtype=torch.int32, device=mesh.device())
-    if int(mesh.most_of_all(failed) if layout.world > 1 else failed):
-        raise SaveError(problem or "rank 0 could not write")
+def building_of(root: Path, step: int) -> Path:
+    """Where the checkpoint of a step is built."""
+    return root / f".step-{step:08d}.partial"
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], layout: Layout) -> None:
-    """Every rank its part; if one fails, all raise :class:`SaveError`."""
-    writer = FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
-    try:
-        save_tensors(dict(tensors), storage_writer=writer, no_dist=layout.world == 1)
-    except CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise SaveError(f"rank {rank}: {_first_cause(cause)}") from error
+def file_of(rank: int) -> str:
+    """The file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: torch's writer stumbles over a file that the disk had no room for, and says only that."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def save(
-    root: Path,
-    step: int,
-    tensors: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    keep: int,
-    layout: Layout = ALONE,
+def complete(
+    root: Path, step: int, state: Mapping[str, Any], shares: Sequence[Sequence[Entry]], written: Iterable[Written]
 ) -> Path:
-    """Write the checkpoint of ``step`` and remove all but the newest ``keep``; every process of the layout calls it.
+    """All ranks have written their files: describe the folder and put it in its place.
 
     Args:
-        root: the run's ``checkpoints`` folder.
-        tensors: by name; saved with shape and dtype. A name that several processes give is the same tensor, or shares of it.
         state: JSON values.
-
-    Raises:
-        SaveError: on every rank, if one could not write.
+        shares, written: what each rank has written.
     """
-    final = folder_of(root, step)
-    building = root / f".{final.name}.partial"
-
-    def prepare() -> None:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-
-    def finish() -> None:
-        _complete(building, final, step, state)
-        for old in complete_steps(root)[:-keep]:
-            shutil.rmtree(folder_of(root, old))
-
-    try:
-        _on_first(layout, prepare)
-        _write_tensors(building / "tensors", tensors, layout)
-        _on_first(layout, finish)
-    except SaveError as error:
-        if layout.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-        free = shutil.disk_usage(root.parent).free / 2**20
-        raise SaveError(f"{final} could not be written, {free:,.0f} MiB are free there: {error}") from error
+    building, final = building_of(root, step), folder_of(root, step)
+    files = {file_of(rank): found._asdict() for rank, found in enumerate(written)}
+    texts = {
+        INDEX: index_of({file_of(rank): entries for rank, entries in enumerate(shares)}),
+        STATE: json.dumps({"step": step, **state}, indent=1) + "\n",
+    }
+    for name, text in texts.items():
+        write_atomically(building / name, text)
+        files[name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    write_atomically(building / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
+    if final.exists():  # incomplete, or a rerun of the same step
+        remove(final)
+    building.rename(final)
+    sync_folder(root)
+    link = root / f".{LATEST}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    link.rename(root / LATEST)
     return final
 
 
-def _complete(building: Path, final: Path, step: int, state: Mapping[str, Any]) -> None:
-    """All tensors are written: describe the folder and put it in its place."""
-    write_atomically(building / "state.json", json.dumps({"format": FORMAT, "step": step, **state}, indent=1) + "\n")
-    files = {str(f.relative_to(building)): _describe(f) for f in sorted(building.rglob("*")) if f.is_file()}
-    write_atomically(building / MANIFEST, json.dumps(files, indent=1) + "\n")
-    if final.exists():  # incomplete, or a rerun of the same step
-        shutil.rmtree(final)
-    building.rename(final)
-    sync_folder(final.parent)
+def abandon(root: Path, step: int) -> None:
+    """A save failed: leave nothing of it."""
+    shutil.rmtree(building_of(root, step), ignore_errors=True)
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Verify every file of a checkpoint against its manifest and return its JSON state.
+def remove(folder: Path) -> None:
+    """Remove a checkpoint; whenever this is interrupted, no half of it is taken for a whole."""
+    hidden = folder.with_name(f".{folder.name}.removed")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def save(root: Path, step: int, entries: Sequence[Entry], tensors: Iterable[Tensor], state: Mapping[str, Any]) -> Path:
+    """Write a checkpoint from one process, which has all of it."""
+    written = tensor_files.write(begin(root, step) / file_of(0), entries, tensors)
+    return complete(root, step, state, [entries], [written])
+
+
+def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
+    """Hash the files of a checkpoint, or every ``parts``-th of them from number ``part`` on, and compare with the manifest.
 
     Raises:
-        UserError: it is incomplete, a file is missing or damaged, or its format is newer than this version.
+        UserError: it is incomplete or of another format, or a file is missing or damaged.
+    """
+    files = read_manifest(folder)
+    for name in sorted(files)[part::parts]:
+        file, expected = folder / name, files[name]
+        if not file.is_file():
+            raise UserError(f"checkpoint file {file} is missing: {_remedy(folder)}")
+        if os.path.getsize(file) != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            raise UserError(f"checkpoint file {file} is damaged: {_remedy(folder)}")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Size and hash of every file.
+
+    Raises:
+        UserError: it is missing, damaged, or of another format.
     """
     if not (folder / MANIFEST).is_file():
         raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except ValueError:
+        found = int(manifest.get("format", 1))
+        if found == FORMAT:
+            return dict(manifest["files"])
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise UserError(f"checkpoint file {folder / MANIFEST} is damaged: {_remedy(folder)}") from None
-    for name, expected in manifest.items():
-        file = folder / name
-        if not file.is_file():
-            raise UserError(f"checkpoint file {file} is missing: {_remedy(folder)}")
-        if _describe(file) != expected:
-            raise UserError(f"checkpoint file {file} is damaged: {_remedy(folder)}")
-    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    if state["format"] > FORMAT:
-        raise UserError(f"{folder} has format {state['format']}, this version reads up to {FORMAT}: upgrade bitlm-dist")
+    advice = "upgrade bitlm-dist" if found > FORMAT else "go on with the version that wrote it"
+    raise UserError(f"{folder} has format {found}, this version reads format {FORMAT}: {advice}")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Step, tokens, position in the data and so on, of a checkpoint that :func:`verify` has found whole."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Step, tokens, size and time of a complete checkpoint, without reading its tensors.
+    """Step, tokens, size, time and health of a complete checkpoint, without reading its tensors.
 
     Raises:
         UserError: its description is damaged.
     """
+    files = read_manifest(folder)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        state = json.loads((folder / "state.json").read_text())
-        size = sum(file["bytes"] for file in manifest.values())
-        saved = (folder / MANIFEST).stat().st_mtime
-        return {"step": state["step"], "tokens": state["tokens"], "bytes": size, "saved": saved, "folder": str(folder)}
+        state = read_state(folder)
+        return {
+            "step": state["step"],
+            "tokens": state["tokens"],
+            "bytes": sum(file["bytes"] for file in files.values()),
+            "saved": (folder / MANIFEST).stat().st_mtime,
+            "healthy": read_health(folder),
+            "folder": str(folder),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {folder} is damaged ({error}): {_remedy(folder)}") from None
 
 
+def read_health(folder: Path) -> bool | None:
+    """Whether loss and gradient norm were finite in its step and the next one; None: that step has not been taken."""
+    try:
+        return bool(json.loads((folder / HEALTH).read_text())["healthy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_health(folder: Path, healthy: bool) -> None:
+    """See :func:`read_health`."""
+    write_atomically(folder / HEALTH, json.dumps({"healthy": healthy}) + "\n")
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a damaged checkpoint out of the way of those that are saved and removed from now on -> where it is now."""
+    aside = folder.with_name(f"damaged-{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return folder.rename(aside)
+
+
 def _remedy(folder: Path) -> str:
-    return f"remove {folder} to go on from an older checkpoint"
+    return f"remove {folder} or set checkpoint.fallback = true to go on from an older checkpoint"
 
 
-def load(folder: Path, tensors: Mapping[str, Tensor], layout: Layout = ALONE) -> None:
-    """Copy the tensors of a checkpoint that :func:`read_state` has verified into ``tensors``; every process takes its part.
-
-    Raises:
-        UserError: a tensor is missing or has another shape.
-    """
-    reader = FileSystemReader(folder / "tensors")
-    saved = reader.read_metadata().state_dict_metadata
-    for name, tensor in tensors.items():
-        shape = getattr(saved.get(name), "size", None)
-        if shape != tensor.shape:
-            found = "is missing" if shape is None else f"has shape {tuple(shape)}"
-            raise UserError(f"{folder}: {name} {found}, the model has {tuple(tensor.shape)}: it is a checkpoint of another model")
-    load_tensors(dict(tensors), storage_reader=reader, no_dist=layout.world == 1)
-
-
-def _describe(file: Path) -> dict[str, Any]:
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"bytes": os.path.getsize(file), "sha256": digest}
+        return hashlib.file_digest(stream, "sha256").hexdigest()

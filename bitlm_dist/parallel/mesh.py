@@ -1,6 +1,7 @@
 """The process group and Megatron's model-parallel groups of this process."""
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -80,15 +81,20 @@ def most_of_all(value: Tensor) -> Tensor:
     return value
 
 
-def share_of(local: Tensor, dimension: int, layout: Layout) -> Tensor:
-    """A tensor rank's share as part of the whole tensor, for checkpoints; ``local`` itself where there is one tensor rank."""
-    if layout.tensor == 1:
-        return local
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard
+def from_first(value: Any, layout: Layout) -> Any:
+    """An object of rank 0's, on every process."""
+    found = [value]
+    if layout.world > 1:
+        dist.broadcast_object_list(found, src=0)
+    return found[0]
 
-    tensor_mesh = DeviceMesh.from_group(tensor_group(), local.device.type)
-    return DTensor.from_local(local, tensor_mesh, [Shard(dimension)], run_check=False)
+
+def from_all(value: Any, layout: Layout) -> list[Any]:
+    """Every process's object, in the order of ranks, on every process."""
+    found: list[Any] = [value] * layout.world
+    if layout.world > 1:
+        dist.all_gather_object(found, value)
+    return found
 
 
 def data_group() -> dist.ProcessGroup:

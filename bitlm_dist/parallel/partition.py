@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.sliced import Sliced
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,13 @@ class Partition:
     def _own(self, table: Tensor) -> Tensor:
         return table[self.rank, : self.flat.numel()].view_as(self.flat)
 
-    def row_of(self, wholes: dict[str, Tensor]) -> Tensor:
-        """This rank's row of the table that holds the whole tensors, by name."""
-        table = torch.zeros(self.ranks, self.length, dtype=self.flat.dtype, device=self.flat.device)
-        for piece in self.pieces:
-            piece.write(table, wholes[piece.name].to(table))
-        return self._own(table)
+    def sliced(self, piece: Piece, row: Tensor) -> Sliced:
+        """What this rank's ``row``, which lies as ``flat`` does, holds of a tensor."""
+        row, size = row.detach().view(-1), piece.shape.numel()
+        if piece.share is None:
+            begin = self.rank * self.length  # of the row in the table
+            first, last = max(piece.offset, begin), min(piece.offset + size, begin + self.length)
+            return Sliced.of_range(piece.shape, first - piece.offset, row[first - begin : max(first, last) - begin])
+        first = self.rank * piece.share
+        count = max(0, min(piece.share, size - first))
+        return Sliced.of_range(piece.shape, first, row[piece.offset : piece.offset + count])

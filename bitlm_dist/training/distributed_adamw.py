@@ -11,6 +11,7 @@ from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.optimizer import AVERAGE, MASTER, Averages, rule_of, sum_of_squares
 
@@ -99,32 +100,20 @@ class DistributedAdamW:
         average = self._averages.by_name.get(shard.name)
         return slots if average is None else {**slots, AVERAGE: average}
 
-    def state(self) -> dict[str, Tensor]:
-        """See :meth:`Optimizers.state`: whole tensors, gathered from the data-parallel ranks."""
+    def state(self) -> dict[str, Sliced]:
+        """See :meth:`Optimizers.state`: what this rank has of each tensor."""
         found = {}
-        shards = {shard.name: shard for shard in self._shards()}
-        for name, parameter in self._named.items():
-            step = torch.zeros((), device=parameter.device)
-            flat = {slot: torch.zeros(parameter.numel(), device=parameter.device) for slot in self._saved}
-            if name in shards:
-                slots = self._slots(shards[name])
-                step += slots["step"]
-                for slot, whole in flat.items():
-                    whole[shards[name].place] = slots[slot]
-            torch.distributed.all_reduce(step, torch.distributed.ReduceOp.MAX, group=mesh.data_group())
-            for slot, whole in flat.items():
-                torch.distributed.all_reduce(whole, group=mesh.data_group())
-                found[f"{name}.{slot}"] = whole.view_as(parameter)
-            found[f"{name}.step"] = step
+        for shard in self._shards():
+            slots, shape = self._slots(shard), self._named[shard.name].shape
+            found[f"{shard.name}.step"] = Sliced.whole(slots["step"])
+            for slot in self._saved:
+                found[f"{shard.name}.{slot}"] = Sliced.of_range(shape, shard.place.start, slots[slot])
         return found
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Sliced]) -> None:
         """See :meth:`Optimizers.restore`."""
         for shard in self._shards():
-            fused_adam.set_step(self._inner.optimizer, shard.flat, shard.group, state[f"{shard.name}.step"])
-            slots = self._slots(shard)
-            for slot in self._saved:
-                slots[slot].copy_(state[f"{shard.name}.{slot}"].flatten()[shard.place])
+            fused_adam.set_step(self._inner.optimizer, shard.flat, shard.group, state[f"{shard.name}.step"].tensor)
 
 
 def _rules(named: Mapping[str, nn.Parameter], config: OptimizerConfig) -> dict[Any, Any]:

@@ -16,6 +16,7 @@ from bitlm_dist.model.initialization import global_names, split_dimension
 from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout, check_batch
+from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.optimizer import Optimizers, schedule_factor, step_together
 from bitlm_dist.training.sharded_head import ShardedHead, held_back, is_sharded
@@ -78,25 +79,27 @@ class Engine:
     def evaluating(self) -> Iterator[LanguageModel]:
         """The whole model, ready to be evaluated, where one process holds all but shares of its head; every process calls it."""
         with self.head.whole() if self.head is not None else nullcontext():
-            yield self.model.eval()
-        self.model.train()
+            try:
+                yield self.model.eval()
+            finally:
+                self.model.train()
 
-    def weights(self) -> dict[str, Tensor]:
-        """The weights by their names in the whole model, as a checkpoint holds them: to be saved, or to be loaded into."""
+    def weights(self) -> dict[str, Sliced]:
+        """What this process holds of the weights, by their names in a checkpoint: to be saved, or to be loaded into."""
         tensors = model_tensors(self.chunks)
         if self.head is not None:
             tensors = {n: t for n, t in tensors.items() if not n.startswith(HEAD)} | self.head.weights()
         return tensors
 
-    def state(self) -> dict[str, Tensor]:
-        """The optimizers' state, ``NAME.SLOT``: to be saved, or to be loaded into."""
+    def state(self) -> dict[str, Sliced]:
+        """What this process holds of the optimizers' state, ``NAME.SLOT``: to be saved, or to be loaded into."""
         return self.optimizers.state() | ({} if self.head is None else self.head.state())
 
-    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Sliced]) -> None:
         """Take over what was loaded into the tensors of :meth:`weights` and :meth:`state`."""
         self.optimizers.restore(state)
         if self.head is not None:
-            self.head.restore(weights, state)
+            self.head.restore()
 
     def _count(self, named: Mapping[str, nn.Parameter]) -> int:
         """Parameters of the whole model."""

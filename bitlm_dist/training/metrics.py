@@ -1,14 +1,16 @@
-"""One object a step in metrics.jsonl, one an evaluation in evaluations.jsonl; TensorBoard and Weights & Biases on request."""
+"""One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bitlm_dist.checkpoint.saver import Saved
 from bitlm_dist.config import LoggingConfig
 from bitlm_dist.errors import UserError
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
+METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
 
 
 class MetricsLog:
@@ -16,7 +18,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path, config: LoggingConfig) -> None:
         self._lines = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._evaluations = folder / EVALUATIONS
+        self._evaluations, self._saves = folder / EVALUATIONS, folder / SAVES
         self._board: Any = None
         self._wandb: Any = None
         if config.tensorboard:
@@ -42,6 +44,12 @@ class MetricsLog:
         numbers = {f"validation/{name}": value for name, value in report.items() if isinstance(value, float)}
         self._publish({"step": spent["step"], **numbers})
 
+    def write_save(self, saved: Saved) -> None:
+        """Record a completed checkpoint."""
+        with self._saves.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(saved)) + "\n")
+        self._publish({"step": saved.step, **{f"checkpoint/{n}": v for n, v in asdict(saved).items() if n != "step"}})
+
     def _publish(self, metrics: Mapping[str, Any]) -> None:
         step = metrics["step"]
         for name, value in metrics.items():
@@ -57,3 +65,19 @@ class MetricsLog:
             self._board.close()
         if self._wandb:
             self._wandb.finish()
+
+
+class NoLog:
+    """Takes what :class:`MetricsLog` takes, on ranks that keep no log."""
+
+    def write(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def write_save(self, saved: Saved) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""

@@ -12,6 +12,7 @@ from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.model.initialization import split_dimension
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout
+from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.muon import Muon
 
@@ -213,7 +214,7 @@ class Optimizers:
                 for parameter in group["params"]:
                     yield names[id(parameter)], parameter, optimizer, group
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Sliced]:
         """Optimizer state by parameter name, ``NAME.SLOT``, to be saved, or to be loaded into and given to :meth:`restore`.
 
         Of weights in bf16 the slot ``master`` holds the fp32 copy; ``ema`` is the moving average, where one is kept.
@@ -226,13 +227,13 @@ class Optimizers:
             else:
                 slots = fused_adam.fill(optimizer, parameter, group)
             found |= {f"{name}.{slot}": value for slot, value in slots.items()}
-        return found
+        return {name: Sliced.whole(tensor) for name, tensor in found.items()}
 
-    def restore(self, state: Mapping[str, Tensor]) -> None:
+    def restore(self, state: Mapping[str, Sliced]) -> None:
         """Take over what was loaded into :meth:`state`'s tensors: all but step counts are the optimizers' own."""
         for name, parameter, optimizer, group in self._tensors():
             if not isinstance(optimizer, Muon):
-                fused_adam.set_step(optimizer, parameter, group, state[f"{name}.step"])
+                fused_adam.set_step(optimizer, parameter, group, state[f"{name}.step"].tensor)
 
 
 def schedule_factor(config: OptimizerConfig, step: int, steps: int) -> float:

@@ -21,7 +21,8 @@ from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
-from bitlm_dist.training.metrics import EVALUATIONS, METRICS
+from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
+from bitlm_dist.training.stopping import STOP_FILE
 
 CODES = "codes.npz"
 LOCK = "run.lock"
@@ -42,7 +43,7 @@ MAY_CHANGE = (
     "data.cache",
     "data.path",
 )
-LENGTHEN = "training.steps"
+LENGTHEN, BATCH = "training.steps", "training.global_batch_tokens"
 
 
 class RunFolder:
@@ -56,6 +57,7 @@ class RunFolder:
         self.path = path
         self._lock: TextIO | None = None
         self.checkpoints = path / "checkpoints"
+        self.stop_file = path / STOP_FILE
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Make the folder this run's, with its config, tokenizer and codes, or refuse; nothing is written if it is refused.
@@ -74,6 +76,7 @@ class RunFolder:
             raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
         try:
             self._hold()
+            self.stop_file.unlink(missing_ok=True)  # it was meant for a process that is gone
             write_atomically(self.path / "config.yaml", to_yaml(config))
             write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
@@ -109,8 +112,12 @@ class RunFolder:
         old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))
         for key, value in new.items():
             lengthened = key == LENGTHEN and wanted.optimizer.schedule == "constant"
-            if old.get(key) != value and not key.startswith(MAY_CHANGE) and not lengthened:
-                note = " (the schedule depends on it)" if key == LENGTHEN else ""
+            allowed = lengthened or (key == BATCH and wanted.checkpoint.new_global_batch)
+            if old.get(key) != value and not key.startswith(MAY_CHANGE) and not allowed:
+                note = {
+                    LENGTHEN: " (the schedule depends on it)",
+                    BATCH: " (checkpoint.new_global_batch = true allows it)",
+                }.get(key, "")
                 raise UserError(
                     f"run.dir = {self.path} holds a run with {key} = {old.get(key)}, now {value}{note}: "
                     "choose another run.dir or the same value"
@@ -144,11 +151,17 @@ class RunFolder:
 
     def drop_metrics_after(self, step: int) -> None:
         """Forget metrics of steps that a killed run took after its last checkpoint."""
-        for file in (self.path / METRICS, self.path / EVALUATIONS):
+        for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / SAVES):
             lines = file.read_text().splitlines() if file.is_file() else []
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(line + "\n" for line in kept))
+
+    def last_evaluation(self, step: int) -> int:
+        """The last step up to ``step`` that an evaluation is on record for; 0: none."""
+        file = self.path / EVALUATIONS
+        steps = [_step_of(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        return int(max((s for s in steps if s <= step), default=0))
 
 
 def _step_of(line: str) -> float:

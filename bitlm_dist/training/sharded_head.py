@@ -1,6 +1,6 @@
 """The head as a part of the model that something else than Megatron shards: `head.engine` says what."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.fsdp_head import FsdpHead
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.partition import Partition
+from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.parallel.zero_head import ZeroHead, check_deepspeed
 from bitlm_dist.training.head_optimizer import HeadOptimizer
 from bitlm_dist.training.optimizer import AVERAGE, MASTER, Averages, groups_of
@@ -167,9 +168,10 @@ class ShardedHead:
             found |= {piece.name: piece.read(table) for piece in partition.pieces}
         return found
 
-    def weights(self) -> dict[str, Tensor]:
-        """:meth:`consolidated` in the precision that the model computes in."""
-        return {name: whole.to(self._dtype) for name, whole in self.consolidated().items()}
+    def weights(self) -> dict[str, Sliced]:
+        """What this rank holds of the weights, in the precision that the model computes in; in fp32 the partitions themselves."""
+        pieces = ((p, piece) for p, _ in self._parts() for piece in p.pieces)
+        return {piece.name: p.sliced(piece, p.flat).to(self._dtype) for p, piece in pieces}
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -178,32 +180,25 @@ class ShardedHead:
             yield
             return
         sharded, copy = self._model.head, DiffusionHead(self._config, self._model.codes.bits).to(mesh.device(), self._dtype)
-        copy.load_state_dict({name.removeprefix("head."): tensor for name, tensor in self.weights().items()})
+        copy.load_state_dict({name.removeprefix("head."): whole.to(self._dtype) for name, whole in self.consolidated().items()})
         self._model.head = copy
         try:
             yield
         finally:
             self._model.head = sharded
 
-    def state(self) -> dict[str, Tensor]:
-        """Whole tensors ``NAME.SLOT`` as :meth:`Optimizers.state` has them; every rank of the head calls it."""
-        found: dict[str, Tensor] = {}
+    def state(self) -> dict[str, Sliced]:
+        """``NAME.SLOT`` as :meth:`Optimizers.state` has them: what this rank's partitions hold."""
+        found: dict[str, Sliced] = {}
         for partition, slots in self._parts():
             masters = {MASTER: partition.flat} if self._dtype != torch.float32 else {}
             for slot, value in {**slots, **masters}.items():
-                table = partition.table(value) if slot != STEP else None
                 for piece in partition.pieces:
-                    found[f"{piece.name}.{slot}"] = value.clone() if table is None else piece.read(table)
+                    sliced = Sliced.whole(value) if slot == STEP else partition.sliced(piece, value)
+                    found[f"{piece.name}.{slot}"] = sliced
         return found
 
-    @torch.no_grad()
-    def restore(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Take over what was loaded into the tensors of :meth:`weights` and :meth:`state`."""
-        for partition, slots in self._parts():
-            names = [piece.name for piece in partition.pieces]
-            partition.flat.copy_(partition.row_of({n: state.get(f"{n}.{MASTER}", weights[n]) for n in names}))
-            for slot, value in slots.items():
-                loaded = {n: state[f"{n}.{slot}"] for n in names}
-                value.copy_(loaded[names[0]] if slot == STEP else partition.row_of(loaded))
+    def restore(self) -> None:
+        """Take over what was loaded into the slices of :meth:`weights` and :meth:`state`."""
         if self.engine is not None:
             self.engine.publish()

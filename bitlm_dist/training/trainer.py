@@ -1,37 +1,40 @@
 """The training loop."""
 
 import signal
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.config import Config
+from bitlm_dist.data.ahead import Ahead
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import check_machine
-from bitlm_dist.model.language_model import LanguageModel
+from bitlm_dist.model.language_model import Batch, LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
+from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.engine import Engine
-from bitlm_dist.training.metrics import MetricsLog
+from bitlm_dist.training.metrics import MetricsLog, NoLog
 from bitlm_dist.training.run_folder import RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
+from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.weights import saved_as, state_name, weight_name
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
 MAX_SKIPPED = 20  # non-finite steps in a row
-MAX_FAILED_SAVES = 3  # in a row
 
 
 class Trainer:
@@ -73,69 +76,104 @@ class Trainer:
         self.device = mesh.device()
         self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
-        self.step = self.tokens = self._skipped = self._failed_saves = 0
+        self.step = self.tokens = self._skipped = self._sequence = 0  # ``_sequence``: the next one to be read
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
-        self._stop: str | None = None
-        if done:
-            self._load(store.folder_of(self.folder.checkpoints, done[-1]))
+        self._finite = True  # loss and gradient norm of the last step
+        self._evaluated = 0  # the last step that was
+        self._stop = StopRequests(self.folder.stop_file, layout.rank)
+        self._stopped_by: str | None = None
+        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
+        found = self.checkpoints.find()
+        if found is not None:
+            self._load(*found)
         if layout.rank == 0:
             self.folder.drop_metrics_after(self.step)
+        self._batches = Ahead(self._fetcher(self.step, self._sequence))
 
     def fit(self, until: int | None = None, observe: Observer | None = None, evaluate: Evaluator | None = None) -> None:
-        """Train to step ``until`` (default: the end); save when due, at the end, and when a signal asks to stop.
+        """Train to step ``until`` (default: the end); save when due, at the end, and when something asks to stop.
 
         Args:
             observe: called with every step's metrics.
             evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
-        log = MetricsLog(self.folder.path, self.config.logging) if self.layout.rank == 0 else None
-        restore = self._catch_signals()
-        try:
-            while self.step < last and not self._stopping():
-                metrics = self.train_step()
-                if log:
+        with StopRequests(self.folder.stop_file, self.layout.rank) as self._stop, self._logs() as log:
+            try:
+                self._evaluate_if_due(evaluate, log)  # one that a stop cut short
+                while self.step < last:
+                    began = time.perf_counter(), time.process_time()
+                    batch = self._next_batch()
+                    save_due = self._agree()
+                    if batch is None or self._stopped_by:
+                        break
+                    metrics = self._train_on(batch, *began)
                     log.write(metrics)
-                if observe:
-                    observe(metrics)
-                if evaluate and self._evaluation_due():
-                    with self.engine.evaluating() as model:
-                        found = evaluate(model)
-                    if log:
-                        log.write_evaluation(self._spent(), found)
-                if self.step % self.config.checkpoint.every_steps == 0 and self.step < last:
-                    self._try_to_save()
-            if self.step not in store.complete_steps(self.folder.checkpoints):
-                self.save()
-        except Exception:
-            time.sleep(0)  # lets Python notice a signal that came inside torch
-            if self._stop and self.layout.world > 1:  # the launcher is ending the job, which is why a peer is gone
-                restore()
-                signal.raise_signal(signal.Signals[self._stop])
-            raise
-        finally:
-            if log:
-                log.close()
-            restore()
+                    if observe:
+                        observe(metrics)
+                    self._evaluate_if_due(evaluate, log)
+                    if save_due or self._due(self.config.checkpoint.every_steps):
+                        self._save(wait=self.step == last)
+                self._save_finally()
+            except Exception:
+                self._give_way()
+                raise
 
-    def _stopping(self) -> bool:
-        """Whether a signal has reached any process: all of them stop after the same step."""
-        if self.layout.world > 1:
-            asked = torch.tensor(signal.Signals[self._stop].value if self._stop else 0, device=self.device)
-            found = int(mesh.most_of_all(asked))
-            self._stop = signal.Signals(found).name if found else None
-        return self._stop is not None
+    @contextmanager
+    def _logs(self) -> Iterator[MetricsLog | NoLog]:
+        log = MetricsLog(self.folder.path, self.config.logging) if self.layout.rank == 0 else NoLog()
+        self.checkpoints.report = log.write_save
+        try:
+            yield log
+        finally:
+            log.close()
+
+    def _next_batch(self) -> Batch | None:
+        """The next step's data; None: something asked to stop while it did not come."""
+        try:
+            with self._stop.interruptible():
+                return self._batches.get(self.step)
+        except Interrupted:
+            return None
+
+    def _agree(self) -> bool:
+        """Between two steps all processes agree to stop or to go on, and complete a save that all have written.
+
+        Returns:
+            Whether time for the next save has come by the first rank's clock.
+        """
+        overdue = self.checkpoints.overdue and self.layout.rank == 0
+        wishes = torch.tensor([self._stop.code, self.checkpoints.saver.writing, overdue], device=self.device)
+        stop, writing, save = (mesh.most_of_all(wishes) if self.layout.world > 1 else wishes).tolist()
+        self._stopped_by = name_of(stop)
+        if self.checkpoints.saver.pending and not writing:
+            self.checkpoints.complete()
+        return bool(save)
+
+    def _give_way(self) -> None:
+        """If the launcher is ending the job, which is why a peer is gone, end as it wishes and say nothing."""
+        time.sleep(0)  # lets Python notice a signal that came inside torch
+        number = self._stop.code
+        if number in SIGNALS and self.layout.world > 1:
+            self._stop.restore()
+            signal.raise_signal(signal.Signals(number))
 
     @property
     def stopped_by(self) -> str | None:
-        """Name of the signal that ended :meth:`fit` early."""
-        return self._stop
+        """What ended :meth:`fit` early: the name of a signal, or the stop file."""
+        return self._stopped_by
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.step >= self.config.training.steps and not self._evaluation_due()
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step over the global batch -> its metrics."""
-        began, cpu_began = time.perf_counter(), time.process_time()
-        share = self.sequences // self.layout.data
-        batch = self.feed.batch(self.step * self.sequences + self.layout.data_rank * share, share, self.device)
+        """One optimizer step over the next global batch -> its metrics."""
+        began = time.perf_counter(), time.process_time()
+        return self._train_on(self._batches.get(self.step), *began)
+
+    def _train_on(self, batch: Batch, began: float, cpu_began: float) -> dict[str, Any]:
         if self._teacher is not None:
             batch = self._teacher.draw(batch, self.step)
         update = self.engine.step(batch, self.step)
@@ -143,14 +181,18 @@ class Trainer:
         if self._skipped >= MAX_SKIPPED:
             raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")
         self.step += 1
+        self._sequence += self.sequences
         tokens = self.sequences * self.config.data.sequence_length
         self.tokens += tokens
         loss = float(update.loss)  # waits for the device
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_began
+        self._finite = isfinite(loss) and isfinite(update.norm)
+        self.checkpoints.judge(self.step, self._finite)
         return {
             **self._spent(),
+            "sequences": self._sequence,
             "loss": loss,
             "grad_norm": update.norm,
             "tokens_per_second": tokens / seconds,
@@ -161,39 +203,62 @@ class Trainer:
     def _spent(self) -> dict[str, Any]:
         return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
 
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
     def _evaluation_due(self) -> bool:
         every = self.config.evaluation.every_steps
-        return every > 0 and (self.step % every == 0 or self.step == self.config.training.steps)
+        due = self._due(every) or (every > 0 and self.step == self.config.training.steps)
+        return due and self.step > self._evaluated
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current step."""
+    def _evaluate_if_due(self, evaluate: Evaluator | None, log: MetricsLog | NoLog) -> None:
+        """Evaluate, unless something asks to stop meanwhile: then the resumed run does."""
+        if evaluate is None or not self._evaluation_due():
+            return
+        try:
+            with self.engine.evaluating() as model, self._stop.interruptible():
+                found = evaluate(model)
+        except Interrupted:
+            return
+        log.write_evaluation(self._spent(), found)
+        self._evaluated = self.step
+
+    def _save(self, wait: bool) -> None:
         state = {
             **self._spent(),
-            "next_sequence": self.step * self.sequences,
+            "next_sequence": self._sequence,
             "fingerprint": self._fingerprint(),
+            "config": self.config.model_dump(mode="json"),
             "environment": environment(),
         }
         tensors = self._saved(self.engine.weights(), self.engine.state())
-        return store.save(self.folder.checkpoints, self.step, tensors, state, self.config.checkpoint.keep, self.layout)
+        self.checkpoints.save(self.step, tensors, state, self._finite, wait)
 
-    def _try_to_save(self) -> None:
-        """Save; a disk that is full for a while does not stop training, one that stays so does."""
-        try:
-            self.save()
-        except store.SaveError as error:
-            self._failed_saves += 1
-            if self._failed_saves == MAX_FAILED_SAVES:
-                raise
-            if self.layout.rank == 0:
-                said = f"bitlm: {error}; training goes on ({self._failed_saves} of {MAX_FAILED_SAVES} failed saves in a row end it)"
-                print(said, file=sys.stderr, flush=True)
-        else:
-            self._failed_saves = 0
+    def _save_finally(self) -> None:
+        """Have a checkpoint of the current step, complete, before the run ends or pauses.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        if self.checkpoints.saver.pending:
+            self.checkpoints.complete()
+        if self.checkpoints.newest != self.step:
+            self._save(wait=True)
+        if self.checkpoints.newest != self.step:
+            raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
+        if self._stopped_by and self.layout.rank == 0:
+            self.folder.stop_file.unlink(missing_ok=True)
 
     def _fingerprint(self) -> dict[str, Any]:
         return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
-    def _saved(self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _fetcher(self, begun: int, first: int) -> Callable[[int], Batch]:
+        """What reads this data rank's share of a step's global batch, if ``first`` is the first sequence of step ``begun``."""
+        share = self.sequences // self.layout.data
+        first += self.layout.data_rank * share
+        return lambda step: self.feed.batch(first + (step - begun) * self.sequences, share, self.device)
+
+    def _saved(self, weights: Mapping[str, Sliced], optimizer_state: Mapping[str, Sliced]) -> dict[str, Sliced]:
         """Both by the names of a checkpoint."""
         tensors = {weight_name(name): tensor for name, tensor in weights.items()}
         for name, tensor in optimizer_state.items():
@@ -201,35 +266,30 @@ class Trainer:
             tensors |= {state_name(n, slot): t for n, t in saved_as(parameter, tensor, self.layout).items()}
         return tensors
 
-    def _load(self, checkpoint: Path) -> None:
-        state = store.read_state(checkpoint)
+    def _load(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        if state.get("weights_only"):
+            raise UserError(
+                f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
+            )
+        batch = "training.global_batch_tokens"
         for field, value in self._fingerprint().items():
-            if state["fingerprint"].get(field) != value:
-                raise UserError(f"{checkpoint} was trained with another {field}: the data would not continue where it stopped")
+            saved = state["fingerprint"].get(field)
+            if saved == value or (field == batch and self.config.checkpoint.new_global_batch):
+                continue
+            advice = "; checkpoint.new_global_batch = true allows it" if field == batch else ""
+            raise UserError(
+                f"{checkpoint} was trained with another {field} ({saved}, now {value}): "
+                f"the data would not continue where it stopped{advice}"
+            )
         weights, optimizer_state = self.engine.weights(), self.engine.state()
-        store.load(checkpoint, self._saved(weights, optimizer_state), self.layout)
-        self.engine.restore(weights, optimizer_state)
-        self.step, self.tokens = state["step"], state["tokens"]
+        tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
+        self.engine.restore(optimizer_state)
+        self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
-
-    def _catch_signals(self) -> Callable[[], None]:
-        """Let SIGTERM, SIGINT and SIGUSR2 end the loop after the current step; returns what restores the old handlers."""
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            self._stop = signal.Signals(number).name
-
-        try:
-            old = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)}
-        except ValueError:  # not the main thread: the owner of the process handles signals
-            return lambda: None
-
-        def restore() -> None:
-            for number, handler in old.items():
-                signal.signal(number, handler)
-
-        return restore
+        self._evaluated = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
 
     def close(self) -> None:
         """Let go of the data and of the run folder."""
-        self.feed.close()
+        if self._batches.close():
+            self.feed.close()
         self.folder.release()

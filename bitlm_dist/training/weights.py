@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import build_model, check_machine
@@ -13,16 +12,17 @@ from bitlm_dist.model.initialization import GATED, global_names, split_dimension
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.optimizer import AVERAGE
 from bitlm_dist.training.run_folder import RunFolder
 
 
-def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Tensor]:
-    """The weights of this process by their names in the whole model, as a checkpoint holds them."""
-    tensors: dict[str, Tensor] = {}
+def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Sliced]:
+    """What this process holds of the weights, by the names that a checkpoint has for them."""
+    tensors: dict[str, Sliced] = {}
     for chunk in chunks:
         for name, parameter in global_names(chunk, chunk.place.stage.layers.start):
-            tensors |= saved_as(name, parameter.detach(), chunk.place.layout)
+            tensors |= saved_as(name, Sliced.whole(parameter), chunk.place.layout)
     return tensors
 
 
@@ -41,14 +41,16 @@ def averaged_name(name: str) -> str:
     return state_name(name, AVERAGE)
 
 
-def saved_as(name: str, tensor: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """A tensor as views that a checkpoint of any layout knows: shares of a split matrix, the two halves of a gated one apart."""
-    dimension = split_dimension(name) if tensor.dim() == 2 else None
+def saved_as(name: str, local: Sliced, layout: Layout) -> dict[str, Sliced]:
+    """A tensor as a checkpoint of any layout knows it: shares of a split matrix, the two halves of a gated one apart."""
+    dimension = split_dimension(name) if len(local.shape) == 2 else None
     if dimension is None:
-        return {name: tensor}
-    halves = tensor.unflatten(0, (2, -1)) if name.endswith(GATED) else [tensor]
-    names = [f"{name}.{part}" for part in ("gate", "up")] if name.endswith(GATED) else [name]
-    return {n: mesh.share_of(half, dimension, layout) for n, half in zip(names, halves, strict=True)}
+        return {name: local}
+    parts = {name: local}
+    if name.endswith(GATED):
+        rows = local.shape[0] // 2
+        parts = {f"{name}.gate": local.rows(0, rows), f"{name}.up": local.rows(rows, 2 * rows)}
+    return {n: part.along(dimension, layout.tensor_rank, layout.tensor) for n, part in parts.items()}
 
 
 def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
@@ -68,9 +70,9 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
     check_machine(config)
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
-    store.read_state(checkpoint)
+    store.verify(checkpoint)
     if config.evaluation.averaged and not config.optimizer.ema:
         raise UserError(f"evaluation.averaged = true: {run} was trained without optimizer.ema and has no average: set it false")
     saved = averaged_name if config.evaluation.averaged else weight_name
-    store.load(checkpoint, {saved(n): t for n, t in model_tensors([model]).items()})
+    tensor_files.read(checkpoint, {saved(n): t for n, t in model_tensors([model]).items()})
     return folder, model.eval(), steps[-1]

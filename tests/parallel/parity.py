@@ -46,7 +46,7 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
         found.append((float(update.loss), update.norm))
     own = {n: p.detach().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
     if engine.head is not None:
-        own |= engine.head.weights()
+        own |= engine.head.consolidated()
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (layout, own))
     sizes: list[Any] = [None] * world

@@ -78,13 +78,14 @@ def look(overrides: list[str]) -> dict[str, Any]:
     head = engine.head
     assert isinstance(head, ShardedHead)
     found: dict[str, Any] = {"blocks": count_blocks(engine), "bytes": bytes_of(engine)}
-    saved = [{n: t.clone() for n, t in part.items()} for part in (engine.weights(), engine.state())]
+    saved = [{n: [s.tensor.clone() for s in t.slices] for n, t in part.items()} for part in (engine.weights(), engine.state())]
     found["expected"] = steps(engine, 3, 1)[0]
     live = engine.weights(), engine.state()
     for tensors, old in zip(live, saved, strict=True):
         for name, tensor in tensors.items():
-            tensor.copy_(old[name])
-    engine.restore(*live)
+            for piece, value in zip(tensor.slices, old[name], strict=True):
+                piece.tensor.copy_(value)
+    engine.restore(live[1])
     before = head.consolidated()
     plain, engine.optimizers.squares = engine.optimizers.squares, lambda: float("nan")  # type: ignore[method-assign]
     skipped = steps(engine, 2, 1)

@@ -90,9 +90,9 @@ def test_a_run_may_change_the_implementation_at_a_checkpoint(on_gpu, seed):
             state = optimizers.state()
             assert state.keys() == saved.keys()
             for name, tensor in state.items():
-                tensor.copy_(saved[name])
+                tensor.tensor.copy_(saved[name])
             optimizers.restore(state)
         values = {n: p.detach().clone() for n, p in take(named, optimizers, grads[2 * number : 2 * number + 2]).items()}
-        saved = {name: tensor.clone() for name, tensor in optimizers.state().items()}
+        saved = {name: part.tensor.clone() for name, part in optimizers.state().items()}
     for name, parameter in expected.items():
         torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-4, atol=1e-5)

@@ -3,7 +3,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,12 +28,14 @@ def losses(folder):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
-    """Mid-epoch and across an epoch's end, with several draws, dropped contexts, flipped bits and microbatches."""
+    """Mid-epoch, mid-shard and across an epoch's end: blocks of four, draws, dropped contexts, flipped bits, microbatches."""
     words = (*HARD, "--training.precision", precision)
     whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
     whole.fit(until=14)
     per_epoch = len(whole.feed) / whole.sequences
     assert per_epoch > 6, "the run is stopped inside an epoch"
+    index = json.loads((whole.config.data.path / "train" / "index.json").read_text())
+    assert len(index["shards"]) == 1, "and inside a shard"
     first = Trainer(tiny(*words))
     first.fit(until=5)
     first.close()
@@ -40,7 +44,7 @@ def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
     second.fit(until=14)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
     for name, tensor in model_tensors(whole.engine.chunks).items():
-        assert torch.equal(tensor, model_tensors(second.engine.chunks)[name]), name
+        assert torch.equal(tensor.tensor, model_tensors(second.engine.chunks)[name].tensor), name
     whole.close()
     second.close()
 
@@ -54,7 +58,7 @@ def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     assert sum(m["loss"] for m in seen[-5:]) < 0.9 * sum(m["loss"] for m in seen[:5])
     assert {"step", "loss", "grad_norm", "tokens", "tokens_per_second"} <= set(seen[0])
     assert [m["tokens"] for m in seen] == [256 * (i + 1) for i in range(30)]
-    assert store.complete_steps(run / "checkpoints") == [20, 30]  # the newest two
+    assert store.complete_steps(run / "checkpoints") == [10, 20, 30]  # two that a step has proven, and the last
     assert (run / "checkpoints/step-00000030/manifest.json").is_file()
     assert list((run / "tensorboard").glob("events*"))
     assert json.loads((run / "environment.json").read_text())["packages"]["torch"] == torch.__version__
@@ -63,7 +67,7 @@ def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     assert step == 30
     assert folder.tokenizer().vocabulary == 300
     for name, tensor in model_tensors([model]).items():
-        assert torch.equal(tensor, model_tensors(trainer.engine.chunks)[name])
+        assert torch.equal(tensor.tensor, model_tensors(trainer.engine.chunks)[name].tensor)
     again = Trainer(tiny("--training.steps", "30", "--logging.tensorboard", "true", "--checkpoint.every_steps", "10"))
     assert again.step == 30
     again.close()
@@ -97,15 +101,15 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_gone(tiny, tmp
 
 
 def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(tiny, tmp_path, monkeypatch, capsys):
-    trainer, plain, asked = Trainer(tiny("--checkpoint.every_steps", "1", "--training.steps", "9")), store.save, []
+    trainer, plain, asked = Trainer(tiny("--checkpoint.every_steps", "1", "--training.steps", "9")), store.begin, []
 
-    def save(root, step, *arguments):
+    def begin(root, step):
         asked.append(step)
         if step in (1, 2, 4, 5, 6):
-            raise store.SaveError(f"step {step}: the disk is full")
-        return plain(root, step, *arguments)
+            raise OSError(f"step {step}: the disk is full")
+        return plain(root, step)
 
-    monkeypatch.setattr(store, "save", save)
+    monkeypatch.setattr(store, "begin", begin)
     with pytest.raises(UserError, match="step 6: the disk is full"):
         trainer.fit()
     trainer.close()
@@ -114,6 +118,199 @@ def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(tiny, tm
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bitlm:")]
     assert len(said) == 4
     assert said[0].endswith("step 1: the disk is full; training goes on (1 of 3 failed saves in a row end it)")
+
+
+def test_a_last_save_that_fails_is_an_error(tiny, monkeypatch):
+    def begin(root, step):
+        raise OSError("the disk is full")
+
+    trainer = Trainer(tiny())
+    monkeypatch.setattr(store, "begin", begin)
+    with pytest.raises(UserError, match="the checkpoint of the last step, 2, could not be written"):
+        trainer.fit(until=2)
+    trainer.close()
+
+
+def test_stall_and_total_of_every_save_are_on_record(tiny, tmp_path):
+    trainer = Trainer(tiny("--checkpoint.every_steps", "2"))
+    trainer.fit()
+    trainer.close()
+    saves = [json.loads(line) for line in (tmp_path / "run" / "saves.jsonl").read_text().splitlines()]
+    assert [save["step"] for save in saves] == [2, 4, 6]
+    for save in saves:
+        assert 0 < save["stall_seconds"] <= save["total_seconds"]
+        assert save["bytes"] >= trainer.checkpoints.saver.bytes > 4 * trainer.engine.parameters
+
+
+def poison(trainer, *bad):
+    """Let the gradient norm of some steps be no number, as the engine reports it."""
+    plain = trainer.engine.step
+
+    def step(batch, number):
+        update = plain(batch, number)
+        return replace(update, norm=float("nan"), made=False) if number + 1 in bad else update
+
+    trainer.engine.step = step
+
+
+def test_a_checkpoint_is_healthy_if_its_step_and_the_next_were(tiny, tmp_path):
+    words = ("--training.steps", "12", "--checkpoint.every_steps", "2", "--checkpoint.keep", "1")
+    trainer = Trainer(tiny(*words))
+    poison(trainer, 5, 6, 8)
+    root = tmp_path / "run" / "checkpoints"
+    seen = {}
+
+    def look(metrics):
+        seen[metrics["step"]] = {s: store.read_health(store.folder_of(root, s)) for s in store.complete_steps(root)}
+
+    trainer.fit(until=9, observe=look)
+    assert seen[3] in ({2: True}, {}), "proven by step 3, if it was written by then"
+    assert store.complete_steps(root) == [2, 8, 9], "4, 6 and 8 were bad: 2 is the newest healthy one, 8 tells what happened"
+    assert store.read_health(store.folder_of(root, 8)) is False
+    assert store.read_health(store.folder_of(root, 9)) is None
+    trainer.close()
+    again = Trainer(tiny(*words))
+    assert again.step == 9
+    again.fit()
+    again.close()
+    assert store.complete_steps(root) == [10, 12], "9 was proven by step 10 of the resumed run, 10 by 11"
+
+
+def test_every_nth_is_kept(tiny, tmp_path):
+    words = ("--checkpoint.every_steps", "1", "--checkpoint.keep", "1", "--checkpoint.keep_every_steps", "3")
+    trainer = Trainer(tiny("--training.steps", "8", *words, "--checkpoint.asynchronous", "false"))
+    trainer.fit()
+    trainer.close()
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3, 6, 7, 8]
+
+
+def test_saves_by_time(tiny, tmp_path, monkeypatch):
+    config = tiny("--checkpoint.every_steps", "0", "--checkpoint.every_minutes", "1", "--checkpoint.keep", "9")
+    trainer, now = Trainer(config), [0.0]
+    monkeypatch.setattr("bitlm_dist.training.checkpointing.time.monotonic", lambda: now[0])
+    trainer.checkpoints._last_time = 0.0
+
+    def pass_time(metrics):
+        now[0] += 25
+
+    trainer.fit(observe=pass_time)
+    trainer.close()
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [4, 6], "the clock is asked before a step"
+
+
+def harm(folder):
+    file = folder / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+
+
+def test_a_damaged_checkpoint_is_refused_or_loudly_left_for_the_one_before(tiny, tmp_path, capsys):
+    words = ("--checkpoint.every_steps", "2")
+    trainer = Trainer(tiny(*words))
+    trainer.fit(until=5)
+    trainer.close()
+    root = tmp_path / "run" / "checkpoints"
+    harm(store.folder_of(root, 5))
+    with pytest.raises(UserError, match=r"step-00000005/rank-00000.safetensors is damaged: remove .* or set checkpoint.fallback"):
+        Trainer(tiny(*words))
+    again = Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+    assert again.step == 4
+    said = capsys.readouterr().err
+    assert "CHECKPOINT DAMAGED" in said
+    assert "damaged-step-00000005; going on from the one before it" in said
+    again.fit()
+    again.close()
+    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
+    whole.fit()
+    whole.close()
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    for step in store.complete_steps(root):
+        harm(store.folder_of(root, step))
+    with pytest.raises(UserError, match="none of the checkpoints in .* is whole: restore one"):
+        Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+
+
+def test_the_global_batch_changes_by_an_explicit_flag_and_no_sequence_is_lost(tiny, tmp_path):
+    words = ("--training.steps", "8")
+    first = Trainer(tiny(*words))
+    first.fit(until=3)
+    first.close()
+    twice = ("--training.global_batch_tokens", "512")
+    with pytest.raises(UserError, match=r"global_batch_tokens = 256, now 512 \(checkpoint.new_global_batch = true allows it\)"):
+        Trainer(tiny(*words, *twice))
+    second = Trainer(tiny(*words, *twice, "--checkpoint.new_global_batch", "true"))
+    read = []
+    plain = second.feed.batch
+    second.feed.batch = lambda first, count, device: read.append((first, count)) or plain(first, count, device)
+    second.fit(until=5)
+    second.close()
+    assert read[:2] == [(24, 16), (40, 16)]
+    third = Trainer(tiny(*words, *twice))
+    assert (third.step, third._sequence) == (5, 56)
+    third.close()
+
+
+def after(seconds, action):
+    timer = threading.Timer(seconds, action)
+    timer.start()
+    return timer
+
+
+def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitlm_dist.training.stopping.POLL", (0.01, 0.01))
+    (tmp_path / "run").mkdir()
+    trainer = Trainer(tiny("--training.steps", "500"))
+    stop = tmp_path / "run" / "stop"
+    trainer.fit(observe=lambda metrics: stop.touch() if metrics["step"] == 3 else None)
+    assert 3 <= trainer.step < 500
+    assert trainer.stopped_by == "stop file"
+    assert not stop.exists()
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [trainer.step]
+    trainer.close()
+    stop.touch()
+    again = Trainer(tiny("--training.steps", "500"))
+    again.fit(until=again.step + 2)
+    assert again.stopped_by is None, "a file from before the run means nothing"
+    again.close()
+
+
+def test_a_stop_breaks_into_data_that_does_not_come(tiny, tmp_path):
+    trainer, plain, waiting = Trainer(tiny()), None, threading.Event()
+    plain = trainer.feed.batch
+    trainer.feed.batch = lambda first, *rest: plain(first, *rest) if first < 24 else waiting.wait()
+    after(3.0, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+    trainer.fit()
+    assert trainer.stopped_by == "SIGUSR2"
+    assert trainer.step == 3
+    waiting.set()
+    trainer.close()
+    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [3]
+
+
+def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_path):
+    words, asked = ("--evaluation.every_steps", "3"), []
+
+    def evaluate(model):
+        asked.append(model.training)
+        if len(asked) == 1:
+            after(0.2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            time.sleep(60)
+        return {"score": float(len(asked))}
+
+    trainer = Trainer(tiny(*words))
+    trainer.fit(evaluate=evaluate)
+    assert (trainer.stopped_by, trainer.step) == ("SIGTERM", 3)
+    trainer.close()
+    second = Trainer(tiny(*words))
+    assert not second.done
+    second.fit(evaluate=evaluate)
+    assert second.done
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["validation"]["score"]) for line in lines] == [(3, 2.0), (6, 3.0)]
+    assert asked == [False] * 3
+    third = Trainer(tiny(*words))
+    assert third.done
+    third.close()
 
 
 REFUSED = [

@@ -1,0 +1,154 @@
+"""Checkpoints written while training goes on, at most one at a time.
+
+Every rank copies what it is to write into host memory and goes on; a thread of its own writes, hashes and flushes its file. Threads
+talk to no other rank: the ranks agree between two steps that all files are there, and rank 0 completes the folder.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint import tensors as tensor_files
+from bitlm_dist.checkpoint.store import SaveError
+from bitlm_dist.checkpoint.tensors import Entry, Written
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.sliced import Sliced
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was completed: how long training stood still for it, how long it took, its bytes on all ranks."""
+
+    step: int
+    stall_seconds: float
+    total_seconds: float
+    bytes: int
+
+
+class _Writer(Thread):
+    """Writes one file; ``found`` is what it wrote, ``problem`` why it could not."""
+
+    def __init__(self, file: Path, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
+        super().__init__(daemon=True, name="checkpoint")  # one that is not completed is no loss
+        self._file, self._entries, self._tensors = file, entries, tensors
+        self.found: Written | None = None
+        self.problem = ""
+
+    def run(self) -> None:
+        try:
+            self.found = tensor_files.write(self._file, self._entries, self._tensors)
+        except Exception as error:
+            self.problem = str(error) or type(error).__name__
+
+
+class Saver:
+    """Saves checkpoints of one run; every process of the job makes one and calls the same methods in the same order.
+
+    Host memory: what this rank writes, once, kept from save to save (:attr:`bytes`). What several ranks hold, one of them writes.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        layout: of the job.
+    """
+
+    def __init__(self, root: Path, layout: Layout) -> None:
+        self._root, self._layout = root, layout
+        self._shares: list[list[Entry]] | None = None  # what each rank writes; the same in every save of a job
+        self._memory: dict[Entry, Tensor] = {}
+        self._writer: _Writer | None = None
+        self._step, self._state = 0, dict[str, Any]()
+        self._began = self._stall = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """Host memory that copies of this rank's share take."""
+        return sum(tensor.nbytes for tensor in self._memory.values())
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save was begun that :meth:`finish` has not completed."""
+        return self._writer is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's file of it is still being written."""
+        return self._writer is not None and self._writer.is_alive()
+
+    def begin(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any]) -> None:
+        """Copy what a checkpoint holds and start writing it; the caller may change the tensors as soon as this returns.
+
+        Args:
+            tensors: what this rank holds, by name.
+            state: JSON values.
+
+        Raises:
+            SaveError: on every rank, if the folder could not be made.
+        """
+        assert not self.pending, "finish the save before this one"
+        self._began, self._step, self._state = time.perf_counter(), step, dict(state)
+        held = tensor_files.entries_of(tensors)
+        if self._shares is None:
+            self._shares = tensor_files.share_out(mesh.from_all(list(held), self._layout))
+        mine = self._shares[self._layout.rank]
+        self._on_first(lambda: store.begin(self._root, step))
+        self._copy({entry: held[entry] for entry in mine})
+        file = store.building_of(self._root, step) / store.file_of(self._layout.rank)
+        self._writer = _Writer(file, mine, [self._memory[entry] for entry in mine])
+        self._writer.start()
+        self._stall = time.perf_counter() - self._began
+
+    def _copy(self, live: Mapping[Entry, Tensor]) -> None:
+        cuda = mesh.device().type == "cuda"
+        for entry, tensor in live.items():
+            if entry not in self._memory:
+                self._memory[entry] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
+            self._memory[entry].copy_(tensor, non_blocking=cuda)
+        if cuda:
+            torch.cuda.current_stream().synchronize()
+
+    def finish(self) -> Saved:
+        """Wait until every rank's file is written, and complete the checkpoint.
+
+        Raises:
+            SaveError: on every rank, if one could not write; the checkpoints before it are as they were.
+        """
+        assert self._writer is not None
+        assert self._shares is not None
+        began = time.perf_counter()
+        self._writer.join()
+        reports = mesh.from_all((self._writer.found, self._writer.problem), self._layout)
+        self._writer = None
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
+        if problems:
+            self._fail(problems[0] if self._layout.world > 1 else problems[0].partition(": ")[2])
+        written, shares = [found for found, _ in reports], self._shares
+        self._on_first(lambda: store.complete(self._root, self._step, self._state, shares, written))
+        now = time.perf_counter()
+        return Saved(self._step, self._stall + now - began, now - self._began, sum(found.bytes for found in written))
+
+    def _on_first(self, action: Callable[[], object]) -> None:
+        """Rank 0 does it; where that fails every rank raises, so that none waits for the others."""
+        problem = ""
+        if self._layout.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                problem = str(error)
+        problem = mesh.from_first(problem, self._layout)
+        if problem:
+            self._fail(problem)
+
+    def _fail(self, problem: str) -> None:
+        if self._layout.rank == 0:
+            store.abandon(self._root, self._step)
+        folder, free = store.folder_of(self._root, self._step), shutil.disk_usage(self._root.parent).free / 2**20
+        raise SaveError(f"{folder} could not be written, {free:,.0f} MiB are free there: {problem}")

@@ -1,0 +1,152 @@
+"""The checkpoints of a run in training: saved beside it, judged by the step that follows, the newest healthy ones kept."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.checkpoint import retention, store
+from bitlm_dist.checkpoint.saver import Saved, Saver
+from bitlm_dist.checkpoint.store import SaveError
+from bitlm_dist.config import CheckpointConfig
+from bitlm_dist.errors import UserError
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.sliced import Sliced
+
+MAX_FAILED_SAVES = 3  # in a row
+
+
+class Checkpoints:
+    """Every process of the job makes one and calls the same methods in the same order.
+
+    Args:
+        root: the run's ``checkpoints`` folder.
+        config: when to save, what to keep.
+        layout: of the job.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig, layout: Layout) -> None:
+        self._root, self._config, self._layout = root, config, layout
+        self.saver = Saver(root, layout)
+        self.newest: int | None = None  # step that was loaded, or saved last
+        self.report: Callable[[Saved], None] = lambda saved: None
+        self._failed = 0  # in a row
+        self._last_time = time.monotonic()
+        self._unproven: tuple[int, bool] | None = None  # saved step, whether it was healthy itself
+        self._verdict: tuple[int, bool] | None = None  # of a step that may not be completed yet
+
+    def find(self) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, every file of it verified, and its state; None: there is none.
+
+        Raises:
+            UserError: on every rank: it is damaged, and ``checkpoint.fallback`` is off or there is none before it.
+        """
+        steps = mesh.from_first(store.complete_steps(self._root), self._layout)
+        for step in reversed(steps):
+            folder = store.folder_of(self._root, step)
+            problem = self._problem_of(folder)
+            if not problem:
+                healthy = mesh.from_first(store.read_health(folder), self._layout)
+                if healthy is not False:
+                    return self._found(folder, healthy)
+                self._say(f"{folder} is not healthy: its loss or gradient norm, or that of the next step, was not finite")
+                if not self._config.fallback or step == steps[0]:
+                    return self._found(folder, healthy)
+            elif not self._config.fallback:
+                raise UserError(problem)
+            else:
+                where = store.set_aside(folder) if self._layout.rank == 0 else None
+                self._say(f"CHECKPOINT DAMAGED: {problem}; it is now {where}; going on from the one before it")
+        if steps:
+            raise UserError(f"none of the checkpoints in {self._root} is whole: restore one, or choose another run.dir")
+        return None
+
+    def _found(self, folder: Path, healthy: bool | None) -> tuple[Path, dict[str, Any]]:
+        state = store.read_state(folder)
+        self.newest = state["step"]
+        if healthy is None:
+            self._unproven = state["step"], state.get("finite", True)
+        return folder, state
+
+    def _problem_of(self, folder: Path) -> str:
+        """What the ranks together find wrong; each hashes some of the files."""
+        problem = ""
+        try:
+            store.verify(folder, self._layout.rank, self._layout.world)
+        except UserError as error:
+            problem = str(error)
+        return next(filter(None, mesh.from_all(problem, self._layout)), "")
+
+    @property
+    def overdue(self) -> bool:
+        """Whether ``every_minutes`` have passed by this process's clock."""
+        every = 60 * self._config.every_minutes
+        return every > 0 and time.monotonic() - self._last_time >= every
+
+    def save(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any], finite: bool, wait: bool) -> None:
+        """Begin a save, after the one before it; complete it if ``wait`` or unless saves are asynchronous.
+
+        Args:
+            step, tensors, state: see :meth:`Saver.begin`.
+            finite: whether loss and gradient norm of this step were.
+
+        Raises:
+            SaveError: on every rank, if saves failed three times in a row.
+        """
+        if self.saver.pending:
+            self.complete()
+        self._last_time = time.monotonic()
+        self._unproven = step, finite
+        self._trying(lambda: self.saver.begin(step, tensors, {**state, "finite": finite}))
+        if self.saver.pending and (wait or not self._config.asynchronous):
+            self.complete()
+
+    def complete(self) -> None:
+        """Wait for the save that was begun, and complete it.
+
+        Raises:
+            SaveError: see :meth:`save`.
+        """
+
+        def finish() -> None:
+            saved = self.saver.finish()
+            self.newest, self._failed = saved.step, 0
+            self.report(saved)
+
+        self._trying(finish)
+        self._act_on_verdict()
+
+    def _trying(self, action: Callable[[], None]) -> None:
+        """A disk that is full for a while does not stop training, one that stays so does."""
+        try:
+            action()
+        except SaveError as error:
+            self._failed += 1
+            self._unproven = None
+            if self._failed == MAX_FAILED_SAVES:
+                raise
+            self._say(f"{error}; training goes on ({self._failed} of {MAX_FAILED_SAVES} failed saves in a row end it)")
+
+    def judge(self, step: int, finite: bool) -> None:
+        """A step was taken: the checkpoint of the step before it is healthy if both were."""
+        if self._unproven is not None and self._unproven[0] == step - 1:
+            self._verdict = step - 1, self._unproven[1] and finite
+            self._unproven = None
+            self._act_on_verdict()
+
+    def _act_on_verdict(self) -> None:
+        if self._verdict is None or self.saver.pending:
+            return
+        (step, healthy), self._verdict = self._verdict, None
+        if self._layout.rank == 0 and step in store.complete_steps(self._root):
+            try:
+                store.write_health(store.folder_of(self._root, step), healthy)
+                retention.tidy(self._root, self._config.keep, self._config.keep_every_steps)
+            except OSError as error:
+                self._say(f"checkpoints in {self._root} could not be tidied: {error}")
+
+    def _say(self, text: str) -> None:
+        if self._layout.rank == 0:
+            print(f"bitlm: {text}", file=sys.stderr, flush=True)

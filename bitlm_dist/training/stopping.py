@@ -1,0 +1,91 @@
+"""What asks a run to stop: SIGTERM, SIGINT and SIGUSR2, or a file named ``stop`` in the run folder.
+
+Between two steps the loop asks; in the long waits between them (an evaluation, data that does not come) the request breaks in.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread, get_ident, main_thread
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOP_FILE = "stop"
+_BY_FILE = 1000  # beyond all signals
+POLL = (1.0, 5.0)  # seconds between looks at the file, of rank 0 and of the others
+
+
+class Interrupted(BaseException):
+    """A stop was asked for inside :meth:`StopRequests.interruptible`; no Exception, so that nothing on its way takes it for one."""
+
+
+class StopRequests:
+    """Listens while open; a context manager. Outside the main thread signals are their owner's, and only the file counts.
+
+    Args:
+        file: whose existence asks to stop.
+        rank: of this process.
+    """
+
+    def __init__(self, file: Path, rank: int) -> None:
+        self._file, self._poll = file, POLL[min(rank, 1)]
+        self.code = 0  # of the request: a signal's number
+        self._break_in = False
+        self._old: dict[signal.Signals, Any] = {}
+        self._done = Event()
+
+    @property
+    def name(self) -> str | None:
+        """What asked: a signal's name or the file; None: nothing has."""
+        return name_of(self.code)
+
+    def __enter__(self) -> "StopRequests":
+        if get_ident() == main_thread().ident:
+            self._old = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        Thread(target=self._watch, daemon=True, name="stop file").start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self._done.set()
+        self.restore()
+
+    def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """While open, a request raises :class:`Interrupted` in the main thread; nothing that must be finished may be in it."""
+        self._break_in = True
+        try:
+            if self.code:
+                raise Interrupted
+            yield
+        finally:
+            self._break_in = False
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        self.code = self.code or number
+        if self._break_in:
+            self._break_in = False  # once
+            raise Interrupted
+
+    def _watch(self) -> None:
+        """Turn the file into a signal, which wakes the main thread from what it waits for."""
+        while not self._done.wait(self._poll):
+            if self._file.exists():
+                self.code = self.code or _BY_FILE
+                if self._old:
+                    signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR2)
+                return
+
+
+def name_of(code: int) -> str | None:
+    """See :attr:`StopRequests.name`."""
+    if not code:
+        return None
+    return "stop file" if code == _BY_FILE else signal.Signals(code).name

@@ -80,16 +80,22 @@ logging: {tensorboard: false}
 """
 
 
-@pytest.fixture
-def tiny(tmp_path, prepared):
-    """(overrides) -> config of a model that trains in a second on the small prepared folder."""
-    file = tmp_path / "tiny.yaml"
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory) -> Path:
+    """Config of a model that trains in a second."""
+    file = tmp_path_factory.mktemp("tiny") / "tiny.yaml"
     file.write_text(TINY)
+    return file
+
+
+@pytest.fixture
+def tiny(tmp_path, prepared, tiny_file):
+    """(overrides) -> the tiny config with the small prepared folder."""
 
     def make(*overrides: str):
-        return load(file, ["--run.dir", str(tmp_path / "run"), "--data.path", str(prepared), *overrides]).config
+        return load(tiny_file, ["--run.dir", str(tmp_path / "run"), "--data.path", str(prepared), *overrides]).config
 
-    make.file = file
+    make.file = tiny_file
     return make
 
 

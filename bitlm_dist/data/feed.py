@@ -106,6 +106,7 @@ class Feed:
             "data.tokenizer": self.manifest["tokenizer"]["fingerprint"],
             "data.sequence_length": self._length,
             "data.shuffle": self._shuffle,
+            **({f"data.{name}": value for name, value in self._shards.order_fingerprint().items()} if self._shuffle else {}),
             "model.block_size": self._block,
             "training.seed": self._seed,
         }

@@ -135,6 +135,19 @@ class Shards:
         ids: NDArray[np.int64] = work.flatten()
         return ids[ids >= 0]
 
+    def order_fingerprint(self) -> dict[str, Any]:
+        """What decides :meth:`order` beside the seed and the index: streaming's settings, and a hash of what they make of epoch 0.
+
+        Another version of streaming or numpy may shuffle otherwise under the same settings; the hash tells.
+        """
+        data = self._dataset
+        return {
+            "shuffle_algorithm": data.shuffle_algo,
+            "shuffle_block_size": data.shuffle_block_size,
+            "canonical_nodes": data.num_canonical_nodes,
+            "order": hashlib.sha256(self.order(0).tobytes()).hexdigest(),
+        }
+
     def tokens(self, document: int) -> NDArray[np.integer[Any]]:
         """The token ids of one document.
 

@@ -130,3 +130,16 @@ def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
         read_manifest(copy)
     manifest = json.loads((copy / "settings.json").read_text())
     assert manifest["version"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "field"),
+    [("shuffle_algo", "naive", "shuffle_algorithm"), ("shuffle_block_size", 7, "shuffle_block_size"), ("shuffle_seed", 9, "order")],
+)
+def test_a_shuffle_that_goes_otherwise_has_another_fingerprint(prepared, name, value, field):
+    """Whatever the reason: settings, seed, or another version of the library."""
+    with Shards(prepared, "train") as shards:
+        before = shards.order_fingerprint()
+        setattr(shards._dataset, name, value)
+        after = shards.order_fingerprint()
+    assert before[field] != after[field]

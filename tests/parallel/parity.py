@@ -1,6 +1,7 @@
 """What the ranks of test_parity.py do: train a few steps under a layout and report losses, norms and whole parameters."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,27 @@ def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
     return {name: train(overrides) for name, overrides in cases.items()}
 
 
-def fit(file: str, overrides: list[str], until: int) -> None:
-    """`bitlm train` up to a step, on the layout of this job."""
+def done() -> None:
+    """Let the next case in this process have another layout."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if "deepspeed" in sys.modules:
+        # ranks compare these numbers at stage 3; those of an earlier case's last stage alone have counted on
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+
+        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[-1][0] = 0
+
+
+def fit_in_turn(file: str, jobs: list[tuple[list[str], int]]) -> None:
+    """`bitlm train` with some overrides up to a step, one after the other, each on its layout of this job's ranks."""
     from bitlm_dist.training.trainer import Trainer
 
-    config = load(Path(file), overrides).config
-    layout = layout_of(config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
-    trainer = Trainer(config, layout=layout)
-    trainer.fit(until=until)
-    trainer.close()
+    for overrides, until in jobs:
+        config = load(Path(file), overrides).config
+        layout = layout_of(config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+        trainer = Trainer(config, layout=layout)
+        trainer.fit(until=until)
+        trainer.close()
+        torch.distributed.barrier()  # the folder is free when the next one begins
+        done()

@@ -19,42 +19,88 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-SP = ["--parallel.tensor", "2", "--parallel.sequence", "true"]
-CP = ["--parallel.context", "2"]
-CHANGES = [
-    ("muon", "fp32", SP, ["--parallel.pipeline", "2"]),
-    ("adamw", "fp32", [], CP),  # Megatron's distributed optimizer
-    ("adamw", "bf16", CP, SP),  # the same, and whole tensors
-    ("muon", "fp32", ["--head.zero_stage", "3"], ["--head.engine", "fsdp2"]),
-    ("adamw", "bf16", ["--head.engine", "fsdp2", "--head.zero_stage", "3"], ["--head.zero_stage", "3"]),
-]
+TP, SP = ["--parallel.tensor", "2"], ["--parallel.tensor", "2", "--parallel.sequence", "true"]
+PP, CP, DP, ONE = ["--parallel.pipeline", "2"], ["--parallel.context", "2"], [], []
+ZERO_1, ZERO_3 = ["--head.zero_stage", "1"], ["--head.zero_stage", "3"]
+FSDP_2, FSDP_3 = (["--head.engine", "fsdp2", "--head.zero_stage", stage] for stage in "23")
+PIECES = ["--optimizer.sharded", "false", "--parallel.microbatch", "2"]
+MUON, ADAMW, BF16 = ["--optimizer.matrices", "muon"], ["--optimizer.matrices", "adamw"], ["--training.precision", "bf16"]
+# settings; ranks and layout that save after step 5, that load and go on to step 10
+CHANGES = {
+    "TP2 to PP2": (MUON, (2, TP), (2, PP)),
+    "PP2 to TP2": (MUON, (2, PP), (2, TP)),
+    "TP2 to DP2": (MUON, (2, TP), (2, DP)),
+    "DP2 to TP2": (MUON, (2, DP), (2, TP)),
+    "TP2 to TP2 PP2": (MUON, (2, TP), (4, [*TP, *PP])),
+    "TP2 PP2 to TP2": (MUON, (4, [*TP, *PP]), (2, TP)),
+    "TP2 SP to one": (MUON, (2, SP), (1, ONE)),
+    "one to TP2 SP": (MUON, (1, ONE), (2, SP)),
+    "ZeRO 1 to 3": (MUON, (2, ZERO_1), (2, ZERO_3)),
+    "ZeRO 3 to 1": (MUON, (2, ZERO_3), (2, ZERO_1)),
+    "ZeRO 3 to FSDP2": (MUON, (2, ZERO_3), (2, FSDP_2)),
+    "PP2 DP2, ZeRO 3 to one": (ADAMW, (4, [*PP, *ZERO_3]), (1, ONE)),
+    "one to PP2 DP2, ZeRO 1": (ADAMW, (1, ONE), (4, [*PP, *ZERO_1])),
+    "DP2, Megatron's AdamW, to CP2": (ADAMW, (2, DP), (2, CP)),
+    "whole AdamW, microbatches, to DP2": (ADAMW, (2, PIECES), (2, DP)),
+    "bf16, CP2 to TP2 SP": ([*ADAMW, *BF16], (2, CP), (2, SP)),
+    "bf16, FSDP2 to ZeRO 3": ([*ADAMW, *BF16], (2, FSDP_3), (2, ZERO_3)),
+}
+HALF, END = 5, 10
 
 
-@pytest.mark.parametrize(("matrices", "precision", "first", "second"), CHANGES)
-def test_a_run_goes_on_under_another_layout(matrices, precision, first, second, tiny, tmp_path):
-    """Two ranks, two ranks of another layout, then one process: the losses of one process that was never stopped."""
-    settings = ["--training.steps", "8", "--optimizer.matrices", matrices, "--optimizer.weight_decay", "0.1"]
-    settings += ["--training.precision", precision, "--optimizer.ema", "0.5"]
-    common = [*settings, "--data.path", str(tiny().data.path)]
-    whole = Trainer(tiny(*settings, "--run.dir", str(tmp_path / "whole")))
-    whole.fit()
-    whole.close()
-    run = str(tmp_path / "run")
-    for number, (until, words) in enumerate(((3, first), (6, second))):
-        folder = tmp_path / str(number)
+@pytest.fixture(scope="module")
+def changed(prepared, tiny_file, tmp_path_factory):
+    """Every change of layout, in as few launches as it takes -> folder of runs, by the names of changes and settings."""
+    root = tmp_path_factory.mktemp("changes")
+    common = [
+        "--data.path",
+        str(prepared),
+        "--training.steps",
+        str(END),
+        "--optimizer.weight_decay",
+        "0.1",
+        "--optimizer.ema",
+        "0.5",
+    ]
+
+    def jobs(ranks, half):
+        return [
+            ([*common, *settings, *places[half][1], "--run.dir", str(root / name)], (HALF, END)[half])
+            for name, (settings, *places) in CHANGES.items()
+            if places[half][0] == ranks
+        ]
+
+    settings = {" ".join(settings): settings for settings, *_ in CHANGES.values()}
+    wholes = [([*common, *words, "--run.dir", str(root / name)], END) for name, words in settings.items()]
+    launches = [
+        (1, [*wholes, *jobs(1, 0)]),
+        (4, jobs(4, 0)),
+        (2, [*jobs(2, 0), *jobs(2, 1)]),
+        (4, jobs(4, 1)),
+        (1, jobs(1, 1)),
+    ]
+    for number, (ranks, part) in enumerate(launches):
+        folder = root / f"launch {number}"
         folder.mkdir()
-        run_ranks(2, "parity", "fit", str(tiny.file), [*common, "--run.dir", run, *words], until, folder=folder, timeout=100)
-    last = Trainer(tiny(*settings, "--run.dir", run))
-    assert last.step == 6
-    last.fit()
-    last.close()
-    near, close = {"fp32": (1e-5, 1e-4), "bf16": (1e-3, 2e-2)}[precision]
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=near)
+        run_ranks(ranks, "parity", "fit_in_turn", str(tiny_file), part, folder=folder, timeout=300)
+    return root
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_run_goes_on_under_another_layout(name, changed, tiny):
+    """The losses of one process that was never stopped, up to rounding; the moving average goes on too."""
+    settings = CHANGES[name][0]
+    whole, run = changed / " ".join(settings), changed / name
+    near, close = (1e-3, 2e-2) if "bf16" in settings else (1e-5, 1e-4)
+    found, expected = losses(run), losses(whole)
+    print(f"{name}: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.0e} relative")
+    assert len(found) == END
+    assert found == pytest.approx(expected, rel=near)
     for averaged in ("false", "true"):
-        config = tiny(*settings, "--evaluation.averaged", averaged)
-        (_, expected, _), (_, model, step) = (load_trained(tmp_path / name, config) for name in ("whole", "run"))
-        assert step == 8
-        for a, b in zip(expected.parameters(), model.parameters(), strict=True):
+        words = [*settings, "--optimizer.ema", "0.5", "--evaluation.averaged", averaged]
+        (_, one, _), (_, model, step) = (load_trained(folder, tiny(*words)) for folder in (whole, run))
+        assert step == END
+        for a, b in zip(one.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=close)
 
 
@@ -68,7 +114,7 @@ def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_p
     whole.close()
     common = [*settings, "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
     (tmp_path / "ranks").mkdir()
-    run_ranks(2, "parity", "fit", str(tiny.file), common, 4, folder=tmp_path / "ranks", timeout=100)
+    run_ranks(2, "parity", "fit_in_turn", str(tiny.file), [(common, 4)], folder=tmp_path / "ranks", timeout=100)
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 

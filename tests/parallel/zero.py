@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity import SEQUENCES, TINY, V, batch_of, train
+from parity import SEQUENCES, TINY, V, batch_of, done, train
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config_loading import load
@@ -47,18 +47,6 @@ def steps(engine: Engine, first: int, count: int) -> list[tuple[float, float, bo
         update = engine.step(batch_of(step, engine.layout.data_rank * share, share), step)
         found.append((float(update.loss), update.norm, update.made))
     return found
-
-
-def done() -> None:
-    """Let the next case have another layout."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-    if "deepspeed" in sys.modules:
-        # ranks compare these numbers at stage 3; those of an earlier case's last stage alone have counted on
-        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-
-        DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[-1][0] = 0
 
 
 def run(parity: dict[str, list[str]], inside: dict[str, list[str]]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.config_loading import read_run
+from bitlm_dist.data.feed import Feed
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained, model_tensors
@@ -227,6 +228,18 @@ def test_a_damaged_checkpoint_is_refused_or_loudly_left_for_the_one_before(tiny,
         harm(store.folder_of(root, step))
     with pytest.raises(UserError, match="none of the checkpoints in .* is whole: restore one"):
         Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+
+
+def test_every_field_that_decides_what_is_read_is_compared(tiny, monkeypatch):
+    trainer, plain = Trainer(tiny()), Feed.fingerprint
+    trainer.fit(until=1)
+    fields = trainer.feed.fingerprint()
+    trainer.close()
+    assert {"data.index", "data.tokenizer", "data.shuffle_algorithm", "data.shuffle_block_size", "data.order"} <= fields.keys()
+    for field in fields:
+        monkeypatch.setattr(Feed, "fingerprint", lambda feed, field=field: {**plain(feed), field: "other"})
+        with pytest.raises(UserError, match=rf"was trained with another {field} \(.*, now other\): the data would not continue"):
+            Trainer(tiny())
 
 
 def test_the_global_batch_changes_by_an_explicit_flag_and_no_sequence_is_lost(tiny, tmp_path):

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 DATA := data/kjv
 
-.PHONY: quickstart test lint setup clean
+.PHONY: quickstart test faults lint setup clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ lint: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# kill -9 at 30 random moments; the table of docs/reliability.md
+faults: $(STAMP)
+	FAULT_KILLS=30 $(BIN)/python -m pytest -s tests/faults
 
 clean:
 	rm -rf $(VENV) data runs build *.egg-info

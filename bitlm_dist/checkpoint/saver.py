@@ -26,12 +26,16 @@ from bitlm_dist.parallel.sliced import Sliced
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that was completed: how long training stood still for it, how long it took, its bytes on all ranks."""
+    """A checkpoint that was completed: how long training stood still for it and how long it took on the first rank.
+
+    ``bytes`` are those of all ranks' files, ``copy_bytes`` the host memory that a rank's copy takes, at most.
+    """
 
     step: int
     stall_seconds: float
     total_seconds: float
     bytes: int
+    copy_bytes: int
 
 
 class _Writer(Thread):
@@ -83,18 +87,19 @@ class Saver:
         """Whether this rank's file of it is still being written."""
         return self._writer is not None and self._writer.is_alive()
 
-    def begin(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any]) -> None:
+    def begin(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any], began: float | None = None) -> None:
         """Copy what a checkpoint holds and start writing it; the caller may change the tensors as soon as this returns.
 
         Args:
             tensors: what this rank holds, by name.
             state: JSON values.
+            began: when the caller began to collect all this, by ``time.perf_counter``; default: now.
 
         Raises:
             SaveError: on every rank, if the folder could not be made.
         """
         assert not self.pending, "finish the save before this one"
-        self._began, self._step, self._state = time.perf_counter(), step, dict(state)
+        self._began, self._step, self._state = time.perf_counter() if began is None else began, step, dict(state)
         held = tensor_files.entries_of(tensors)
         if self._shares is None:
             self._shares = tensor_files.share_out(mesh.from_all(list(held), self._layout))
@@ -125,15 +130,16 @@ class Saver:
         assert self._shares is not None
         began = time.perf_counter()
         self._writer.join()
-        reports = mesh.from_all((self._writer.found, self._writer.problem), self._layout)
+        reports = mesh.from_all((self._writer.found, self._writer.problem, self.bytes), self._layout)
         self._writer = None
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(reports) if problem]
+        problems = [f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(reports) if problem]
         if problems:
             self._fail(problems[0] if self._layout.world > 1 else problems[0].partition(": ")[2])
-        written, shares = [found for found, _ in reports], self._shares
+        written, shares = [found for found, _, _ in reports], self._shares
         self._on_first(lambda: store.complete(self._root, self._step, self._state, shares, written))
         now = time.perf_counter()
-        return Saved(self._step, self._stall + now - began, now - self._began, sum(found.bytes for found in written))
+        stall, total = self._stall + now - began, now - self._began
+        return Saved(self._step, stall, total, sum(found.bytes for found in written), max(copy for _, _, copy in reports))
 
     def _on_first(self, action: Callable[[], object]) -> None:
         """Rank 0 does it; where that fails every rank raises, so that none waits for the others."""

@@ -16,6 +16,7 @@ from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
 
 MAX_FAILED_SAVES = 3  # in a row
+Contents = tuple[Mapping[str, Sliced], Mapping[str, Any]]
 
 
 class Checkpoints:
@@ -85,11 +86,12 @@ class Checkpoints:
         every = 60 * self._config.every_minutes
         return every > 0 and time.monotonic() - self._last_time >= every
 
-    def save(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any], finite: bool, wait: bool) -> None:
+    def save(self, step: int, collect: Callable[[], Contents], finite: bool, wait: bool) -> None:
         """Begin a save, after the one before it; complete it if ``wait`` or unless saves are asynchronous.
 
         Args:
-            step, tensors, state: see :meth:`Saver.begin`.
+            step: whose checkpoint it is.
+            collect: returns tensors and state, see :meth:`Saver.begin`.
             finite: whether loss and gradient norm of this step were.
 
         Raises:
@@ -99,7 +101,9 @@ class Checkpoints:
             self.complete()
         self._last_time = time.monotonic()
         self._unproven = step, finite
-        self._trying(lambda: self.saver.begin(step, tensors, {**state, "finite": finite}))
+        began = time.perf_counter()
+        tensors, state = collect()
+        self._trying(lambda: self.saver.begin(step, tensors, {**state, "finite": finite}, began))
         if self.saver.pending and (wait or not self._config.asynchronous):
             self.complete()
 

@@ -34,7 +34,7 @@ class StopRequests:
         self.code = 0  # of the request: a signal's number
         self._break_in = False
         self._old: dict[signal.Signals, Any] = {}
-        self._done = Event()
+        self._done, self._watcher = Event(), Thread(target=self._watch, daemon=True, name="stop file")
 
     @property
     def name(self) -> str | None:
@@ -44,11 +44,12 @@ class StopRequests:
     def __enter__(self) -> "StopRequests":
         if get_ident() == main_thread().ident:
             self._old = {number: signal.signal(number, self._catch) for number in SIGNALS}
-        Thread(target=self._watch, daemon=True, name="stop file").start()
+        self._watcher.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._done.set()
+        self._watcher.join()  # or its signal could come when nobody catches it
         self.restore()
 
     def restore(self) -> None:

@@ -26,7 +26,7 @@ from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog, NoLog
-from bitlm_dist.training.run_folder import RunFolder, environment
+from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
 from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
 from bitlm_dist.training.teacher import Teacher
@@ -75,6 +75,11 @@ class Trainer:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
         self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
+        self._identity = {
+            "fingerprint": {**self.feed.fingerprint(), BATCH: config.training.global_batch_tokens},
+            "config": config.model_dump(mode="json"),
+            "environment": environment(),
+        }
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
         self.step = self.tokens = self._skipped = self._sequence = 0  # ``_sequence``: the next one to be read
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
@@ -224,15 +229,16 @@ class Trainer:
         self._evaluated = self.step
 
     def _save(self, wait: bool) -> None:
+        self.checkpoints.save(self.step, self._contents, self._finite, wait)
+
+    def _contents(self) -> tuple[dict[str, Sliced], dict[str, Any]]:
+        """What a checkpoint of this step holds."""
         state = {
             **self._spent(),
             "next_sequence": self._sequence,
-            "fingerprint": self._fingerprint(),
-            "config": self.config.model_dump(mode="json"),
-            "environment": environment(),
+            **self._identity,
         }
-        tensors = self._saved(self.engine.weights(), self.engine.state())
-        self.checkpoints.save(self.step, tensors, state, self._finite, wait)
+        return self._saved(self.engine.weights(), self.engine.state()), state
 
     def _save_finally(self) -> None:
         """Have a checkpoint of the current step, complete, before the run ends or pauses.
@@ -248,9 +254,6 @@ class Trainer:
             raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
         if self._stopped_by and self.layout.rank == 0:
             self.folder.stop_file.unlink(missing_ok=True)
-
-    def _fingerprint(self) -> dict[str, Any]:
-        return {**self.feed.fingerprint(), "training.global_batch_tokens": self.config.training.global_batch_tokens}
 
     def _fetcher(self, begun: int, first: int) -> Callable[[int], Batch]:
         """What reads this data rank's share of a step's global batch, if ``first`` is the first sequence of step ``begun``."""
@@ -271,12 +274,11 @@ class Trainer:
             raise UserError(
                 f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
             )
-        batch = "training.global_batch_tokens"
-        for field, value in self._fingerprint().items():
+        for field, value in self._identity["fingerprint"].items():
             saved = state["fingerprint"].get(field)
-            if saved == value or (field == batch and self.config.checkpoint.new_global_batch):
+            if saved == value or (field == BATCH and self.config.checkpoint.new_global_batch):
                 continue
-            advice = "; checkpoint.new_global_batch = true allows it" if field == batch else ""
+            advice = "; checkpoint.new_global_batch = true allows it" if field == BATCH else ""
             raise UserError(
                 f"{checkpoint} was trained with another {field} ({saved}, now {value}): "
                 f"the data would not continue where it stopped{advice}"

@@ -6,7 +6,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -55,7 +54,7 @@ class Run:
         command += ["--training.steps", str(STEPS), "--checkpoint.every_steps", "1", "--logging.tensorboard", "false"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.data.parent)}
         with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
-            job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=ROOT)
+            job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
         self.jobs.append(job)
         return job
 
@@ -82,7 +81,8 @@ class Run:
     def end(self) -> None:
         for job in self.jobs:
             if job.poll() is None:
-                os.killpg(job.pid, signal.SIGKILL)
+                for process in [*psutil.Process(job.pid).children(recursive=True), job]:  # each rank has a session of its own
+                    process.kill()
                 job.wait()
 
 
@@ -122,12 +122,11 @@ def strike(run: Run, moment: str, target: str, rng: random.Random) -> Kill:
     elif moment in SIGNS:
         run.wait(lambda: list(run.checkpoints.glob(SIGNS[moment])), job, poll=0.0)
         time.sleep(rng.uniform(0.0, 0.05 if moment == "saving" else 0.001))
-    if victim is None:
-        os.killpg(job.pid, signal.SIGKILL)
-    else:
-        victim.kill()
+    whole = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in whole if victim is None else [victim]:
+        process.kill()
     job.wait(TIMEOUT)
-    run.end()
+    assert not psutil.wait_procs(whole, TIMEOUT)[1]
     lines = run.lines()
     return Kill(moment, target, lines[-1]["step"] if lines else 0, left_in(run.checkpoints) or "nothing", newest(run))
 

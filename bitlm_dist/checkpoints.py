@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from datetime import datetime
-from math import isinf
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,7 +66,8 @@ def diff_command(first: Checkpoint, second: Checkpoint, as_json: AsJson = False)
     counts, differences = compare(*folders)
     states = compare_states(*folders)
     if as_json:
-        print(json.dumps({"tensors": counts, "differences": [asdict(d) for d in differences], "state": states}, indent=1))
+        listed = [{key: None if value == inf else value for key, value in asdict(d).items()} for d in differences]
+        print(json.dumps({"tensors": counts, "differences": listed, "state": states}, indent=1))
     else:
         kinds = []
         for kind, count in counts.items():
@@ -77,7 +78,7 @@ def diff_command(first: Checkpoint, second: Checkpoint, as_json: AsJson = False)
         show_table(f"{folders[0]} and {folders[1]}", columns, kinds)
         if differences:
             top = differences[:SHOWN]
-            rows = ((d.name, d.note if isinf(d.largest) else f"{d.largest:.3g}", f"{d.relative:.3g}") for d in top)
+            rows = ((d.name, d.note or f"{d.largest:.3g}", f"{d.relative:.3g}") for d in top)
             show_table(f"the {len(top)} that differ most", ("tensor", "largest difference", "relative"), rows)
         if states:
             show_table("what else differs", ("", "first", "second"), ((key, *values) for key, values in states.items()))

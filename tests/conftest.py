@@ -1,5 +1,6 @@
 import json
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def seed(request):
     print(f"seed = {value}")
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of its own with four MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.fixture(scope="session")

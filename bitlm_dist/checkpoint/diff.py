@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf, prod, sqrt
+from math import inf, isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +66,11 @@ def _compare_tensor(name: str, folders: tuple[Path, Path], a: Stored | None, b: 
     largest = off = size = 0.0
     for blocks in zip(_blocks(name, folders[0], a), _blocks(name, folders[1], b), strict=True):
         x, y = (block.double() for block in blocks)
-        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, x - y).nan_to_num(nan=inf)
+        apart = torch.where((x == y) | (x.isnan() & y.isnan()), 0.0, x - y).nan_to_num(nan=inf, posinf=inf, neginf=-inf)
         largest = max(largest, float(apart.abs().max()) if apart.numel() else 0.0)
         off, size = off + float(apart.square().sum()), size + float(x.square().sum())
-    return Difference(name, largest, sqrt(off / size) if size else (inf if off else 0.0))
+    relative = sqrt(off / size) if size else inf
+    return Difference(name, largest, (0.0 if off == 0 else relative) if isfinite(size) and isfinite(off) else inf)
 
 
 def _blocks(name: str, folder: Path, stored: Stored) -> Iterator[Tensor]:

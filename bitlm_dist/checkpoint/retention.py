@@ -4,7 +4,7 @@ A checkpoint is healthy if loss and gradient norm were finite in its step and in
 ones: one whose next step has not been taken, or that turned out bad, removes nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from bitlm_dist.checkpoint import store
@@ -26,10 +26,8 @@ def superfluous(health: Mapping[int, bool | None], keep: int, keep_every: int) -
     return sorted(old | set(bad[:-1]))  # of bad ones the newest tells what happened
 
 
-def tidy(root: Path, keep: int, keep_every: int) -> Iterable[int]:
-    """Remove the checkpoints of a folder that :func:`superfluous` names -> their steps."""
-    health = {step: store.read_health(store.folder_of(root, step)) for step in store.complete_steps(root)}
-    steps = superfluous(health, keep, keep_every)
-    for step in steps:
+def tidy(root: Path, health: dict[int, bool | None], keep: int, keep_every: int) -> None:
+    """Remove the checkpoints that :func:`superfluous` names, from the folder and from ``health``."""
+    for step in superfluous(health, keep, keep_every):
         store.remove(store.folder_of(root, step))
-    return steps
+        del health[step]

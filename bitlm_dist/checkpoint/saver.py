@@ -7,6 +7,7 @@ talk to no other rank: the ranks agree between two steps that all files are ther
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
@@ -18,10 +19,12 @@ from torch import Tensor
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.store import SaveError
-from bitlm_dist.checkpoint.tensors import Entry, Written
+from bitlm_dist.checkpoint.tensors import NAMES, Entry, Written
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
+
+ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,30 @@ class _Writer(Thread):
             self.problem = str(error) or type(error).__name__
 
 
+class _Copy:
+    """Host memory for some slices, in one piece."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        ends = [0]
+        for entry in entries:
+            ends.append(ends[-1] + -(-entry.bytes // ALIGNMENT) * ALIGNMENT)
+        self._memory = torch.empty(ends[-1], dtype=torch.uint8)
+        if mesh.device().type == "cuda" and ends[-1]:  # torch's own pinned memory comes in powers of two
+            torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), ends[-1], 0)  # unpinned where this fails: slower
+        parts = ((self._memory[a : a + e.bytes], e) for a, e in zip(ends, entries, strict=False))
+        self.tensors = [part.view(NAMES[entry.dtype]).view(entry.size) for part, entry in parts]
+
+    @property
+    def bytes(self) -> int:
+        return len(self._memory)
+
+    def take(self, tensors: Sequence[Tensor]) -> None:
+        for own, tensor in zip(self.tensors, tensors, strict=True):
+            own.copy_(tensor, non_blocking=True)
+        if mesh.device().type == "cuda":
+            torch.cuda.current_stream().synchronize()
+
+
 class Saver:
     """Saves checkpoints of one run; every process of the job makes one and calls the same methods in the same order.
 
@@ -67,7 +94,7 @@ class Saver:
     def __init__(self, root: Path, layout: Layout) -> None:
         self._root, self._layout = root, layout
         self._shares: list[list[Entry]] | None = None  # what each rank writes; the same in every save of a job
-        self._memory: dict[Entry, Tensor] = {}
+        self._copy: _Copy | None = None
         self._writer: _Writer | None = None
         self._step, self._state = 0, dict[str, Any]()
         self._began = self._stall = 0.0
@@ -75,7 +102,7 @@ class Saver:
     @property
     def bytes(self) -> int:
         """Host memory that copies of this rank's share take."""
-        return sum(tensor.nbytes for tensor in self._memory.values())
+        return 0 if self._copy is None else self._copy.bytes
 
     @property
     def pending(self) -> bool:
@@ -105,20 +132,16 @@ class Saver:
             self._shares = tensor_files.share_out(mesh.from_all(list(held), self._layout))
         mine = self._shares[self._layout.rank]
         self._on_first(lambda: store.begin(self._root, step))
-        self._copy({entry: held[entry] for entry in mine})
         file = store.building_of(self._root, step) / store.file_of(self._layout.rank)
-        self._writer = _Writer(file, mine, [self._memory[entry] for entry in mine])
-        self._writer.start()
+        try:
+            self._copy = self._copy or _Copy(mine)
+            self._copy.take([held[entry] for entry in mine])
+            self._writer = _Writer(file, mine, self._copy.tensors)
+            self._writer.start()
+        except (RuntimeError, MemoryError) as error:  # no memory: this save fails, on all ranks
+            self._writer = _Writer(file, [], [])
+            self._writer.problem = str(error)
         self._stall = time.perf_counter() - self._began
-
-    def _copy(self, live: Mapping[Entry, Tensor]) -> None:
-        cuda = mesh.device().type == "cuda"
-        for entry, tensor in live.items():
-            if entry not in self._memory:
-                self._memory[entry] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=cuda)
-            self._memory[entry].copy_(tensor, non_blocking=cuda)
-        if cuda:
-            torch.cuda.current_stream().synchronize()
 
     def finish(self) -> Saved:
         """Wait until every rank's file is written, and complete the checkpoint.
@@ -129,7 +152,8 @@ class Saver:
         assert self._writer is not None
         assert self._shares is not None
         began = time.perf_counter()
-        self._writer.join()
+        if self._writer.ident is not None:
+            self._writer.join()
         reports = mesh.from_all((self._writer.found, self._writer.problem, self.bytes), self._layout)
         self._writer = None
         problems = [f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(reports) if problem]
@@ -154,7 +178,10 @@ class Saver:
             self._fail(problem)
 
     def _fail(self, problem: str) -> None:
+        folder, free = store.folder_of(self._root, self._step), ""
         if self._layout.rank == 0:
             store.abandon(self._root, self._step)
-        folder, free = store.folder_of(self._root, self._step), shutil.disk_usage(self._root.parent).free / 2**20
-        raise SaveError(f"{folder} could not be written, {free:,.0f} MiB are free there: {problem}")
+            with suppress(OSError):
+                place = self._root if self._root.exists() else self._root.parent
+                free = f", {shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"
+        raise SaveError(f"{folder} could not be written{mesh.from_first(free, self._layout)}: {problem}")

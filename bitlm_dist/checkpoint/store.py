@@ -19,8 +19,11 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +43,10 @@ class SaveError(UserError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
+class DamagedError(UserError):
+    """A checkpoint is not what its manifest says, or its manifest cannot be read."""
+
+
 def folder_of(root: Path, step: int) -> Path:
     """Where the checkpoint of a step lives."""
     return root / f"step-{step:08d}"
@@ -52,12 +59,14 @@ def complete_steps(root: Path) -> list[int]:
 
 
 def begin(root: Path, step: int) -> Path:
-    """Make the folder that a checkpoint is built in, and remove what killed processes left."""
-    for pattern in HIDDEN:
-        for rubbish in root.glob(pattern):
-            shutil.rmtree(rubbish)
+    """Make the folder that a checkpoint is built in, and remove what killed processes left, as far as that goes."""
+    for rubbish in (path for pattern in HIDDEN for path in root.glob(pattern)):
+        if rubbish.is_symlink():
+            rubbish.unlink(missing_ok=True)
+        shutil.rmtree(rubbish, ignore_errors=True)
     building = building_of(root, step)
     building.mkdir(parents=True)
+    sync_folder(root.parent)
     return building
 
 
@@ -94,11 +103,18 @@ def complete(
         remove(final)
     building.rename(final)
     sync_folder(root)
-    link = root / f".{LATEST}"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    link.rename(root / LATEST)
+    point_latest(root)
     return final
+
+
+def point_latest(root: Path) -> None:
+    """Let the link ``latest`` name the newest complete checkpoint, if the file system has links and nothing else has that name."""
+    steps = complete_steps(root)
+    link = root / f".{LATEST}"
+    with suppress(OSError):
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder_of(root, steps[-1]).name)
+        link.rename(root / LATEST)
 
 
 def abandon(root: Path, step: int) -> None:
@@ -106,13 +122,14 @@ def abandon(root: Path, step: int) -> None:
     shutil.rmtree(building_of(root, step), ignore_errors=True)
 
 
-def remove(folder: Path) -> None:
-    """Remove a checkpoint; whenever this is interrupted, no half of it is taken for a whole."""
-    hidden = folder.with_name(f".{folder.name}.removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
+def remove(folder: Path) -> Thread:
+    """Remove a checkpoint -> the thread that does; it is none from now on, so no half of it is ever taken for whole."""
+    hidden = folder.with_name(f".{folder.name}.{time.time_ns()}.removed")
     folder.rename(hidden)
-    shutil.rmtree(hidden)
+    sync_folder(folder.parent)
+    thread = Thread(target=shutil.rmtree, args=(hidden, True), daemon=True, name="removal")
+    thread.start()
+    return thread
 
 
 def save(root: Path, step: int, entries: Sequence[Entry], tensors: Iterable[Tensor], state: Mapping[str, Any]) -> Path:
@@ -125,32 +142,40 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
     """Hash the files of a checkpoint, or every ``parts``-th of them from number ``part`` on, and compare with the manifest.
 
     Raises:
-        UserError: it is incomplete or of another format, or a file is missing or damaged.
+        DamagedError: a file is missing, cannot be read or is not what it was; the message names it.
+        UserError: the checkpoint is incomplete or of another format.
     """
     files = read_manifest(folder)
     for name in sorted(files)[part::parts]:
         file, expected = folder / name, files[name]
-        if not file.is_file():
-            raise UserError(f"checkpoint file {file} is missing: {_remedy(folder)}")
-        if os.path.getsize(file) != expected["bytes"] or _sha256(file) != expected["sha256"]:
-            raise UserError(f"checkpoint file {file} is damaged: {_remedy(folder)}")
+        try:
+            if not file.is_file():
+                raise DamagedError(f"checkpoint file {file} is missing")
+            if os.path.getsize(file) != expected["bytes"] or _sha256(file) != expected["sha256"]:
+                raise DamagedError(f"checkpoint file {file} is damaged")
+        except OSError as error:
+            raise DamagedError(f"checkpoint file {file} cannot be read ({error})") from error
+        except (KeyError, TypeError):
+            raise DamagedError(f"checkpoint file {folder / MANIFEST} is damaged") from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Size and hash of every file.
 
     Raises:
-        UserError: it is missing, damaged, or of another format.
+        DamagedError: it is missing or cannot be read.
+        UserError: it is of another format.
     """
-    if not (folder / MANIFEST).is_file():
-        raise UserError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise DamagedError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads(file.read_text())
         found = int(manifest.get("format", 1))
         if found == FORMAT:
             return dict(manifest["files"])
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"checkpoint file {folder / MANIFEST} is damaged: {_remedy(folder)}") from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise DamagedError(f"checkpoint file {file} is damaged") from None
     advice = "upgrade bitlm-dist" if found > FORMAT else "go on with the version that wrote it"
     raise UserError(f"{folder} has format {found}, this version reads format {FORMAT}: {advice}")
 
@@ -165,7 +190,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Step, tokens, size, time and health of a complete checkpoint, without reading its tensors.
 
     Raises:
-        UserError: its description is damaged.
+        DamagedError: its description is.
     """
     files = read_manifest(folder)
     try:
@@ -179,7 +204,7 @@ def describe(folder: Path) -> dict[str, Any]:
             "folder": str(folder),
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({error}): {_remedy(folder)}") from None
+        raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
 
 
 def read_health(folder: Path) -> bool | None:
@@ -195,16 +220,15 @@ def write_health(folder: Path, healthy: bool) -> None:
     write_atomically(folder / HEALTH, json.dumps({"healthy": healthy}) + "\n")
 
 
-def set_aside(folder: Path) -> Path:
-    """Take a damaged checkpoint out of the way of those that are saved and removed from now on -> where it is now."""
-    aside = folder.with_name(f"damaged-{folder.name}")
+def set_aside(folder: Path, why: str) -> Path:
+    """Take a checkpoint out of the way of those that are saved and removed from now on -> where it is now."""
+    aside = folder.with_name(f"{why}-{folder.name}")
     if aside.exists():
         shutil.rmtree(aside)
-    return folder.rename(aside)
-
-
-def _remedy(folder: Path) -> str:
-    return f"remove {folder} or set checkpoint.fallback = true to go on from an older checkpoint"
+    folder.rename(aside)
+    sync_folder(folder.parent)
+    point_latest(folder.parent)
+    return aside
 
 
 def _sha256(file: Path) -> str:

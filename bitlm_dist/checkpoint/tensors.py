@@ -48,6 +48,11 @@ class Entry(NamedTuple):
         """Its name in the file."""
         return self.name if self.size == self.shape else f"{self.name}@{','.join(map(str, self.start))}"
 
+    @property
+    def bytes(self) -> int:
+        """Of its numbers."""
+        return prod(self.size) * NAMES[self.dtype].itemsize
+
 
 class Written(NamedTuple):
     """What a file on disk must be."""
@@ -85,18 +90,17 @@ def share_out(held: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
     return found
 
 
-def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor], metadata: Mapping[str, str] | None = None) -> Written:
+def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> Written:
     """Write a safetensors file, hashing on the way, and flush it to disk.
 
     Args:
         entries: what it will hold, in this order.
         tensors: their numbers, asked for one after the other.
-        metadata: for the file's header.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        begin, end = end, end + prod(entry.size) * NAMES[entry.dtype].itemsize
+        begin, end = end, end + entry.bytes
         header[entry.key] = {"dtype": entry.dtype, "shape": entry.size, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # numbers are aligned

@@ -22,16 +22,24 @@ class Ahead(Generic[T]):
         self._coming: Future[T] = Future()
         self._thread: Thread | None = None
 
-    def get(self, step: int) -> T:
-        """The value of a step; waits for it, and may be called again where the wait was interrupted.
+    def ask(self, step: int) -> None:
+        """Begin the value of a step, unless that is done."""
+        if step != self._step:
+            self._begin(step)
+
+    def wait(self) -> None:
+        """Until the value asked for is there; may be interrupted and called again.
 
         Raises:
             Exception: what ``fetch`` raised.
         """
-        if step != self._step:
-            self._begin(step)
+        self._coming.result()
+
+    def take(self) -> T:
+        """The value asked for; begins the next one."""
+        assert self._step is not None, "nothing was asked for"
         value = self._coming.result()
-        self._begin(step + 1)
+        self._begin(self._step + 1)
         return value
 
     def _begin(self, step: int) -> None:

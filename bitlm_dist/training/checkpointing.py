@@ -1,10 +1,13 @@
 """The checkpoints of a run in training: saved beside it, judged by the step that follows, the newest healthy ones kept."""
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from bitlm_dist.checkpoint import retention, store
 from bitlm_dist.checkpoint.saver import Saved, Saver
@@ -16,6 +19,8 @@ from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
 
 MAX_FAILED_SAVES = 3  # in a row
+POLL = 0.05  # seconds
+UNHEALTHY = "its loss or gradient norm, or that of the next step, was not finite"
 Contents = tuple[Mapping[str, Sliced], Mapping[str, Any]]
 
 
@@ -33,6 +38,7 @@ class Checkpoints:
         self.saver = Saver(root, layout)
         self.newest: int | None = None  # step that was loaded, or saved last
         self.report: Callable[[Saved], None] = lambda saved: None
+        self._health: dict[int, bool | None] = {}  # of all checkpoints, on the first rank
         self._failed = 0  # in a row
         self._last_time = time.monotonic()
         self._unproven: tuple[int, bool] | None = None  # saved step, whether it was healthy itself
@@ -45,40 +51,71 @@ class Checkpoints:
             UserError: on every rank: it is damaged, and ``checkpoint.fallback`` is off or there is none before it.
         """
         steps = mesh.from_first(store.complete_steps(self._root), self._layout)
-        for step in reversed(steps):
-            folder = store.folder_of(self._root, step)
+        unhealthy: list[Path] = []
+        for folder in (store.folder_of(self._root, step) for step in reversed(steps)):
             problem = self._problem_of(folder)
-            if not problem:
-                healthy = mesh.from_first(store.read_health(folder), self._layout)
-                if healthy is not False:
-                    return self._found(folder, healthy)
-                self._say(f"{folder} is not healthy: its loss or gradient norm, or that of the next step, was not finite")
-                if not self._config.fallback or step == steps[0]:
-                    return self._found(folder, healthy)
-            elif not self._config.fallback:
-                raise UserError(problem)
+            if problem and not self._config.fallback:
+                raise UserError(f"{problem}: remove {folder} or set checkpoint.fallback = true to go on from an older checkpoint")
+            if problem:
+                self._set_aside(folder, "damaged", f"CHECKPOINT DAMAGED: {problem}")
+            elif mesh.from_first(store.read_health(folder), self._layout) is False and self._config.fallback:
+                unhealthy.append(folder)
             else:
-                where = store.set_aside(folder) if self._layout.rank == 0 else None
-                self._say(f"CHECKPOINT DAMAGED: {problem}; it is now {where}; going on from the one before it")
+                for newer in unhealthy:
+                    self._set_aside(newer, "unhealthy", f"CHECKPOINT NOT HEALTHY: {newer}: {UNHEALTHY}")
+                return self._found(folder)
+        if unhealthy:
+            return self._found(unhealthy[0])
         if steps:
             raise UserError(f"none of the checkpoints in {self._root} is whole: restore one, or choose another run.dir")
         return None
 
-    def _found(self, folder: Path, healthy: bool | None) -> tuple[Path, dict[str, Any]]:
+    def _found(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        self._health = {step: store.read_health(store.folder_of(self._root, step)) for step in store.complete_steps(self._root)}
         state = store.read_state(folder)
-        self.newest = state["step"]
-        if healthy is None:
-            self._unproven = state["step"], state.get("finite", True)
+        self.newest = step = int(state["step"])
+        if self._health.get(step) is False:
+            self._say(f"{folder}: {UNHEALTHY}; going on from it, as no weight was changed by such a step")
+        if self._health.get(step) is None:
+            self._unproven = step, state.get("finite", True)
         return folder, state
 
     def _problem_of(self, folder: Path) -> str:
-        """What the ranks together find wrong; each hashes some of the files."""
-        problem = ""
+        """What the ranks together find wrong; each hashes some of the files.
+
+        Raises:
+            UserError: on every rank: it is of another format, or damaged for some ranks and not for the first.
+        """
+        damage = fatal = ""
         try:
             store.verify(folder, self._layout.rank, self._layout.world)
+        except store.DamagedError as error:
+            damage = str(error)
         except UserError as error:
-            problem = str(error)
-        return next(filter(None, mesh.from_all(problem, self._layout)), "")
+            fatal = str(error)
+        reports = mesh.from_all((damage, fatal, socket.gethostname()), self._layout)
+        for _, problem, _ in reports:
+            if problem:
+                raise UserError(problem)
+        found = next(((rank, text, host) for rank, (text, _, host) in enumerate(reports) if text), None)
+        if found is None:
+            return ""
+        rank, text, host = found
+        if not mesh.from_first(self._layout.rank == 0 and _is_damaged(folder), self._layout):
+            raise UserError(f"rank {rank} on {host}: {text}; the first rank finds it whole: see how that node mounts run.dir")
+        return str(text)
+
+    def _set_aside(self, folder: Path, why: str, text: str) -> None:
+        problem = where = ""
+        if self._layout.rank == 0:
+            try:
+                where = str(store.set_aside(folder, why))
+            except OSError as error:
+                problem = f"{folder} could not be renamed ({error}): move it away"
+        problem = mesh.from_first(problem, self._layout)
+        if problem:
+            raise UserError(problem)
+        self._say(f"{text}; it is now {where}; going on from an older one")
 
     @property
     def overdue(self) -> bool:
@@ -117,8 +154,12 @@ class Checkpoints:
         def finish() -> None:
             saved = self.saver.finish()
             self.newest, self._failed = saved.step, 0
+            self._health[saved.step] = None
             self.report(saved)
 
+        # not in one collective, whose time limit a slow disk may exceed
+        while self._layout.world > 1 and int(mesh.most_of_all(torch.tensor(int(self.saver.writing), device=mesh.device()))):
+            time.sleep(POLL)
         self._trying(finish)
         self._act_on_verdict()
 
@@ -128,7 +169,7 @@ class Checkpoints:
             action()
         except SaveError as error:
             self._failed += 1
-            self._unproven = None
+            self._unproven = self._verdict = None
             if self._failed == MAX_FAILED_SAVES:
                 raise
             self._say(f"{error}; training goes on ({self._failed} of {MAX_FAILED_SAVES} failed saves in a row end it)")
@@ -144,13 +185,22 @@ class Checkpoints:
         if self._verdict is None or self.saver.pending:
             return
         (step, healthy), self._verdict = self._verdict, None
-        if self._layout.rank == 0 and step in store.complete_steps(self._root):
+        if self._layout.rank == 0 and step in self._health:
+            self._health[step] = healthy
             try:
                 store.write_health(store.folder_of(self._root, step), healthy)
-                retention.tidy(self._root, self._config.keep, self._config.keep_every_steps)
+                retention.tidy(self._root, self._health, self._config.keep, self._config.keep_every_steps)
             except OSError as error:
                 self._say(f"checkpoints in {self._root} could not be tidied: {error}")
 
     def _say(self, text: str) -> None:
         if self._layout.rank == 0:
             print(f"bitlm: {text}", file=sys.stderr, flush=True)
+
+
+def _is_damaged(folder: Path) -> bool:
+    try:
+        store.verify(folder)
+    except store.DamagedError:
+        return True
+    return False

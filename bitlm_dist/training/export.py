@@ -4,14 +4,13 @@ An exported folder has the files of a run folder, but for the checkpoints::
 
     model.safetensors, or model-00001-of-00003.safetensors … with model.safetensors.index.json
     config.yaml  tokenizer/  codes.npz
-    export.json            step, tokens, versions; size and hash of every weight file
+    export.json            step, tokens, versions; size and hash of every other file
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
 from bitlm_dist.config_loading import read_run
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, write_atomically
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import averaged_name, weight_name
 
 FORMAT = 1
-RECORD, INDEX = "export.json", "model.safetensors.index.json"
+RECORD, INDEX, WEIGHTS = "export.json", "model.safetensors.index.json", ".safetensors"
 
 
 def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int = 4 * 10**9) -> int:
@@ -62,16 +61,21 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
         files[file] = tensor_files.write(building / file, group, whole)._asdict()
     if len(groups) > 1:
         weight_map = {entry.name: file for file, group in zip(files, groups, strict=True) for entry in group}
-        total = sum(_bytes_of(entry) for entry in entries)
+        total = sum(entry.bytes for entry in entries)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
         write_atomically(building / INDEX, text + "\n")
     shutil.copy(run.path / "config.yaml", building)
     shutil.copy(run.path / CODES, building)
     shutil.copytree(run.path / "tokenizer", building / "tokenizer")
     record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}
+    for path in [building / "config.yaml", building / CODES, *(building / "tokenizer").iterdir()]:
+        data = path.read_bytes()
+        files[str(path.relative_to(building))] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     write_atomically(building / RECORD, json.dumps({**record, "files": files, "environment": environment()}, indent=1) + "\n")
+    sync_tree(building)
     building.rename(out)
-    return sum(file["bytes"] for file in files.values())
+    sync_folder(out.parent)
+    return sum(file["bytes"] for name, file in files.items() if name.endswith(WEIGHTS))
 
 
 def _exported_names(index: dict[str, Stored], averaged: bool) -> list[tuple[str, str]]:
@@ -82,14 +86,10 @@ def _exported_names(index: dict[str, Stored], averaged: bool) -> list[tuple[str,
     return found if all(saved in index for _, saved in found) else []
 
 
-def _bytes_of(entry: Entry) -> int:
-    return prod(entry.shape) * NAMES[entry.dtype].itemsize
-
-
 def _in_files(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:
     group: list[Entry] = []
     for entry in entries:
-        if group and sum(map(_bytes_of, group)) + _bytes_of(entry) > most:
+        if group and sum(e.bytes for e in group) + entry.bytes > most:
             yield group
             group = []
         group.append(entry)
@@ -124,7 +124,8 @@ def import_(source: Path, run: Path) -> None:
     shutil.rmtree(building, ignore_errors=True)
     folder = RunFolder(building)
     folder.claim(config, source / "tokenizer", RunFolder(source).codes())
-    files = [source / name for name in record["files"]]
+    folder.record(config, source / "tokenizer", RunFolder(source).codes())
+    files = [source / name for name in record["files"] if name.endswith(WEIGHTS)]
     state = {"tokens": record["tokens"], "weights_only": True}
     state |= {"config": config.model_dump(mode="json"), "environment": environment()}
     store.save(folder.checkpoints, record["step"], list(_entries_of(files)), _tensors_of(files), state)

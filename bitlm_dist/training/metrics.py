@@ -1,6 +1,7 @@
 """One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,37 @@ from bitlm_dist.errors import UserError
 METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
 
 
+class _Lines:
+    """JSON lines at the end of a file; what a full disk does not take now goes with the next line."""
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._left, self._failed = file, b"", False
+        self._stream = file.open("ab", buffering=0)
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._left += json.dumps(line).encode() + b"\n"
+        try:
+            while self._left:
+                self._left = self._left[self._stream.write(self._left) :]
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                _say(f"{self._file} cannot be written now ({error}); its lines are kept in memory")
+            self._failed = True
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _say(text: str) -> None:
+    print(f"bitlm: {text}", file=sys.stderr, flush=True)
+
+
 class MetricsLog:
-    """Writes every step's metrics to the run folder; a line is on disk before the next step begins."""
+    """Writes every step's metrics to the run folder before the next step begins; no failure to write ends a run."""
 
     def __init__(self, folder: Path, config: LoggingConfig) -> None:
-        self._lines = (folder / METRICS).open("a", encoding="utf-8", buffering=1)
-        self._evaluations, self._saves = folder / EVALUATIONS, folder / SAVES
+        self._steps, self._evaluations, self._saves = (_Lines(folder / name) for name in (METRICS, EVALUATIONS, SAVES))
         self._board: Any = None
         self._wandb: Any = None
         if config.tensorboard:
@@ -34,33 +60,38 @@ class MetricsLog:
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step; ``metrics`` has the key ``step``."""
-        self._lines.write(json.dumps(metrics) + "\n")
+        self._steps.write(metrics)
         self._publish(metrics)
 
     def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Record an evaluation after ``spent`` (with the key ``step``), under the key ``validation``."""
-        with self._evaluations.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({**spent, "validation": report}) + "\n")
+        self._evaluations.write({**spent, "validation": report})
         numbers = {f"validation/{name}": value for name, value in report.items() if isinstance(value, float)}
         self._publish({"step": spent["step"], **numbers})
 
     def write_save(self, saved: Saved) -> None:
         """Record a completed checkpoint."""
-        with self._saves.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(asdict(saved)) + "\n")
-        self._publish({"step": saved.step, **{f"checkpoint/{n}": v for n, v in asdict(saved).items() if n != "step"}})
+        self._saves.write(asdict(saved))
+        self._publish({f"checkpoint/{name}": value for name, value in asdict(saved).items()} | {"step": saved.step}, late=True)
 
-    def _publish(self, metrics: Mapping[str, Any]) -> None:
+    def _publish(self, metrics: Mapping[str, Any], late: bool = False) -> None:
+        """``late``: of a step that may be over; Weights & Biases takes it with the next one."""
         step = metrics["step"]
-        for name, value in metrics.items():
-            if self._board and name != "step":
-                self._board.add_scalar(name, value, step)
+        if self._board:
+            try:
+                for name, value in metrics.items():
+                    if name != "step":
+                        self._board.add_scalar(name, value, step)
+            except OSError as error:
+                _say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
+                self._board = None
         if self._wandb:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log(dict(metrics), **({"commit": False} if late else {"step": step}))
 
     def close(self) -> None:
         """Flush everything."""
-        self._lines.close()
+        for lines in (self._steps, self._evaluations, self._saves):
+            lines.close()
         if self._board:
             self._board.close()
         if self._wandb:

@@ -5,9 +5,12 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,12 +23,15 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, write_atomically
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
 from bitlm_dist.training.stopping import STOP_FILE
 
 CODES = "codes.npz"
 LOCK = "run.lock"
+SHARED_WITHIN = 10.0  # seconds in which a network file system shows other nodes a file
 PACKAGES = ("torch", "megatron-core", "deepspeed", "mosaicml-streaming", "triton", "numpy", "bitlm-dist")
 # A resumed run may differ from the saved one in these; anything else would make it another run.
 MAY_CHANGE = (
@@ -60,29 +66,66 @@ class RunFolder:
         self.stop_file = path / STOP_FILE
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
-        """Make the folder this run's, with its config, tokenizer and codes, or refuse; nothing is written if it is refused.
+        """Make the folder this process's, or refuse; but for the lock nothing in it changes before :meth:`record`.
 
-        It is this process's until :meth:`release` or the process's end, however that comes.
+        It is held until :meth:`release` or the process's end, however that comes.
 
         Raises:
             UserError: it holds a run of another config, tokenizer or codes, or files of other origin; another process has it; it
                 cannot be written.
         """
-        tokenizer = Tokenizer.of_folder(tokenizer_folder)
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
-            self._compare_vocabulary(tokenizer, codes)
-        elif self.path.exists() and any(file.name != LOCK for file in self.path.iterdir()):
+            self._compare_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
+        elif self.path.exists() and any(f.name not in (LOCK, STOP_FILE) and f.name[0] != "." for f in self.path.iterdir()):
             raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
-        try:
+        with self._writing():
             self._hold()
             self.stop_file.unlink(missing_ok=True)  # it was meant for a process that is gone
+
+    def record(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
+        """Write config, environment, tokenizer and codes of the run that goes on in the folder now.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        with self._writing():
             write_atomically(self.path / "config.yaml", to_yaml(config))
             write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
-                self._save_vocabulary(tokenizer, codes)
+                self._save_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(f"run.dir = {self.path} cannot be written ({error}): free space, or choose another folder") from error
+
+    @property
+    def holder(self) -> str:
+        """The process that has the folder, or had it last."""
+        try:
+            return (self.path / LOCK).read_text().strip()
+        except OSError:
+            return ""
+
+    def check_shared(self, layout: Layout) -> None:
+        """Compare what the processes of a job see under this path, once the first has claimed it.
+
+        Raises:
+            UserError: on every rank, if one sees another folder than the first.
+        """
+        expected, end = mesh.from_first(self.holder, layout), time.monotonic() + SHARED_WITHIN
+        while self.holder != expected and time.monotonic() < end:
+            time.sleep(0.1)
+        places = mesh.from_all(None if self.holder == expected else socket.gethostname(), layout)
+        for rank, host in enumerate(places):
+            if host is not None:
+                raise UserError(
+                    f"run.dir = {self.path} is not the same folder for rank {rank} on {host} as for the first rank: "
+                    "choose one on a file system that all nodes share"
+                )
 
     def _hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -95,7 +138,7 @@ class RunFolder:
             lock.close()
             raise UserError(f"run.dir = {self.path} is in use by {holder}: wait for it, end it, or choose another folder") from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system without locks: as good as none
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks: as good as none
                 raise
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -132,13 +175,15 @@ class RunFolder:
             raise UserError(f"run.dir = {self.path} was trained with another {what} than data.path has: use its data")
 
     def _save_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
-        partial = self.path / f".{CODES}"
-        with partial.open("wb") as stream:
-            np.savez(stream, codes=codes.code_of_token.numpy(), bits=codes.bits)
-        partial.rename(self.path / CODES)
-        building = self.path / ".tokenizer"
-        tokenizer.save(building)
-        building.rename(self.path / "tokenizer")
+        building = self.path / ".vocabulary"
+        shutil.rmtree(building, ignore_errors=True)  # what a killed process left
+        tokenizer.save(building / "tokenizer")
+        np.savez(building / CODES, codes=codes.code_of_token.numpy(), bits=codes.bits)
+        sync_tree(building)
+        (building / CODES).rename(self.path / CODES)
+        (building / "tokenizer").rename(self.path / "tokenizer")
+        building.rmdir()
+        sync_folder(self.path)
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""

@@ -36,11 +36,6 @@ class StopRequests:
         self._old: dict[signal.Signals, Any] = {}
         self._done, self._watcher = Event(), Thread(target=self._watch, daemon=True, name="stop file")
 
-    @property
-    def name(self) -> str | None:
-        """What asked: a signal's name or the file; None: nothing has."""
-        return name_of(self.code)
-
     def __enter__(self) -> "StopRequests":
         if get_ident() == main_thread().ident:
             self._old = {number: signal.signal(number, self._catch) for number in SIGNALS}
@@ -78,7 +73,11 @@ class StopRequests:
     def _watch(self) -> None:
         """Turn the file into a signal, which wakes the main thread from what it waits for."""
         while not self._done.wait(self._poll):
-            if self._file.exists():
+            try:
+                found = self._file.exists()
+            except OSError:  # the file system is away for a moment
+                continue
+            if found:
                 self.code = self.code or _BY_FILE
                 if self._old:
                     signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR2)
@@ -86,7 +85,7 @@ class StopRequests:
 
 
 def name_of(code: int) -> str | None:
-    """See :attr:`StopRequests.name`."""
+    """What asked to stop, from :attr:`StopRequests.code`: a signal's name or the file; None: nothing has."""
     if not code:
         return None
     return "stop file" if code == _BY_FILE else signal.Signals(code).name

@@ -46,7 +46,7 @@ class Trainer:
         layout: of the job.
 
     Raises:
-        UserError: before anything is written, where data, folder, layout or config do not fit.
+        UserError: data, folder, checkpoint, layout or config do not fit; nothing was changed.
     """
 
     def __init__(self, config: Config, resume: bool = True, layout: Layout = ALONE) -> None:
@@ -88,10 +88,12 @@ class Trainer:
         self._stop = StopRequests(self.folder.stop_file, layout.rank)
         self._stopped_by: str | None = None
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
+        self.folder.check_shared(layout)
         found = self.checkpoints.find()
         if found is not None:
             self._load(*found)
         if layout.rank == 0:
+            self.folder.record(config, config.data.path / "tokenizer", codes)
             self.folder.drop_metrics_after(self.step)
         self._batches = Ahead(self._fetcher(self.step, self._sequence))
 
@@ -119,6 +121,7 @@ class Trainer:
                     self._evaluate_if_due(evaluate, log)
                     if save_due or self._due(self.config.checkpoint.every_steps):
                         self._save(wait=self.step == last)
+                self._agree()  # a stop may have come with the last evaluation
                 self._save_finally()
             except Exception:
                 self._give_way()
@@ -135,11 +138,13 @@ class Trainer:
 
     def _next_batch(self) -> Batch | None:
         """The next step's data; None: something asked to stop while it did not come."""
+        self._batches.ask(self.step)
         try:
             with self._stop.interruptible():
-                return self._batches.get(self.step)
+                self._batches.wait()
         except Interrupted:
             return None
+        return self._batches.take()
 
     def _agree(self) -> bool:
         """Between two steps all processes agree to stop or to go on, and complete a save that all have written.
@@ -176,7 +181,8 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the next global batch -> its metrics."""
         began = time.perf_counter(), time.process_time()
-        return self._train_on(self._batches.get(self.step), *began)
+        self._batches.ask(self.step)
+        return self._train_on(self._batches.take(), *began)
 
     def _train_on(self, batch: Batch, began: float, cpu_began: float) -> dict[str, Any]:
         if self._teacher is not None:

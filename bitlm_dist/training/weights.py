@@ -70,7 +70,11 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
     check_machine(config)
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
     checkpoint = store.folder_of(folder.checkpoints, steps[-1])
-    store.verify(checkpoint)
+    try:
+        store.verify(checkpoint)
+    except store.DamagedError as error:
+        others = f"remove {checkpoint} to use step {steps[-2]}" if len(steps) > 1 else "there is no other"
+        raise UserError(f"{error}: {others}") from error
     if config.evaluation.averaged and not config.optimizer.ema:
         raise UserError(f"evaluation.averaged = true: {run} was trained without optimizer.ema and has no average: set it false")
     saved = averaged_name if config.evaluation.averaged else weight_name

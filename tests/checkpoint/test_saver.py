@@ -1,4 +1,5 @@
 import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -34,7 +35,18 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path):
         assert torch.equal(saved(tmp_path, step), before)
         assert (done.step, done.bytes > 4000) == (step, True)
         assert 0 < done.stall_seconds <= done.total_seconds
-    assert saver.bytes == live.nbytes, "one copy, however many saves"
+    assert live.nbytes <= saver.bytes <= live.nbytes + 64, "one copy, however many saves"
+
+
+def test_a_copy_that_finds_no_memory_fails_its_save_alone(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, ALONE)
+    monkeypatch.setattr(torch, "empty", mock.Mock(side_effect=MemoryError("no memory")))
+    saver.begin(1, of(torch.zeros(3)), {})
+    with pytest.raises(store.SaveError, match="step-00000001 could not be written, .*: no memory"):
+        saver.finish()
+    monkeypatch.undo()
+    saver.begin(2, of(torch.zeros(3)), {})
+    assert saver.finish().step == 2
 
 
 def test_one_save_at_a_time(tmp_path):
@@ -45,36 +57,28 @@ def test_one_save_at_a_time(tmp_path):
     saver.finish()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of one MiB."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    (tmp_path / "checkpoints").mkdir()
-    yield tmp_path / "checkpoints"
-    subprocess.run(["umount", str(tmp_path)], check=True)
-
-
 def test_a_full_disk_leaves_the_checkpoint_before_and_no_rubbish(small_disk):
-    saver = Saver(small_disk, ALONE)
+    root = small_disk / "checkpoints"
+    root.mkdir()
+    saver = Saver(root, ALONE)
     saver.begin(1, of(torch.ones(100)), {})
     saver.finish()
-    large = Saver(small_disk, ALONE)
-    large.begin(2, of(torch.zeros(2**20)), {})
+    large = Saver(root, ALONE)
+    large.begin(2, of(torch.zeros(2**21)), {})
     with pytest.raises(
-        store.SaveError, match=r"step-00000002 could not be written, 1 MiB are free there: .*No space left on device"
+        store.SaveError, match=r"step-00000002 could not be written, [0-9]+ MiB are free there: .*No space left on device"
     ):
         large.finish()
-    assert sorted(path.name for path in small_disk.iterdir()) == ["latest", "step-00000001"]
-    assert torch.equal(saved(small_disk, 1), torch.ones(100))
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000001"]
+    assert torch.equal(saved(root, 1), torch.ones(100))
     saver.begin(3, of(torch.ones(100)), {})
     saver.finish()
-    assert store.complete_steps(small_disk) == [1, 3]
+    assert store.complete_steps(root) == [1, 3]
 
 
 def test_a_disk_that_is_read_only_is_named(small_disk):
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk.parent)], check=True)
-    with pytest.raises(store.SaveError, match=r"step-00000002 could not be written, 1 MiB are free there: .*Read-only file system"):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(store.SaveError, match=r"step-00000002 could not be written, [0-9]+ MiB are free there: .*Read-only"):
         Saver(small_disk, ALONE).begin(2, of(torch.zeros(3)), {})
 
 

@@ -58,14 +58,27 @@ def test_a_save_removes_what_killed_ones_left(tmp_path):
 
 def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     folder = save(tmp_path, 1)
-
-    def die(path):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(store.shutil, "rmtree", die)
-    with pytest.raises(KeyboardInterrupt):
-        store.remove(folder)
+    monkeypatch.setattr(store.shutil, "rmtree", lambda *arguments: None)  # as if killed here
+    store.remove(folder).join()
     assert store.complete_steps(tmp_path) == []
+    assert len(list(tmp_path.glob(".*.removed"))) == 1
+    monkeypatch.undo()
+    save(tmp_path, 2)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_leftovers_that_cannot_go_do_not_stop_a_save(tmp_path):
+    (tmp_path / ".step-00000003.removed").symlink_to("nowhere")
+    (tmp_path / ".step-00000002.partial").write_text("a file")
+    save(tmp_path, 4)
+    assert store.complete_steps(tmp_path) == [4]
+
+
+def test_a_name_in_the_way_of_latest_does_not_fail_a_save(tmp_path):
+    (tmp_path / "latest" / "kept").mkdir(parents=True)
+    save(tmp_path, 4)
+    assert store.complete_steps(tmp_path) == [4]
+    assert (tmp_path / "latest" / "kept").is_dir()
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove"])
@@ -81,10 +94,19 @@ def test_every_damaged_file_is_named(saved, harm):
             file.write_bytes(good[: len(good) // 2])
         else:
             file.unlink()
-        with pytest.raises(UserError, match=f"{name} is (damaged|missing): remove .* or set checkpoint.fallback = true"):
+        with pytest.raises(store.DamagedError, match=f"{name} is (damaged|missing)"):
             store.verify(saved)
         file.write_bytes(good)
     store.verify(saved)
+
+
+def test_a_file_that_cannot_be_read_is_damage(saved, monkeypatch):
+    def fail(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(store, "_sha256", fail)
+    with pytest.raises(store.DamagedError, match="cannot be read .*Input/output error"):
+        store.verify(saved)
 
 
 def test_ranks_share_the_hashing(saved):
@@ -105,14 +127,16 @@ def test_ranks_share_the_hashing(saved):
         ({"format": 99, "files": []}, "has format 99, this version reads format 2: upgrade bitlm-dist"),
         ({"state.json": {"bytes": 1}}, "has format 1, this version reads format 2: go on with the version that wrote it"),
         ({"format": 2}, "manifest.json is damaged"),
+        ({"format": 2, "files": {"state.json": {}}}, None),
         ([], "manifest.json is damaged"),
     ],
 )
 def test_other_formats_are_refused(saved, manifest, message):
     (saved / "manifest.json").write_text(json.dumps(manifest))
     for look in (store.verify, store.describe):
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message or "is damaged") as error:
             look(saved)
+        assert isinstance(error.value, store.DamagedError) == (message is None or "damaged" in message)
 
 
 def test_health_is_unknown_until_it_is_written(saved):

@@ -60,7 +60,8 @@ class Run:
 
     @property
     def log(self) -> str:
-        return (self.folder.parent / f"{self.folder.name}.log").read_text()
+        file = self.folder.parent / f"{self.folder.name}.log"
+        return file.read_text() if file.is_file() else ""
 
     @property
     def checkpoints(self) -> Path:
@@ -92,6 +93,7 @@ class Kill:
 
     moment: str
     target: str
+    began: int | None  # step that the job went on from; None: it was killed before it said so
     step: int  # the last on record
     left: str
     whole: int  # step of the newest checkpoint
@@ -109,7 +111,7 @@ def rank_of(job: subprocess.Popen, rank: int) -> psutil.Process | None:
 
 def strike(run: Run, moment: str, target: str, rng: random.Random) -> Kill:
     """Start the job, wait for the moment, kill the target, wait until all of the job is gone."""
-    before = newest(run)
+    before, said = newest(run), len(run.log)
     job = run.start()
     run.wait(lambda: rank_of(job, RANKS - 1), job)
     if moment == "starting":
@@ -128,7 +130,14 @@ def strike(run: Run, moment: str, target: str, rng: random.Random) -> Kill:
     job.wait(TIMEOUT)
     assert not psutil.wait_procs(whole, TIMEOUT)[1]
     lines = run.lines()
-    return Kill(moment, target, lines[-1]["step"] if lines else 0, left_in(run.checkpoints) or "nothing", newest(run))
+    step = lines[-1]["step"] if lines else 0
+    return Kill(moment, target, begun(run.log[said:]), step, left_in(run.checkpoints) or "nothing", newest(run))
+
+
+def begun(said: str) -> int | None:
+    """The step that a start went on from, from what it said."""
+    steps = [int(line.split("step ")[1].split()[0]) for line in said.splitlines() if " parameters, step " in line]
+    return steps[0] if steps else None
 
 
 def left_in(checkpoints: Path) -> str:
@@ -163,11 +172,14 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(runs, seed
         kills.append(strike(killed, *MOMENTS[number % len(MOMENTS)], rng))
         for step in store.complete_steps(killed.checkpoints):
             store.verify(store.folder_of(killed.checkpoints, step))  # whatever is there is whole
+    said = len(killed.log)
     job = killed.start()
     assert job.wait(10 * TIMEOUT) == 0, killed.log[-3000:]
-    starts = [int(line.split("step ")[1].split()[0]) for line in killed.log.splitlines() if " parameters, step " in line]
+    began = begun(killed.log[said:])
     show(kills, undisturbed, killed)
-    assert set(starts) <= {0, *(kill.whole for kill in kills)}
+    for kill, before in zip(kills, [0, *(kill.whole for kill in kills)], strict=False):
+        assert kill.began in (None, before), "every start goes on from the newest checkpoint"
+    assert began == kills[-1].whole
     for run in runs:
         assert [line["step"] for line in run.lines()] == list(range(1, STEPS + 1))
         assert [line["sequences"] for line in run.lines()] == [8 * step for step in range(1, STEPS + 1)], "each sequence once"

@@ -1,10 +1,12 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
@@ -217,7 +219,7 @@ def test_a_damaged_checkpoint_is_refused_or_loudly_left_for_the_one_before(tiny,
     assert again.step == 4
     said = capsys.readouterr().err
     assert "CHECKPOINT DAMAGED" in said
-    assert "damaged-step-00000005; going on from the one before it" in said
+    assert "damaged-step-00000005; going on from an older one" in said
     again.fit()
     again.close()
     whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
@@ -240,6 +242,90 @@ def test_every_field_that_decides_what_is_read_is_compared(tiny, monkeypatch):
         monkeypatch.setattr(Feed, "fingerprint", lambda feed, field=field: {**plain(feed), field: "other"})
         with pytest.raises(UserError, match=rf"was trained with another {field} \(.*, now other\): the data would not continue"):
             Trainer(tiny())
+
+
+def test_fallback_leaves_no_unhealthy_checkpoint_to_be_found_later(tiny, tmp_path, capsys):
+    words = ("--training.steps", "12", "--checkpoint.every_steps", "2", "--checkpoint.keep", "9")
+    trainer = Trainer(tiny(*words))
+    poison(trainer, 6, 8)
+    trainer.fit(until=9)
+    trainer.close()
+    root = tmp_path / "run" / "checkpoints"
+    store.remove(store.folder_of(root, 9)).join()
+    again = Trainer(tiny(*words))
+    assert again.step == 8
+    assert "step-00000008: its loss or gradient norm, or that of the next step, was not finite; going on" in capsys.readouterr().err
+    again.close()
+    again = Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+    assert again.step == 4, "8, 6 and 5's successor were bad"
+    assert "CHECKPOINT NOT HEALTHY" in capsys.readouterr().err
+    again.close()
+    assert store.complete_steps(root) == [2, 4]
+    assert (root / "latest").resolve().name == "step-00000004"
+    assert {path.name for path in root.glob("un*")} == {"unhealthy-step-00000008"}
+    harm(store.folder_of(root, 4))
+    store.write_health(store.folder_of(root, 2), False)
+    last = Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+    assert last.step == 2, "better an unhealthy one than none"
+    last.close()
+
+
+def test_a_checkpoint_of_another_format_is_no_damage(tiny, tmp_path):
+    trainer = Trainer(tiny())
+    trainer.fit(until=1)
+    trainer.close()
+    folder = store.folder_of(tmp_path / "run" / "checkpoints", 1)
+    (folder / "manifest.json").write_text(json.dumps({"format": 9, "files": {}}))
+    with pytest.raises(UserError, match="has format 9, this version reads format 2"):
+        Trainer(tiny("--checkpoint.fallback", "true"))
+    assert folder.is_dir()
+
+
+def test_a_refused_start_changes_nothing(tiny, tmp_path, corpus):
+    from bitlm_dist.data_prep.prepare import prepare
+
+    trainer = Trainer(tiny())
+    trainer.fit(until=1)
+    trainer.close()
+    other = tmp_path / "other"
+    prepare([corpus], "bpe:300", other, validation=0.2)
+    shutil.copytree(tiny().data.path / "tokenizer", other / "tokenizer", dirs_exist_ok=True)
+    shutil.copy(tiny().data.path / "statistics.npz", other)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"}
+    with pytest.raises(UserError, match="was trained with another data.index"):
+        Trainer(tiny("--data.path", str(other)))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"}
+
+
+def test_what_a_kill_leaves_of_a_new_folder_is_no_obstacle(tiny, tmp_path):
+    run = tmp_path / "run"
+    (run / ".vocabulary" / "tokenizer").mkdir(parents=True)
+    (run / ".vocabulary" / "tokenizer" / "tokenizer.json").write_text("{")
+    (run / ".config.yaml.partial").write_text("pres")
+    (run / "run.lock").write_text("process 1\n")
+    Trainer(tiny()).close()
+    Trainer(tiny()).close()
+    assert not list(run.glob(".*"))
+
+
+def test_metrics_that_a_full_disk_does_not_take_come_later(tiny, small_disk):
+    """A real full disk under a whole run: training goes on, and what could be written once there is room again is there."""
+    words = ("--run.dir", str(small_disk / "run"), "--training.steps", "8", "--checkpoint.every_steps", "4")
+    trainer, filler = Trainer(tiny(*words)), small_disk / "filler"
+
+    def observe(metrics):
+        if metrics["step"] == 1:
+            with suppress(OSError), filler.open("wb") as stream:
+                while True:
+                    stream.write(b"x" * 4096)
+        if metrics["step"] == 6:
+            filler.unlink()
+
+    trainer.fit(observe=observe)
+    trainer.close()
+    steps = [json.loads(line)["step"] for line in (small_disk / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 9))
+    assert store.complete_steps(small_disk / "run" / "checkpoints") == [8], "the save of step 4 failed"
 
 
 def test_the_global_batch_changes_by_an_explicit_flag_and_no_sequence_is_lost(tiny, tmp_path):
@@ -287,10 +373,18 @@ def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_pat
 
 
 def test_a_stop_breaks_into_data_that_does_not_come(tiny, tmp_path):
-    trainer, plain, waiting = Trainer(tiny()), None, threading.Event()
+    trainer, waiting = Trainer(tiny()), threading.Event()
     plain = trainer.feed.batch
-    trainer.feed.batch = lambda first, *rest: plain(first, *rest) if first < 24 else waiting.wait()
-    after(3.0, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+
+    def batch(first, *rest):
+        if first < 24:
+            return plain(first, *rest)
+        while trainer.step < 3:  # the training thread is about to wait for this
+            time.sleep(0.01)
+        after(0.3, lambda: os.kill(os.getpid(), signal.SIGUSR2))
+        return waiting.wait(60)
+
+    trainer.feed.batch = batch
     trainer.fit()
     assert trainer.stopped_by == "SIGUSR2"
     assert trainer.step == 3
@@ -427,7 +521,8 @@ def test_a_killed_process_goes_on_where_it_was_saved(tiny, tmp_path, prepared, n
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     deadline = time.monotonic() + 120
     metrics = run / "metrics.jsonl"
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 7):
+    checkpoint = run / "checkpoints" / "step-00000005"
+    while not (checkpoint.is_dir() and metrics.read_text().count("\n") >= 7):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)

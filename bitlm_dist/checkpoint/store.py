@@ -109,10 +109,12 @@ def complete(
 
 def point_latest(root: Path) -> None:
     """Let the link ``latest`` name the newest complete checkpoint, if the file system has links and nothing else has that name."""
-    steps = complete_steps(root)
-    link = root / f".{LATEST}"
+    steps, link = complete_steps(root), root / f".{LATEST}"
     with suppress(OSError):
         link.unlink(missing_ok=True)
+        if not steps:
+            (root / LATEST).unlink(missing_ok=True)
+            return
         link.symlink_to(folder_of(root, steps[-1]).name)
         link.rename(root / LATEST)
 

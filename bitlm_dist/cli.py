@@ -15,6 +15,7 @@ from bitlm_dist.bench.command import bench
 from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoints, name="checkpoint")
+app.add_typer(prepared, name="data")
 
 
 @app.command()
@@ -85,6 +87,7 @@ def _train(config: Config, resume: bool, layout: "Layout") -> None:
         return
     if speaks:
         say(f"{config.run.dir}: {trainer.engine.parameters:,} parameters, step {begun} of {steps}")
+        say(trainer.feed.summary())
     with ExitStack() as stack:
         stack.callback(trainer.close)
         evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None

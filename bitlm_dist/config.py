@@ -4,7 +4,7 @@ The field defaults are the preset ``default``, the recipe that measures best; ``
 The text under a field is its help.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,17 @@ class RunConfig(Section):
     """Run folder: config, environment, metrics, checkpoints."""
 
 
+class SourceConfig(Section):
+    """One of several folders to train on."""
+
+    path: Path
+    """Folder that `bitlm prep` wrote."""
+    weight: float | tuple[tuple[int, float], ...]
+    """Share of the sequences; or shares by step as [step, share] pairs, linear between them."""
+    max_epochs: float | None = Field(None, gt=0)
+    """Read it so many times at most, then leave its share to the others; none: as often as it takes."""
+
+
 class DataConfig(Section):
     """What is read."""
 
@@ -33,10 +44,18 @@ class DataConfig(Section):
     """Folder that `bitlm prep` wrote."""
     sequence_length: int = Field(256, ge=2)
     """Tokens a packed sequence (L); a multiple of model.block_size."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Folders to train on instead of data.path alone, which still gives tokenizer, codes and the validation split."""
+    packing: Literal["greedy", "best_fit"] = "greedy"
+    """Documents into sequences: greedy cuts whatever does not fit, best_fit cuts only documents longer than a sequence."""
     shuffle: bool = True
     """Shuffle documents anew each epoch."""
+    workers: int = Field(0, ge=0)
+    """Processes of every rank that read and pack; 0: a thread."""
     cache: Path | None = None
     """Folder for decompressed shards; none: a temporary one that goes with the process."""
+    cache_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)?[kmgt]b$")
+    """What the cache of each process may take, e.g. 100gb; the shards that were not read for longest go. None: no limit."""
 
 
 class BackboneConfig(Section):
@@ -379,11 +398,41 @@ def _problems(c: Config) -> Iterator[str]:
         yield "sampling.sampler = sequential needs a head trained with diffusion.chain or diffusion.per_token > 0: use ode"
     if c.sampling.sampler == "sde" and c.sampling.steps < 2:
         yield f"sampling.steps = {c.sampling.steps}: the sde sampler needs at least 2"
+    yield from _source_problems(c)
     yield from _sharding_problems(c)
     teacher, taught = c.distillation.teacher, c.model.output == "bits" and (c.head.context_logits or c.diffusion.chain)
     if teacher is not None and not taught:
         yield f"distillation.teacher = {teacher} needs model.output = bits and head.context_logits or diffusion.chain"
     yield from _layout_problems(c)
+
+
+def _source_problems(c: Config) -> Iterator[str]:
+    """Shares that are none, or do not add up."""
+    if c.data.sources and c.data.path is None:
+        yield "data.sources needs data.path too: the folder whose tokenizer, codes and validation split are used"
+    shares = [((0, s.weight),) if isinstance(s.weight, float) else s.weight for s in c.data.sources]
+    for source, knots in zip(c.data.sources, shares, strict=True):
+        steps = [step for step, _ in knots]
+        if not knots or steps != sorted(set(steps)) or any(weight < 0 for _, weight in knots):
+            yield f"data.sources: the weight of {source.path} must be a share, or [step, share] pairs with steps that ascend"
+            return
+    for step in sorted({step for knots in shares for step, _ in knots}):
+        total = sum(interpolate(knots, step) for knots in shares)
+        if abs(total - 1) > 1e-6:
+            yield f"data.sources: the weights add up to {total:g} at step {step}: they must add up to 1"
+            return
+    if c.data.sources and c.checkpoint.new_global_batch:
+        yield "checkpoint.new_global_batch = true: with data.sources the batch decides where a sequence comes from; set it false"
+
+
+def interpolate(knots: Sequence[tuple[int, float]], step: int) -> float:
+    """A value at a step: linear between the knots (step, value), constant before the first and after the last."""
+    before = [knot for knot in knots if knot[0] <= step]
+    after = [knot for knot in knots if knot[0] > step]
+    if not before or not after:
+        return (before[-1:] or after[:1])[0][1]
+    (a, x), (b, y) = before[-1], after[0]
+    return x + (y - x) * (step - a) / (b - a)
 
 
 def _sharding_problems(c: Config) -> Iterator[str]:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -75,6 +76,18 @@ def test_checkpoints_are_compared_exported_and_imported(trained, tiny, prepared,
     assert reports[0] == reports[1]
     with pytest.raises(UserError, match="is no run folder"):
         run("checkpoint", "diff", trained, tmp_path / "out")
+
+
+def test_prepared_folders_are_verified(prepared, tmp_path):
+    folder = shutil.copytree(prepared, tmp_path / "data")
+    assert "whole" in run("data", "verify", folder)
+    shard = next((folder / "train").rglob("*.mds.zstd"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"!")
+    assert "damaged" in run("data", "verify", folder, code=1)
+    shard.unlink()
+    assert "missing" in run("data", "verify", folder, code=1)
+    with pytest.raises(UserError, match="cannot be opened"):
+        run("data", "mirror", "ftp://x/y", tmp_path / "copy")
 
 
 def test_print_config_shows_values_and_sources(tiny):

@@ -64,6 +64,25 @@ def generate_command(
     _report(bench_generate(config, Request(size, batch, tokens, prompt), against or [], sampler or [], repeats), out, plot, as_json)
 
 
+@bench.command("data", context_settings=OVERRIDES)
+def data_command(
+    words: Words = None,
+    repeats: Repeats = 5,
+    batches: Annotated[int, typer.Option(help="Batches that a repeat reads.")] = 50,
+    out: Out = None,
+    as_json: AsJson = False,
+) -> None:
+    """Reading and packing the config's data, cold (a folder just opened) and warm, beside its training steps."""
+    config = _checked(words, None, {"--repeats": (repeats, 1), "--batches": (batches, 1)}, None)
+    if config.data.path is None:
+        raise UserError("data.path is not set: add --data.path FOLDER")
+    from bitlm_dist.bench.data import bench_data
+    from bitlm_dist.bench.train import Load
+
+    size, eos, _ = _vocabulary_of(config, None)
+    _report(bench_data(config, Load(size, eos, True, 1), batches, repeats), out, None, as_json)
+
+
 @bench.command("show")
 def show_command(
     files: Annotated[list[Path], typer.Argument(metavar="RESULTS…", help="Files that --out wrote.")],

@@ -1,6 +1,6 @@
 """Batches as a function of the position: sequence number s of a run is the same on any layout and after any restart."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,15 @@ from bitlm_dist.data.shards import Shards, read_manifest
 from bitlm_dist.model.language_model import Batch
 
 
+def batch_of(
+    sequence: Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]], first: int, count: int, device: torch.device
+) -> Batch:
+    """Sequences first..first+count-1 by what gives one."""
+    pairs = [sequence(first + i) for i in range(count)]
+    tokens, ids = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs, strict=True))
+    return Batch(tokens, ids, torch.arange(first, first + count, device=device))
+
+
 class Feed:
     """Packed sequences of one split, numbered across epochs.
 
@@ -24,7 +33,8 @@ class Feed:
         block, sequence_length: m and L.
         seed: of the order.
         shuffle: False reads documents as they lie.
-        cache: see :class:`~bitlm_dist.data.shards.Shards`.
+        packer: see :func:`~bitlm_dist.data.packing.pack`.
+        cache, cache_limit: see :class:`~bitlm_dist.data.shards.Shards`.
     """
 
     def __init__(
@@ -36,12 +46,14 @@ class Feed:
         sequence_length: int,
         seed: int = 0,
         shuffle: bool = False,
+        packer: str = "greedy",
         cache: Path | None = None,
+        cache_limit: str | None = None,
     ) -> None:
         self.manifest = read_manifest(folder)
-        self._shards = Shards(folder, split, cache, seed)
+        self._shards = Shards(folder, split, cache, seed, cache_limit)
         self._shuffle, self._seed = shuffle, seed
-        self._block, self._length = block, sequence_length
+        self._block, self._length, self._packer = block, sequence_length, packer
         self._starts = [0]  # global number of each epoch's first sequence, as far as known
         self._plan = lru_cache(maxsize=2)(self._make_plan)
         self._read = lru_cache(maxsize=64)(self._shards.tokens)
@@ -50,20 +62,27 @@ class Feed:
     def of_config(cls, config: Config, split: str, shuffle: bool = False) -> "Feed":
         """The feed of a config whose ``data.path`` is set; training passes ``data.shuffle``, evaluation reads as documents lie."""
         assert config.data.path is not None
+        return cls.of_folder(config.data.path, config, split, shuffle)
+
+    @classmethod
+    def of_folder(cls, folder: Path, config: Config, split: str, shuffle: bool) -> "Feed":
+        """The feed of one folder, as a config wants it packed."""
         return cls(
-            config.data.path,
+            folder,
             split,
             block=config.model.block_size,
             sequence_length=config.data.sequence_length,
             seed=config.training.seed,
             shuffle=shuffle,
+            packer=config.data.packing,
             cache=config.data.cache,
+            cache_limit=config.data.cache_limit,
         )
 
     def _make_plan(self, epoch: int) -> Plan:
         lengths = self._shards.lengths
         order = self._shards.order(epoch) if self._shuffle else np.arange(len(lengths))
-        return pack(lengths, order, block=self._block, sequence_length=self._length)
+        return pack(lengths, order, block=self._block, sequence_length=self._length, packer=self._packer)
 
     def __len__(self) -> int:
         """Sequences of the first epoch."""
@@ -89,9 +108,18 @@ class Feed:
 
     def batch(self, first: int, count: int, device: torch.device) -> Batch:
         """Sequences first..first+count-1."""
-        pairs = [self.sequence(first + i) for i in range(count)]
-        tokens, ids = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs, strict=True))
-        return Batch(tokens, ids, torch.arange(first, first + count, device=device))
+        return batch_of(self.sequence, first, count, device)
+
+    def counts(self, step: int) -> dict[str, int]:
+        """Sequences of each source, where there are several."""
+        return {}
+
+    def summary(self) -> str:
+        """One line about what is read."""
+        padding, repeated, cut = (f"{100 * share:.2g} %" for share in self._plan(0).waste)
+        return (
+            f"{len(self):,} sequences an epoch, {self._packer}: {padding} padding, {repeated} repeated, {cut} of the documents cut"
+        )
 
     def epoch_batches(self, count: int, limit: int, device: torch.device) -> Iterator[Batch]:
         """The first epoch in batches of ``count`` sequences, at most ``limit`` sequences (0: all)."""
@@ -105,6 +133,7 @@ class Feed:
             "data.index": self._shards.fingerprint,
             "data.tokenizer": self.manifest["tokenizer"]["fingerprint"],
             "data.sequence_length": self._length,
+            "data.packing": self._packer,
             "data.shuffle": self._shuffle,
             **({f"data.{name}": value for name, value in self._shards.order_fingerprint().items()} if self._shuffle else {}),
             "model.block_size": self._block,

@@ -4,14 +4,14 @@ The folder is the stream's *remote*; a cache folder is its *local* side, where s
 the library cannot delete or rewrite what `bitlm prep` wrote.
 """
 
+import errno
+import fcntl
 import hashlib
 import importlib
+import itertools
 import json
-import os
-import random
 import shutil
 import tempfile
-import time
 import types
 import weakref
 from contextlib import ExitStack
@@ -22,12 +22,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitlm_dist.data import remote
+from bitlm_dist.data.leftovers import owned_name, remove_leftovers
+from bitlm_dist.data.remote import url_of
 from bitlm_dist.data.streaming_import import alone, import_streaming
 from bitlm_dist.errors import UserError
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
-OPEN_TRIES = 20
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -45,27 +47,80 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def damaged_shards(folder: Path, split: str) -> tuple[int, list[str]]:
+    """Hash every shard of a split again -> how many there are, and what is wrong with which.
+
+    Raises:
+        UserError: the shards lie elsewhere, or the index is damaged.
+    """
+    url = url_of(folder)
+    if url is not None:
+        raise UserError(f"{folder} has its shards in {url}: they are hashed when they are read")
+    index, problems = folder / split / "index.json", []
+    shards = _read_index(index)
+    for shard in shards:
+        part = shard["zip_data"] or shard["raw_data"]
+        file = folder / split / part["basename"]
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+            continue
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha1").hexdigest() != part["hashes"]["sha1"]:
+                problems.append(f"{file} is damaged")
+    return len(shards), problems
+
+
+def _read_index(file: Path) -> list[dict[str, Any]]:
+    try:
+        shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
+        for shard in shards:
+            int(shard["samples"]), (shard["zip_data"] or shard["raw_data"])["basename"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): restore it or prepare the data again") from None
+    return shards
+
+
 def _open(locks: str, release: ExitStack, **settings: Any) -> Any:
     """A StreamingDataset whose lock files live in the folder ``locks`` and whose shared memory ends with ``release``.
 
     streaming puts its locks into the temporary folder and leaves them there; and it keeps all memory that it created or looked
-    at until the process ends, so that every later dataset opens that of all before it. Another process, perhaps a rank of the same
-    job, may take the same shared-memory name between streaming's look and its grab: try again.
+    at until the process ends, so that every later dataset opens that of all before it. Its names for shared memory are numbers that
+    all jobs of a machine share; here they are this process's own, so that no job meets another's and those of dead ones are known.
     """
     streaming = import_streaming()
     memory: Any = importlib.import_module("streaming.base.shared.memory")
+    for module in ("streaming.base.shared.prefix", "streaming.base.dataset"):
+        importlib.import_module(module)._get_path = _own_path  # type: ignore[attr-defined]
     outside, tempfile.tempdir = tempfile.tempdir, locks
     exits, memory.atexit = memory.atexit, types.SimpleNamespace(register=release.callback)
     try:
         with alone():
-            for _ in range(OPEN_TRIES - 1):
-                try:
-                    return streaming.StreamingDataset(**settings)
-                except FileExistsError:
-                    time.sleep(random.uniform(0.01, 0.2))
             return streaming.StreamingDataset(**settings)
     finally:
         tempfile.tempdir, memory.atexit = outside, exits
+
+
+def _claim_cache(cache: Path, name: str, release: ExitStack) -> Path:
+    """A folder that no other process uses until ``release``: streaming's processes would write the same files at the same time."""
+    for number in itertools.count():
+        folder = cache / f"{name}-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            continue
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+        release.callback(lock.close)
+        return folder
+    raise AssertionError("there is always another number")
+
+
+def _own_path(number: int, name: str) -> str:
+    return owned_name(f"{number:06}_{name}")
 
 
 class Shards:
@@ -74,8 +129,9 @@ class Shards:
     Args:
         folder: what `bitlm prep` wrote.
         split: ``train`` or ``validation``.
-        cache: folder for decompressed shards, in it one for each process of the machine; None: a temporary one, removed on close.
+        cache: folder for decompressed shards, in it one for each process that reads at the same time; None: a temporary one.
         seed: of :meth:`order`.
+        cache_limit: bytes that the cache may take, e.g. ``100gb``: the shards that were not read for longest go; None: no limit.
 
     Attributes:
         lengths: tokens of each document, int64.
@@ -85,7 +141,7 @@ class Shards:
         UserError: the split, its index or a shard is missing or has another size; the message names the file.
     """
 
-    def __init__(self, folder: Path, split: str, cache: Path | None = None, seed: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, cache: Path | None = None, seed: int = 0, cache_limit: str | None = None) -> None:
         self.folder = folder / split
         index = self.folder / "index.json"
         if not index.is_file():
@@ -94,31 +150,36 @@ class Shards:
             )
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
         self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
-        self._check_files(json.loads(index.read_text())["shards"])
-        temporary = tempfile.mkdtemp(prefix="bitlm-shards-")
-        local = f"{self.fingerprint[:16]}-{os.environ.get('LOCAL_RANK', '0')}"
+        url = url_of(folder)
+        self._check_files(_read_index(index), local=url is None)
+        remove_leftovers()
+        self._damage: UserError | None = None
+        self.source = f"{url}/{split}" if url else str(self.folder)  # where the shards are
+        temporary = tempfile.mkdtemp(prefix=owned_name("shards-"))
         release = ExitStack()
         release.callback(shutil.rmtree, temporary, ignore_errors=True)
+        local = _claim_cache(cache or Path(temporary), self.fingerprint[:16], release)
         self._remove = weakref.finalize(self, release.close)  # at exit at the latest
         self._dataset = _open(
             temporary,
             release,
-            remote=str(self.folder),
-            local=str((cache or Path(temporary)) / local),
+            remote=self.source,
+            local=str(local),
             batch_size=1,
             validate_hash="xxh64",
             shuffle=True,
             shuffle_seed=seed,
             num_canonical_nodes=1,
             shuffle_block_size=2**18,
-            download_retry=1,
+            download_retry=remote.TRIES if url else 1,
+            cache_limit=cache_limit,
         )
 
-    def _check_files(self, shards: list[dict[str, Any]]) -> None:
+    def _check_files(self, shards: list[dict[str, Any]], local: bool) -> None:
         samples = sum(shard["samples"] for shard in shards)
         if samples != len(self.lengths):
             raise UserError(f"{self.folder}: index.json has {samples} documents, lengths.npy {len(self.lengths)}: prepare again")
-        for shard in shards:
+        for shard in shards if local else []:
             part = shard["zip_data"] or shard["raw_data"]
             file = self.folder / part["basename"]
             size = file.stat().st_size if file.is_file() else None
@@ -152,16 +213,21 @@ class Shards:
         """The token ids of one document.
 
         Raises:
-            UserError: its shard is damaged.
+            UserError: its shard is damaged, or one that was read before.
         """
+        if self._damage is not None:  # streaming waits for ever for a shard that once failed
+            raise self._damage
         try:
             tokens: NDArray[np.integer[Any]] = self._dataset[int(document)]["tokens"]
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:  # the libraries of each store raise their own
             shard, _ = self._dataset.spanner[int(document)]
             info = self._dataset.shards[shard]
             part = info.zip_data or info.raw_data
-            file = self.folder / part.basename
-            raise UserError(f"shard {file} is damaged: restore it or prepare the data again ({error})") from error
+            file = f"{self.source}/{part.basename}"
+            self._damage = UserError(
+                f"shard {file} is damaged or cannot be fetched: restore it or prepare the data again ({error})"
+            )
+            raise self._damage from error
         if len(tokens) != self.lengths[document]:
             raise UserError(f"{self.folder}: document {document} has {len(tokens)} tokens, expected {self.lengths[document]}")
         return tokens

@@ -48,19 +48,21 @@ def import_streaming() -> types.ModuleType:
 def alone() -> Iterator[None]:
     """While open, streaming takes this process for the only one.
 
-    Its datasets meet at barriers and share memory between the ranks of a node; here every rank reads by itself what the layout
-    gives it, so that the data do not depend on who else reads.
+    Its datasets meet at barriers and share memory between the ranks of a node and the workers of a rank; here each process reads by
+    itself what it is asked for, so that the data do not depend on who else reads.
     """
     from torch import distributed
 
+    import_streaming()
+    world: Any = importlib.import_module("streaming.base.world")
     environment = {name: os.environ.get(name) for name in ONE_PROCESS}
-    is_initialized = distributed.is_initialized
+    is_initialized, worker_info = distributed.is_initialized, world.get_worker_info
     os.environ.update(ONE_PROCESS)
-    distributed.is_initialized = lambda: False
+    distributed.is_initialized, world.get_worker_info = (lambda: False), (lambda: None)
     try:
         yield
     finally:
-        distributed.is_initialized = is_initialized
+        distributed.is_initialized, world.get_worker_info = is_initialized, worker_info
         for name, value in environment.items():
             if value is None:
                 del os.environ[name]

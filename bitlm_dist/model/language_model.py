@@ -40,6 +40,11 @@ class Batch:
     sample: Tensor  # [B] int64, global index of each sequence
     drawn: Tensor | None = None  # [R, B, S] int64, what a teacher would write at each place
 
+    def to(self, device: torch.device) -> "Batch":
+        """On a device."""
+        drawn = None if self.drawn is None else self.drawn.to(device)
+        return Batch(self.tokens.to(device), self.document_ids.to(device), self.sample.to(device), drawn)
+
     def part(self, rows: slice) -> "Batch":
         """Some of the sequences: a microbatch."""
         drawn = None if self.drawn is None else self.drawn[:, rows]

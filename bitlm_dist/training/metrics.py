@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,12 @@ class _Lines:
 
     def __init__(self, file: Path) -> None:
         self._file, self._left, self._failed = file, b"", False
-        self._stream = file.open("ab", buffering=0)
+        self._stream: RawIOBase | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._left += json.dumps(line).encode() + b"\n"
         try:
+            self._stream = self._stream or self._file.open("ab", buffering=0)
             while self._left:
                 self._left = self._left[self._stream.write(self._left) :]
             self._failed = False
@@ -33,7 +35,8 @@ class _Lines:
             self._failed = True
 
     def close(self) -> None:
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
 
 def _say(text: str) -> None:

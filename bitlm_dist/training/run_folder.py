@@ -47,6 +47,8 @@ MAY_CHANGE = (
     "optimizer.sharded",
     "optimizer.fused",
     "data.cache",
+    "data.cache_limit",
+    "data.workers",
     "data.path",
 )
 LENGTHEN, BATCH = "training.steps", "training.global_batch_tokens"

@@ -13,8 +13,8 @@ import torch
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.config import Config
-from bitlm_dist.data.ahead import Ahead
-from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.loader import Loader
+from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
@@ -70,7 +70,7 @@ class Trainer:
             raise UserError(
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
             )
-        self.feed = Feed.of_config(config, "train", config.data.shuffle)
+        self.feed = training_feed(config)
         if layout.rank == 0:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
@@ -95,7 +95,16 @@ class Trainer:
         if layout.rank == 0:
             self.folder.record(config, config.data.path / "tokenizer", codes)
             self.folder.drop_metrics_after(self.step)
-        self._batches = Ahead(self._fetcher(self.step, self._sequence))
+        share = self.sequences // layout.data
+        self._batches = Loader(
+            config,
+            self.feed,
+            begun=self.step,
+            first=self._sequence + layout.data_rank * share,
+            count=share,
+            stride=self.sequences,
+            device=self.device,
+        )
 
     def fit(self, until: int | None = None, observe: Observer | None = None, evaluate: Evaluator | None = None) -> None:
         """Train to step ``until`` (default: the end); save when due, at the end, and when something asks to stop.
@@ -209,6 +218,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "lr_factor": update.factor,
             "skipped": int(not update.made),
+            **self.feed.counts(self.step),
         }
 
     def _spent(self) -> dict[str, Any]:
@@ -260,12 +270,6 @@ class Trainer:
             raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
         if self._stopped_by and self.layout.rank == 0:
             self.folder.stop_file.unlink(missing_ok=True)
-
-    def _fetcher(self, begun: int, first: int) -> Callable[[int], Batch]:
-        """What reads this data rank's share of a step's global batch, if ``first`` is the first sequence of step ``begun``."""
-        share = self.sequences // self.layout.data
-        first += self.layout.data_rank * share
-        return lambda step: self.feed.batch(first + (step - begun) * self.sequences, share, self.device)
 
     def _saved(self, weights: Mapping[str, Sliced], optimizer_state: Mapping[str, Sliced]) -> dict[str, Sliced]:
         """Both by the names of a checkpoint."""

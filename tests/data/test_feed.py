@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.leftovers import SHARED_MEMORY, owned_name
 from bitlm_dist.data.shards import Shards, read_manifest
 from bitlm_dist.errors import UserError
 
@@ -63,9 +64,9 @@ def test_the_temporary_cache_goes_with_the_feed(prepared, tmp_path, monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     feed = feed_of(prepared)
     feed.batch(0, 1, CPU)
-    assert list(tmp_path.glob("bitlm-shards-*"))
+    assert list(tmp_path.glob(owned_name("shards-*")))
     feed.close()
-    assert not list(tmp_path.glob("bitlm-shards-*"))
+    assert not list(tmp_path.glob(owned_name("shards-*")))
 
 
 def test_no_lock_of_streaming_stays_behind(prepared, tmp_path, monkeypatch):
@@ -76,21 +77,15 @@ def test_no_lock_of_streaming_stays_behind(prepared, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_in_shared_memory_taken_by_another_job_is_tried_again(prepared, monkeypatch):
-    from bitlm_dist.data.streaming_import import import_streaming
-
-    streaming, calls = import_streaming(), []
-    original = streaming.StreamingDataset
-
-    def racing(**settings):
-        calls.append(1)
-        if len(calls) < 3:
-            raise FileExistsError("/000007_locals")
-        return original(**settings)
-
-    monkeypatch.setattr(streaming, "StreamingDataset", racing)
-    feed_of(prepared).close()
-    assert len(calls) == 3
+def test_names_in_shared_memory_are_this_process_s_own_and_go_with_the_feed(prepared):
+    before = set(SHARED_MEMORY.iterdir())
+    feed = feed_of(prepared)
+    feed.batch(0, 1, CPU)
+    made = set(SHARED_MEMORY.iterdir()) - before
+    assert made
+    assert all(path.name.startswith(owned_name("")) for path in made)
+    feed.close()
+    assert set(SHARED_MEMORY.iterdir()) <= before
 
 
 def test_a_missing_shard_is_named_before_training(copy):

@@ -3,9 +3,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bitlm_dist.data import packing
 from bitlm_dist.data.packing import PADDING, assemble, pack, packed_document
 
 BOS, EOS = 0, 1
+LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=20)
 
 
 def documents(lengths):
@@ -14,25 +16,53 @@ def documents(lengths):
     return [np.arange(end - n, end) for n, end in zip(lengths, ends, strict=True)]
 
 
+@pytest.mark.parametrize("packer", packing.PACKERS)
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.integers(0, 60), min_size=1, max_size=20), st.integers(1, 5), st.integers(2, 8), st.randoms())
-def test_every_token_is_a_target_exactly_once(lengths, block, blocks, rng):
+@given(lengths=LENGTHS, block=st.integers(1, 5), blocks=st.integers(2, 8), window=st.integers(1, 9), rng=st.randoms())
+def test_every_token_is_a_target_exactly_once(packer, lengths, block, blocks, window, rng):
     texts = documents(lengths)
     order = list(range(len(lengths)))
     rng.shuffle(order)
     length = block * blocks
-    plan = pack(np.array(lengths), np.array(order), block=block, sequence_length=length)
-    targets = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW", window)
+        plan = pack(np.array(lengths), np.array(order), block=block, sequence_length=length, packer=packer)
+    targets, padding, seen = [], 0, 0
     for i in range(len(plan)):
         tokens, ids = assemble(plan.of(i), texts.__getitem__, block=block, sequence_length=length, bos=BOS, eos=EOS)
         assert len(tokens) == length
+        padding += (ids == PADDING).sum()
+        seen += length
         for n in range(1, blocks):
             here, before = slice(n * block, (n + 1) * block), (n - 1) * block
             if ids[before] == ids[n * block] != PADDING:
                 targets += [t for t in tokens[here].tolist() if t != EOS]
     assert sorted(targets) == sorted(t for text in texts for t in text.tolist())
-    # in the order of the stream, too
-    assert targets == [t for d in order for t in texts[d].tolist()]
+    if packer == "greedy":  # in the order of the stream, too
+        assert targets == [t for d in order for t in texts[d].tolist()]
+    else:  # cut only where it is longer than a sequence
+        assert set(plan.spans[plan.spans[:, 1] > 0, 0]) == {d for d, n in enumerate(lengths) if 2 + n // block > blocks}
+    assert plan.waste.padding == pytest.approx(padding / seen)
+    again = len(plan.spans) - len(lengths)
+    assert plan.waste.repeated == pytest.approx(again * block / seen)
+    assert plan.waste.cut == pytest.approx(sum(1 for d in order if (plan.spans[:, 0] == d).sum() > 1) / len(lengths))
+
+
+def test_best_fit_cuts_fewer_documents_and_needs_no_more_sequences(seed):
+    rng = np.random.default_rng(seed)
+    lengths = rng.geometric(1 / 300, 5000).astype(np.int64)
+    plans = {p: pack(lengths, rng.permutation(5000), block=4, sequence_length=1024, packer=p) for p in packing.PACKERS}
+    assert plans["best_fit"].waste.cut < plans["greedy"].waste.cut / 4
+    assert len(plans["best_fit"]) < 1.01 * len(plans["greedy"])
+    assert plans["best_fit"].waste.padding < 0.01
+
+
+def test_packing_by_hand():
+    """A sequence of four blocks; documents of 2 + n // 4 blocks: 3, 2, 6 and 2."""
+    plans = {p: pack(np.array([4, 0, 16, 0]), np.arange(4), block=4, sequence_length=16, packer=p) for p in packing.PACKERS}
+    greedy, best = ([p.of(i).tolist() for i in range(len(p))] for p in plans.values())
+    assert greedy == [[[0, 0, 3], [1, 0, 1]], [[1, 0, 2], [2, 0, 2]], [[2, 1, 4]], [[2, 4, 2], [3, 0, 2]]]
+    assert best == [[[0, 0, 3]], [[1, 0, 2], [3, 0, 2]], [[2, 0, 4]], [[2, 3, 3]]]
 
 
 @pytest.mark.parametrize(("length", "block", "expected"), [(0, 4, [0] * 4 + [1] * 4), (3, 4, [0] * 4 + [2, 3, 4, 1])])

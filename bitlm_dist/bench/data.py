@@ -77,7 +77,7 @@ def bench_data(config: Config, load: Load, steps: int, repeats: int) -> Results:
     sides: dict[str, Any] = {name: describe(timing, flops.get(name, Flops(0, 0, 0, 0))) for name, timing in timings.items()}
     return Results(
         kind="data",
-        first=TRAINING,
+        first=COLD,
         sides=sides,
         settings={
             **settings_of(config, load.vocabulary, repeats),

@@ -106,19 +106,26 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
     sides, ratios = results.sides.values(), results.ratios
     rates = [side["tokens_per_second"] for side in sides]
     before = [f"{1e3 * side['seconds_before']:,.0f}" for side in sides]
-    mega = {part: [f"{side['flops_per_token'][part] / 1e6:,.2f}" for side in sides] for part in ("backbone", "head", "output")}
     rows = [
         ["tokens/s, median", *(f"{rate['median']:,.1f}" for rate in rates)],
         ["lowest … highest", *(f"{rate['lowest']:,.1f} … {rate['highest']:,.1f}" for rate in rates)],
         [f"{results.first} / this side", *(f"{ratios[name]:.2f}" if name in ratios else "" for name in results.sides)],
         ["CPU-ms a token", *(f"{1e3 * side['cpu_seconds_per_token']:.3f}" for side in sides)],
         *([["ms to the first block", *before]] if results.kind == "generate" else []),
-        *([f"MFLOP a token, {part}", *numbers] for part, numbers in mega.items()),
-        ["GFLOP/s", *(f"{side['flops_per_second'] / 1e9:,.1f}" for side in sides)],
-        ["MFU", *("peak not known" if side["mfu"] is None else f"{100 * side['mfu']:.1f} %" for side in sides)],
+        *(_flops_rows(results) if results.kind != "data" else []),
         ["peak memory, MiB", *(f"{side['peak_bytes'] / 2**20:,.0f}" for side in sides)],
     ]
     return ["", *results.sides], rows
+
+
+def _flops_rows(results: Results) -> list[list[str]]:
+    sides = results.sides.values()
+    mega = {part: [f"{side['flops_per_token'][part] / 1e6:,.2f}" for side in sides] for part in ("backbone", "head", "output")}
+    return [
+        *([f"MFLOP a token, {part}", *numbers] for part, numbers in mega.items()),
+        ["GFLOP/s", *(f"{side['flops_per_second'] / 1e9:,.1f}" for side in sides)],
+        ["MFU", *("peak not known" if side["mfu"] is None else f"{100 * side['mfu']:.1f} %" for side in sides)],
+    ]
 
 
 def plot(many: Sequence[Results], file: Path) -> None:

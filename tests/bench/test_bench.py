@@ -106,3 +106,15 @@ def test_files_that_are_no_results_are_named(content, message, tmp_path):
         file.write_text(content)
     with pytest.raises(UserError, match=message):
         run("bench", "show", file)
+
+
+def test_data_bench_times_reading_cold_and_warm_beside_training(tiny_file, prepared):
+    found = run("bench", "data", tiny_file, "--data.path", prepared, "--repeats", "2", "--batches", "4", "--json")
+    results = json.loads(found)
+    assert list(results["sides"]) == ["data, cold", "data, warm", "training"]
+    rates = {name: side["tokens_per_second"] for name, side in results["sides"].items()}
+    assert all(len(rate["all"]) == 2 for rate in rates.values())
+    cold, training = rates["data, cold"]["median"], rates["training"]["median"]
+    assert results["ratio_tokens_per_second"]["training"] == pytest.approx(cold / training)
+    with pytest.raises(UserError, match="data.path is not set"):
+        run("bench", "data", tiny_file)

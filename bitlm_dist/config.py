@@ -36,6 +36,11 @@ class SourceConfig(Section):
     max_epochs: float | None = Field(None, gt=0)
     """Read it so many times at most, then leave its share to the others; none: as often as it takes."""
 
+    @property
+    def knots(self) -> tuple[tuple[int, float], ...]:
+        """The weight as (step, weight) pairs."""
+        return ((0, self.weight),) if isinstance(self.weight, float) else self.weight
+
 
 class DataConfig(Section):
     """What is read."""
@@ -410,7 +415,7 @@ def _source_problems(c: Config) -> Iterator[str]:
     """Shares that are none, or do not add up."""
     if c.data.sources and c.data.path is None:
         yield "data.sources needs data.path too: the folder whose tokenizer, codes and validation split are used"
-    shares = [((0, s.weight),) if isinstance(s.weight, float) else s.weight for s in c.data.sources]
+    shares = [source.knots for source in c.data.sources]
     for source, knots in zip(c.data.sources, shares, strict=True):
         steps = [step for step, _ in knots]
         if not knots or steps != sorted(set(steps)) or any(weight < 0 for _, weight in knots):

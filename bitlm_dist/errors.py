@@ -20,6 +20,11 @@ def silence_announcements() -> None:
     warnings.filterwarnings("ignore", module=r"(megatron|streaming|torch\.distributed|pynvml)\b")
 
 
+def say(text: str) -> None:
+    """Print a line that no run ends with."""
+    print(f"bitlm: {text}", file=sys.stderr, flush=True)
+
+
 def say_once(message: str, rank: int) -> None:
     """Print an error that every process of a job is likely to meet: rank 0 at once, another one only if it is still alive later."""
     if rank > 0:

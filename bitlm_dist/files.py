@@ -1,8 +1,11 @@
 """Files that are whole or absent."""
 
 import errno
+import fcntl
+import hashlib
 import os
 from pathlib import Path
+from typing import IO, Any
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -15,6 +18,24 @@ def write_atomically(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
     partial.rename(file)
     sync_folder(file.parent)
+
+
+def sha256_of(file: Path) -> str:
+    """Hash of a file's bytes, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def try_lock(stream: IO[Any]) -> bool:
+    """Lock an open file until it is closed -> whether no other process has it; a file system without locks is as good as none."""
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    return True
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ from bitlm_dist.config_loading import flatten
 from bitlm_dist.parallel.sliced import Slice, Sliced
 
 BLOCK = 2**24  # numbers of each side in memory at once
-WEIGHTS, OPTIMIZER = "model.", "optimizer."
+WEIGHTS = "model."
 
 
 @dataclass(frozen=True)

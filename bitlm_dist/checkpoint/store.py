@@ -31,7 +31,7 @@ from torch import Tensor
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import INDEX, Entry, Written, index_of
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, write_atomically
+from bitlm_dist.files import sha256_of, sync_folder, write_atomically
 
 FORMAT = 2
 MANIFEST, STATE, HEALTH, LATEST = "manifest.json", "state.json", "health.json", "latest"
@@ -153,7 +153,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
         try:
             if not file.is_file():
                 raise DamagedError(f"checkpoint file {file} is missing")
-            if os.path.getsize(file) != expected["bytes"] or _sha256(file) != expected["sha256"]:
+            if os.path.getsize(file) != expected["bytes"] or sha256_of(file) != expected["sha256"]:
                 raise DamagedError(f"checkpoint file {file} is damaged")
         except OSError as error:
             raise DamagedError(f"checkpoint file {file} cannot be read ({error})") from error
@@ -231,8 +231,3 @@ def set_aside(folder: Path, why: str) -> Path:
     sync_folder(folder.parent)
     point_latest(folder.parent)
     return aside
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitlm_dist.config import Config, SourceConfig
+from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed, batch_of
-from bitlm_dist.data.mixture import Knots, Mixture
+from bitlm_dist.data.mixture import Mixture
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
 
@@ -75,14 +75,9 @@ def training_feed(config: Config) -> Feed | MixedFeed:
     epochs = zip(feeds.values(), (source.max_epochs for source in sources), strict=True)
     limits = [None if most is None else int(most * len(feed)) for feed, most in epochs]
     per_step = config.training.global_batch_tokens // config.data.sequence_length
-    mixture = Mixture([knots_of(source) for source in sources], per_step, config.training.seed, limits)
+    mixture = Mixture([source.knots for source in sources], per_step, config.training.seed, limits)
     mixture.before(config.training.steps)
     return MixedFeed(feeds, mixture)
-
-
-def knots_of(source: SourceConfig) -> Knots:
-    """The weight of a source as (step, weight)."""
-    return [(0, source.weight)] if isinstance(source.weight, float) else source.weight
 
 
 def names_of(folders: Sequence[Path]) -> list[str]:

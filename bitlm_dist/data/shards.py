@@ -4,8 +4,6 @@ The folder is the stream's *remote*; a cache folder is its *local* side, where s
 the library cannot delete or rewrite what `bitlm prep` wrote.
 """
 
-import errno
-import fcntl
 import hashlib
 import importlib
 import itertools
@@ -27,6 +25,7 @@ from bitlm_dist.data.leftovers import owned_name, remove_leftovers
 from bitlm_dist.data.remote import url_of
 from bitlm_dist.data.streaming_import import alone, import_streaming
 from bitlm_dist.errors import UserError
+from bitlm_dist.files import try_lock
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
@@ -106,16 +105,10 @@ def _claim_cache(cache: Path, name: str, release: ExitStack) -> Path:
         folder = cache / f"{name}-{number}"
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
-                raise
-        release.callback(lock.close)
-        return folder
+        if try_lock(lock):
+            release.callback(lock.close)
+            return folder
+        lock.close()
     raise AssertionError("there is always another number")
 
 

@@ -1,7 +1,6 @@
 """The checkpoints of a run in training: saved beside it, judged by the step that follows, the newest healthy ones kept."""
 
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from bitlm_dist.checkpoint import retention, store
 from bitlm_dist.checkpoint.saver import Saved, Saver
 from bitlm_dist.checkpoint.store import SaveError
 from bitlm_dist.config import CheckpointConfig
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, say
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
@@ -195,7 +194,7 @@ class Checkpoints:
 
     def _say(self, text: str) -> None:
         if self._layout.rank == 0:
-            print(f"bitlm: {text}", file=sys.stderr, flush=True)
+            say(text)
 
 
 def _is_damaged(folder: Path) -> bool:

@@ -7,7 +7,6 @@ An exported folder has the files of a run folder, but for the checkpoints::
     export.json            step, tokens, versions; size and hash of every other file
 """
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
 from bitlm_dist.config_loading import read_run
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, write_atomically
+from bitlm_dist.files import sha256_of, sync_folder, sync_tree, write_atomically
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import averaged_name, weight_name
 
@@ -69,8 +68,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
     shutil.copytree(run.path / "tokenizer", building / "tokenizer")
     record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}
     for path in [building / "config.yaml", building / CODES, *(building / "tokenizer").iterdir()]:
-        data = path.read_bytes()
-        files[str(path.relative_to(building))] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        files[str(path.relative_to(building))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     write_atomically(building / RECORD, json.dumps({**record, "files": files, "environment": environment()}, indent=1) + "\n")
     sync_tree(building)
     building.rename(out)
@@ -160,7 +158,6 @@ def _read_record(source: Path) -> dict[str, Any]:
         file = source / name
         if not file.is_file():
             raise UserError(f"{file} is missing: export again")
-        with file.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != expected["sha256"]:
-                raise UserError(f"{file} is damaged: export again")
+        if sha256_of(file) != expected["sha256"]:
+            raise UserError(f"{file} is damaged: export again")
     return record

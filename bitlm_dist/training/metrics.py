@@ -1,7 +1,6 @@
 """One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from io import RawIOBase
@@ -10,7 +9,7 @@ from typing import Any
 
 from bitlm_dist.checkpoint.saver import Saved
 from bitlm_dist.config import LoggingConfig
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, say
 
 METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
 
@@ -31,16 +30,12 @@ class _Lines:
             self._failed = False
         except OSError as error:
             if not self._failed:
-                _say(f"{self._file} cannot be written now ({error}); its lines are kept in memory")
+                say(f"{self._file} cannot be written now ({error}); its lines are kept in memory")
             self._failed = True
 
     def close(self) -> None:
         if self._stream is not None:
             self._stream.close()
-
-
-def _say(text: str) -> None:
-    print(f"bitlm: {text}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -86,7 +81,7 @@ class MetricsLog:
                     if name != "step":
                         self._board.add_scalar(name, value, step)
             except OSError as error:
-                _say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
+                say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
                 self._board = None
         if self._wandb:
             self._wandb.log(dict(metrics), **({"commit": False} if late else {"step": step}))

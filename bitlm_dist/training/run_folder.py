@@ -1,7 +1,5 @@
 """The run folder: config, tokenizer, codes, environment, metrics, checkpoints; everything `eval` and `generate` need."""
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -23,7 +21,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, try_lock, write_atomically
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
@@ -132,16 +130,10 @@ class RunFolder:
     def _hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         lock = (self.path / LOCK).open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            holder = lock.read().strip() or "another process"
+        if not try_lock(lock):
             lock.close()
-            raise UserError(f"run.dir = {self.path} is in use by {holder}: wait for it, end it, or choose another folder") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system without locks: as good as none
-                raise
+            holder = self.holder or "another process"
+            raise UserError(f"run.dir = {self.path} is in use by {holder}: wait for it, end it, or choose another folder")
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         lock.flush()

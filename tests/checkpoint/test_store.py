@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_damage(saved, monkeypatch):
     def fail(file):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(store, "_sha256", fail)
+    monkeypatch.setattr(store, "sha256_of", fail)
     with pytest.raises(store.DamagedError, match="cannot be read .*Input/output error"):
         store.verify(saved)
 

@@ -20,6 +20,8 @@ from bitlm_dist.data_prep.worker import ONE_THREAD, Job, Tasks, Usage
 from bitlm_dist.errors import UserError
 
 END_SECONDS = 10.0
+# not multiprocessing, which would import the caller's main module again in every worker
+START = "from bitlm_dist.data_prep.worker import main; main()"
 
 
 class Pool:
@@ -92,7 +94,7 @@ class _Process:
     def __init__(self, job: Job) -> None:
         ours, theirs = Pipe()
         self._connection: Connection[Any, Any] = ours
-        command = [sys.executable, "-P", "-m", "bitlm_dist.data_prep.worker", str(theirs.fileno()), str(os.getpid())]
+        command = [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(os.getpid())]
         self._process = subprocess.Popen(
             command,
             pass_fds=[theirs.fileno()],

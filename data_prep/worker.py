@@ -1,4 +1,4 @@
-"""What one process does with chunks and units, and the process itself: ``python -m bitlm_dist.data_prep.worker``.
+"""What one process does with chunks and units, and the process itself, which :class:`~bitlm_dist.data_prep.pool.Pool` starts.
 
 A worker gets tasks from a socket and answers each. It dies with the process that started it, whatever killed that, so that
 no second run meets the leavings of a first that still writes.
@@ -99,6 +99,3 @@ def main() -> None:
             reply = (None, error, traceback.format_exc())
         connection.send_bytes(pickle.dumps(reply, protocol=5))
 
-
-if __name__ == "__main__":
-    main()

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 NEIGHBOURS = 512  # most frequent tokens that count as context, on each side
 DIMENSIONS = 48
 ROWS = 4096  # tokens whose vectors decide the decomposition, the most frequent; also the rows of a dense block
-PAIR_TOKENS = 1 << 24  # of a larger vocabulary, tokens whose neighbours are counted
+PAIR_TOKENS = 1 << 23  # of a larger vocabulary, tokens whose neighbours are counted
 BATCH_TOKENS = 1 << 21
 
 Tokens = NDArray[np.integer[Any]]
@@ -80,7 +80,7 @@ def _count_pairs(documents: Iterable[Tokens], column: NDArray[np.int32], width: 
 
 def _cells(tokens: Tokens, ends: NDArray[np.int64], column: NDArray[np.int32], width: int) -> Iterator[NDArray[Any]]:
     # a cell's number fits 32 bits for vocabularies up to four million; sorting these is twice as fast
-    number = np.uint32 if len(column) * width < 2**32 else np.int64
+    number: Any = np.uint32 if len(column) * width < 2**32 else np.int64
     place = column[tokens]
     rows = tokens.astype(number) * number(width)
     inside = np.ones(len(tokens), dtype=bool)

@@ -87,6 +87,7 @@ def main() -> None:
         except EOFError:
             return
         try:
+            answer: object
             if isinstance(message, Job):
                 tasks, answer = Tasks(message), None
             elif message is None:
@@ -98,4 +99,3 @@ def main() -> None:
         except Exception as error:
             reply = (None, error, traceback.format_exc())
         connection.send_bytes(pickle.dumps(reply, protocol=5))
-

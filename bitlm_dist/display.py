@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
-from torch import Tensor
+
+if TYPE_CHECKING:  # preparing text needs no torch, which takes seconds to import
+    from torch import Tensor
 
 PLAIN_EVERY = 50  # steps between lines where the output is no terminal
 PLAIN_SECONDS = 10.0  # the same where the work has no steps
@@ -137,7 +139,7 @@ class BitWatcher:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __call__(self, step: int, denoised: Tensor) -> None:
+    def __call__(self, step: int, denoised: "Tensor") -> None:
         """Show A0_hat [1, M, K] of one pass."""
         row = Text(f"\n{step:3d}  " if step == 1 else f"{step:3d}  ", style="dim")
         for token in denoised[0].tolist():

@@ -100,6 +100,7 @@ class _Process:
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
+            process_group=0,  # Ctrl-C goes to us alone, and we end them
             env={**os.environ, **ONE_THREAD},
         )
         theirs.close()

@@ -78,7 +78,6 @@ def _die_with(parent: int) -> None:
 def main() -> None:
     """Serve tasks until the socket closes. Arguments: its file descriptor, the parent's process id."""
     _die_with(int(sys.argv[2]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the parent ends us
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     tasks: Tasks | None = None
     while True:

@@ -6,7 +6,9 @@ from bitlm_dist.data_prep.cleaning import clean
 from hypothesis import given
 from hypothesis import strategies as st
 
-TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\r\n\t\x00\x85\x9fe\u0301a\u030a")), max_size=60)
+TEXT = st.text(
+    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("\r\n\t\x00\x85\x9fe\u0301a\u030a")), max_size=60
+)
 
 
 def slowly(text):

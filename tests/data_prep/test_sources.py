@@ -88,7 +88,9 @@ def test_chunks_cut_lines_anywhere_and_lose_none(tmp_path, monkeypatch, size):
     file.write_bytes(LINES * 5 + b'{"text": "no line end"}')
     found = list(chunks(find_files([file]), Settings()))
     assert b"".join(chunk.data for chunk in found) == file.read_bytes()
-    assert [chunk.first for chunk in found] == [1 + file.read_bytes()[: sum(map(len, before))].count(b"\n") for before in heads(found)]
+    assert [chunk.first for chunk in found] == [
+        1 + file.read_bytes()[: sum(map(len, before))].count(b"\n") for before in heads(found)
+    ]
     assert read(file)[0] == TEXTS * 5 + ["no line end"]
 
 

@@ -63,7 +63,7 @@ def messy(corpus, tmp_path_factory):
     texts = texts_of(corpus)
     near = [text.replace(".", " and more.") for text in texts[20:30]]
     write_lines(root / "a.jsonl", texts[:90] + texts[:10] + near)
-    rest = texts[60:] + ["", "  ", "x", "line\r\nends\x07 here e\u0301", *texts[150:170]]
+    rest = [*texts[60:], "", "  ", "x", "line\r\nends\x07 here é", *texts[150:170]]
     rng.shuffle(rest)
     lines = "".join(json.dumps({"text": text}) + "\n" for text in rest) + '{broken\n{"body": 1}\n'
     (root / "b.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(lines.encode()))
@@ -181,7 +181,7 @@ def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path,
     again = prepare([messy], "bpe:300", out, 0.1, MESSY, workers=workers)
     assert again.units_reused >= records[-1] * (again.units_reused > 0)
     assert tree(out) == tree(whole), records
-    assert not [path for path in out.rglob(".*")]
+    assert not list(out.rglob(".*"))
 
 
 @pytest.mark.parametrize("units_before_kill", [1, 5])
@@ -210,7 +210,7 @@ def test_workers_die_with_their_leader(messy, tmp_path):
     time.sleep(0.3)
     process.kill()
     process.wait()
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _gone, alive = psutil.wait_procs(children, timeout=5)
     assert not alive
 
 

@@ -3,12 +3,14 @@
 manifest.json is removed before the first unit of a begun folder is written and written last of all: a folder that has one is whole.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ from bitlm_dist.data_prep.units import LENGTHS, UNITS, read_record
 
 from bitlm_dist.data.shards import MANIFEST, SPLITS
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, write_atomically
+from bitlm_dist.files import write_atomically
 
 CLAIM, WORK, INDEX, REPORT = "settings.json", ".work", "index.json", "report.md"
 STATISTICS = "statistics.npz"  # as bitlm_dist.data.vocabulary has it, whose import would bring torch
@@ -121,7 +123,6 @@ def merge(out: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
         _write_lengths(parts[1][0], out, names, split, total["documents"])
         for partial, file in parts:
             partial.rename(file)
-        sync_folder(out / split)
     return totals
 
 
@@ -143,7 +144,6 @@ def _write_index(file: Path, out: Path, names: Sequence[str], split: str) -> Non
                 stream.write((",\n" if begun else "\n") + json.dumps(shard))
                 begun = True
         stream.write("\n]}\n")
-        _flush(stream)
 
 
 def _write_lengths(file: Path, out: Path, names: Sequence[str], split: str, documents: int) -> None:
@@ -152,12 +152,16 @@ def _write_lengths(file: Path, out: Path, names: Sequence[str], split: str, docu
         np.lib.format.write_array_header_1_0(stream, header)
         for record in _records(out, names, split):
             stream.write(np.load(out / split / record["name"] / LENGTHS).tobytes())
-        _flush(stream)
 
 
-def _flush(stream: Any) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
+def flush(out: Path) -> None:
+    """Flush all files below ``out`` to disk, together."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        if sys.platform != "linux" or ctypes.CDLL(None).syncfs(descriptor):
+            os.sync()
+    finally:
+        os.close(descriptor)
 
 
 def hashes(out: Path) -> dict[str, str]:

@@ -8,11 +8,10 @@ worker. A shard is: the number of samples, their offsets (both uint32), the colu
 import hashlib
 import itertools
 import json
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -27,7 +26,7 @@ Tokens = NDArray[np.integer[Any]]
 
 
 def write_shards(folder: Path, documents: Sequence[Tokens], dtype: str) -> list[dict[str, Any]]:
-    """Write ``documents`` to ``folder`` as shards, flushed to disk -> their entries of an index.json.
+    """Write ``documents`` to ``folder`` as shards -> their entries of an index.json.
 
     Args:
         documents: token ids, none empty.
@@ -86,7 +85,7 @@ def _write_shard(folder: Path, number: int, samples: list[bytes], columns: dict[
     raw = b"".join([struct.pack("<I", len(samples)), offsets.tobytes(), header, *samples])
     packed = zstandard.ZstdCompressor(level=LEVEL).compress(raw)
     name = f"shard.{number:05}.mds"
-    write_flushed(folder / f"{name}.zstd", packed)
+    (folder / f"{name}.zstd").write_bytes(packed)
     parts = {"raw_data": _described(raw, name), "zip_data": _described(packed, f"{name}.zstd")}
     return {**columns, "samples": len(samples), **parts}
 
@@ -94,16 +93,3 @@ def _write_shard(folder: Path, number: int, samples: list[bytes], columns: dict[
 def _described(data: bytes, name: str) -> dict[str, Any]:
     hashes = {"sha1": hashlib.sha1(data).hexdigest(), "xxh64": xxhash.xxh64_hexdigest(data)}
     return {"basename": name, "bytes": len(data), "hashes": hashes}
-
-
-def write_flushed(file: Path, data: bytes) -> None:
-    """Write and flush to disk a file that a later rename or record makes valid."""
-    with file.open("wb") as stream:
-        stream.write(data)
-        flush(stream)
-
-
-def flush(stream: BinaryIO) -> None:
-    """Flush an open file to disk."""
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from bitlm_dist.data_prep.sources import Chunk
+from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.data_prep.units import Unit
 from bitlm_dist.data_prep.worker import ONE_THREAD, Job, Tasks, Usage
 
@@ -53,6 +54,11 @@ class Pool:
                 self._kill()
                 raise
             self._threads = ThreadPoolExecutor(workers)
+
+    def use(self, tokenizer: Tokenizer) -> None:
+        """The tokenizer that lies in the prepared folder, for tasks that are done here; other processes open it themselves."""
+        if self._here:
+            self._here.tokenizer = tokenizer
 
     def submit(self, task: Chunk | Unit) -> "Future[Any]":
         """Begin a task; the future gives what :meth:`Tasks.do` gives, or raises what it raised."""

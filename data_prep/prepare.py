@@ -161,6 +161,7 @@ class _Preparation:
 
     def run(self, name: str, given: Tokenizer | None) -> Report:
         tokenizer = self._tokenizer(name, given)
+        self._pool.use(tokenizer)
         totals = Totals(self._inputs)
         names, reused = self._write_units(tokenizer, totals)
         if not names:
@@ -178,7 +179,8 @@ class _Preparation:
             self._write_statistics(names, tokenizer)
         manifest = self._manifest(tokenizer, names, splits, totals)
         with self._clock("index"):
-            write_atomically(self._out / folder.REPORT, markdown(manifest))
+            (self._out / folder.REPORT).write_text(markdown(manifest), encoding="utf-8")
+            folder.flush(self._out)
             write_atomically(self._out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         return self._report(manifest, reused)
 

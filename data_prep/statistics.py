@@ -133,11 +133,10 @@ def _reduce(
         return dense
 
     top = block(np.sort(order[:ROWS]))
-    _, vectors = np.linalg.eigh(top.T.astype(np.float64) @ top)  # the Gram matrix is small whatever the vocabulary
-    vectors = vectors[:, ::-1][:, :DIMENSIONS]
+    precision: Any = np.float64 if vocabulary <= ROWS else np.float32
+    gram = (top.T.astype(precision) @ top).astype(np.float64)  # small whatever the vocabulary
+    vectors = np.linalg.eigh(gram)[1][:, ::-1][:, :DIMENSIONS].astype(precision)
     contexts = np.zeros((vocabulary, vectors.shape[1]), dtype=np.float32)
-    if vocabulary > ROWS:
-        vectors = vectors.astype(np.float32)
     with_pairs = np.unique(row)
     for first in range(0, len(with_pairs), ROWS):
         tokens = with_pairs[first : first + ROWS]

@@ -1,7 +1,9 @@
 """Units: about 2 MB of documents that stay, tokenized and written as a whole or not at all.
 
 A unit's name is its number and a hash of what it holds and how. Its shards are written beside their place and renamed, then its
-record is written; a unit with a record is done for ever, and one without is written again.
+record is. A unit is done if it has a record and its files have the hashes in it; any other is written again. So no unit needs to be
+flushed to disk, which would take as long as tokenizing it: what a power cut damages is found by its hash, and the whole folder is
+flushed once, before its manifest.
 """
 
 import hashlib
@@ -14,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from bitlm_dist.data_prep import mds
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.data.shards import SPLITS
-from bitlm_dist.files import sync_folder, write_atomically
 
 UNIT_BYTES = 2_000_000
 UNITS, LENGTHS = "units", "lengths.npy"
@@ -73,19 +75,15 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
 
 
 def is_done(out: Path, name: str) -> bool:
-    """Whether a unit has a record, and every file that it names has its size."""
-    if not (out / UNITS / f"{name}.json").is_file():
+    """Whether a unit has a record, and every file that it names is there and whole."""
+    try:
+        record = read_record(out, name)
+        for split in SPLITS:
+            for file, expected in record[split]["files"].items():
+                if xxhash.xxh64_hexdigest((out / split / name / file).read_bytes()) != expected:
+                    return False
+    except (OSError, ValueError, KeyError):
         return False
-    record = read_record(out, name)
-    for split in SPLITS:
-        if not record[split]["documents"]:
-            continue
-        folder = out / split / name
-        sizes = {LENGTHS: record[split]["lengths_bytes"]}
-        sizes |= {shard["zip_data"]["basename"]: shard["zip_data"]["bytes"] for shard in record[split]["shards"]}
-        for file, size in sizes.items():
-            if not (folder / file).is_file() or (folder / file).stat().st_size != size:
-                return False
     return True
 
 
@@ -101,35 +99,32 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
         file.unlink(missing_ok=True)  # of a unit whose files were lost
         for split in SPLITS:
             chosen = [i for i in full if is_held_out(unit.hashes[i], validation) == (split == "validation")]
-            lengths = np.array([len(encoded[i]) for i in chosen], dtype=np.int64)
-            record[split] = {
-                "documents": len(chosen),
-                "tokens": int(lengths.sum()),
-                "bytes": sum(len(unit.texts[i]) for i in chosen),
-                "lengths_bytes": 0,
-                "shards": [],
-            }
-            folder = out / split / unit.name
-            shutil.rmtree(folder, ignore_errors=True)  # no record: whatever lies there is half a unit
-            if chosen:
-                building = folder.with_name(f".{unit.name}")
-                shutil.rmtree(building, ignore_errors=True)
-                building.mkdir(parents=True)
-                documents = [encoded[i] for i in chosen]
-                record[split]["shards"] = mds.write_shards(building, documents, dtype_of(tokenizer.vocabulary))
-                record[split]["lengths_bytes"] = _save_lengths(building / LENGTHS, lengths)
-                sync_folder(building)
-                building.rename(folder)
-                sync_folder(folder.parent)
-        write_atomically(file, json.dumps(record) + "\n")
+            record[split] = _write_split(out / split / unit.name, [encoded[i] for i in chosen], dtype_of(tokenizer.vocabulary))
+            record[split]["bytes"] = sum(len(unit.texts[i]) for i in chosen)
+        file.parent.mkdir(exist_ok=True)
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(json.dumps(record) + "\n")
+        partial.rename(file)
     return dict(clock.seconds)
 
 
-def _save_lengths(file: Path, lengths: np.ndarray[Any, np.dtype[np.int64]]) -> int:
-    with file.open("wb") as stream:
-        np.save(stream, lengths)
-        mds.flush(stream)
-        return stream.tell()
+def _write_split(folder: Path, documents: Sequence[mds.Tokens], dtype: str) -> dict[str, Any]:
+    """Shards and lengths of a unit's documents of one split -> its part of the record."""
+    shutil.rmtree(folder, ignore_errors=True)  # no record: whatever lies there is half a unit
+    lengths = np.array([len(tokens) for tokens in documents], dtype=np.int64)
+    record: dict[str, Any] = {"documents": len(documents), "tokens": int(lengths.sum()), "shards": [], "files": {}}
+    if not documents:
+        return record
+    building = folder.with_name(f".{folder.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    record["shards"] = mds.write_shards(building, documents, dtype)
+    np.save(building / LENGTHS, lengths)
+    packed = [shard["zip_data"] for shard in record["shards"]]
+    record["files"] = {part["basename"]: part["hashes"]["xxh64"] for part in packed}
+    record["files"][LENGTHS] = xxhash.xxh64_hexdigest((building / LENGTHS).read_bytes())
+    building.rename(folder)
+    return record
 
 
 def remove_others(out: Path, names: Sequence[str]) -> int:

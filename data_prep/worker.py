@@ -52,15 +52,15 @@ class Tasks:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._reader = Reader(job.settings)
-        self._tokenizer: Tokenizer | None = None
+        self.tokenizer: Tokenizer | None = None
 
     def do(self, task: Chunk | Unit) -> Batch | dict[str, float]:
         """Read a chunk -> its documents; write a unit -> CPU seconds by stage."""
         if isinstance(task, Chunk):
             return self._reader.read(task)
-        if self._tokenizer is None:
-            self._tokenizer = Tokenizer.of_folder(self._job.out / TOKENIZER)
-        return units.write(task, self._tokenizer, self._job.out, self._job.validation)
+        if self.tokenizer is None:
+            self.tokenizer = Tokenizer.of_folder(self._job.out / TOKENIZER)
+        return units.write(task, self.tokenizer, self._job.out, self._job.validation)
 
 
 def usage() -> Usage:

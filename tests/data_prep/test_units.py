@@ -55,6 +55,13 @@ def test_a_unit_is_done_when_all_of_it_is_there(tmp_path, unit, tokenizer):
         assert not units.is_done(tmp_path, unit.name)
         units.write(unit, tokenizer, tmp_path, 0.3)
         assert {path: path.read_bytes() for path in files} == whole
+    for path in files:
+        content = bytearray(whole[path])
+        content[len(content) // 2] ^= 1 if path.suffix != ".json" else 0xFF
+        path.write_bytes(content)  # of the right size
+        assert not units.is_done(tmp_path, unit.name)
+        units.write(unit, tokenizer, tmp_path, 0.3)
+        assert {path: path.read_bytes() for path in files} == whole
 
 
 def test_documents_without_tokens_are_counted_not_written(tmp_path, unit, tokenizer, monkeypatch):

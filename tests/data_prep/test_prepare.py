@@ -156,6 +156,10 @@ def start(corpus, out, workers, place):
     )
 
 
+def units_there(out):
+    return len(list(out.glob("units/*-*.json")))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path, small, seed, workers):
     pytest.importorskip("rensa")
@@ -167,17 +171,19 @@ def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path,
     records = []
     for kill in range(KILLS):
         process = start(messy, out, workers, tmp_path)
-        # most of the time goes into imports: aim at what comes after
-        deadline = time.monotonic() + 60
-        while not out.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.uniform(0, 0.6 * took))
+        if kill % 4 == 3:
+            time.sleep(rng.uniform(0, took))
+        else:  # most of the time goes into imports and the training of the tokenizer: wait for the first new unit
+            deadline = time.monotonic() + 60
+            while units_there(out) <= sum(records[-1:]) and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.05))
         if kill % 2:
             process.kill()  # the leader only: the workers must follow
-        else:
+        elif process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        records.append(len(list(out.glob("units/*.json"))))
+        records.append(units_there(out))
     again = prepare([messy], "bpe:300", out, 0.1, MESSY, workers=workers)
     assert again.units_reused >= records[-1] * (again.units_reused > 0)
     print("units there after each kill:", *records)

@@ -13,10 +13,8 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any
 
-from bitlm_dist.data_prep.sources import Chunk
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-from bitlm_dist.data_prep.units import Unit
-from bitlm_dist.data_prep.worker import ONE_THREAD, Job, Tasks, Usage
+from bitlm_dist.data_prep.worker import ONE_THREAD, Job, Task, Tasks, Usage
 
 from bitlm_dist.errors import UserError
 
@@ -60,7 +58,7 @@ class Pool:
         if self._here:
             self._here.tokenizer = tokenizer
 
-    def submit(self, task: Chunk | Unit) -> "Future[Any]":
+    def submit(self, task: Task) -> "Future[Any]":
         """Begin a task; the future gives what :meth:`Tasks.do` gives, or raises what it raised."""
         if self._threads:
             return self._threads.submit(self._do, task)
@@ -69,7 +67,7 @@ class Pool:
         done.set_result(self._here.do(task))
         return done
 
-    def _do(self, task: Chunk | Unit) -> Any:
+    def _do(self, task: Task) -> Any:
         began, process = time.thread_time(), self._idle.get()
         try:
             return process.ask(task)

@@ -36,8 +36,9 @@ from bitlm_dist.data_prep.reading import CHANGES, REASONS
 from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.sources import File
+from bitlm_dist.data_prep.statistics import Context
 from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, find_tokenizer, train_bpe
-from bitlm_dist.data_prep.worker import TOKENIZER, Job, usage
+from bitlm_dist.data_prep.worker import TOKENIZER, Count, Job, usage
 
 from bitlm_dist.data.shards import MANIFEST, MANIFEST_VERSION, SPLITS
 from bitlm_dist.errors import UserError
@@ -46,6 +47,7 @@ from bitlm_dist.files import write_atomically
 BPE = "bpe:"
 BPE_BYTES = 500_000_000  # of text that a BPE is trained on at most
 STATISTICS_TOKENS = 50_000_000  # of the training split, for counts and context vectors
+COUNT_TOKENS = 2_000_000  # that a worker counts at a time
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,6 @@ class _Preparation:
         if not names:
             reasons = dropped_in_words(totals.sum())
             raise UserError(f"{', '.join(self._inputs)}: no document is left; dropped: {reasons}")
-        self._pool.end()
         with self._clock("index"):
             splits = folder.merge(self._out, names)
             if not splits["train"]["documents"]:
@@ -177,6 +178,7 @@ class _Preparation:
             units.remove_others(self._out, names)
         with self._clock("statistics"):
             self._write_statistics(names, tokenizer)
+        self._pool.end()
         manifest = self._manifest(tokenizer, names, splits, totals)
         with self._clock("index"):
             (self._out / folder.REPORT).write_text(markdown(manifest), encoding="utf-8")
@@ -262,22 +264,46 @@ class _Preparation:
         if finished and finished["files"] == folder.hashes(self._out):
             return
         (self._out / MANIFEST).unlink(missing_ok=True)
-        counts, contexts = statistics.token_statistics(lambda: self._sample(names, tokenizer), tokenizer.vocabulary)
+        vocabulary = tokenizer.vocabulary
+        counts = sum(part.tokens for part in self._count(names, STATISTICS_TOKENS, vocabulary, None))
+        context = statistics.context_of(counts)
+        limit = STATISTICS_TOKENS if vocabulary <= statistics.ROWS else statistics.PAIR_TOKENS
+        pairs = (part.pairs for part in self._count(names, limit, vocabulary, context))
+        contexts = statistics.context_vectors(statistics.merge(pairs, context), context)
         partial = self._out / f".{folder.STATISTICS}"
         statistics.write(partial, counts, contexts, tokenizer.byte_lengths())
         partial.rename(self._out / folder.STATISTICS)
 
-    def _sample(self, names: Sequence[str], tokenizer: Tokenizer) -> Iterator[mds.Tokens]:
-        """The first documents of the training split."""
-        seen = 0
+    def _count(self, names: Sequence[str], limit: int, vocabulary: int, context: Context | None) -> Iterator[Any]:
+        """Counts over the first units that have ``limit`` tokens together, in parts."""
+        waiting: deque[Future[Any]] = deque()
+        for part in self._parts(names, limit):
+            waiting.append(self._pool.submit(Count(part, vocabulary, context)))
+            if len(waiting) > self._ahead:
+                yield self._counted(waiting.popleft())
+        for future in waiting:
+            yield self._counted(future)
+
+    def _parts(self, names: Sequence[str], limit: int) -> Iterator[tuple[str, ...]]:
+        part: list[str] = []
+        total = held = 0
         for name in names:
-            for shard in units.read_record(self._out, name)["train"]["shards"]:
-                file = self._out / "train" / name / shard["zip_data"]["basename"]
-                for tokens in mds.read_documents(file, units.dtype_of(tokenizer.vocabulary)):
-                    yield tokens
-                    seen += len(tokens)
-                    if seen >= STATISTICS_TOKENS:
-                        return
+            part.append(name)
+            tokens = units.read_record(self._out, name)["train"]["tokens"]
+            total, held = total + tokens, held + tokens
+            if held >= COUNT_TOKENS or total >= limit:
+                yield tuple(part)
+                part, held = [], 0
+            if total >= limit:
+                return
+        if part:
+            yield tuple(part)
+
+    def _counted(self, future: "Future[Any]") -> Any:
+        counted = future.result()
+        if self._pool.workers > 1:  # else it is on our own clock
+            self._clock.add(counted.seconds)
+        return counted
 
     def _manifest(self, tokenizer: Tokenizer, names: Sequence[str], splits: Mapping[str, Any], totals: Totals) -> dict[str, Any]:
         counts = totals.sum()

@@ -8,6 +8,7 @@ Legend: V vocabulary, F frequent tokens (at most 512), E dimensions of a vector 
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +25,83 @@ Tokens = NDArray[np.integer[Any]]
 Sparse = tuple[NDArray[np.int64], NDArray[np.int64]]  # numbers of cells, ascending, and their counts
 
 
+@dataclass(frozen=True)
+class Context:
+    """Which tokens count as context.
+
+    Attributes:
+        order: all tokens, the most frequent first, [V].
+        column: place of each token among the frequent ones, -1 for others, [V].
+        width: 2F, columns of the matrix of pairs.
+    """
+
+    order: NDArray[np.int64]
+    column: NDArray[np.int32]
+    width: int
+
+
 def token_statistics(documents: Callable[[], Iterable[Tokens]], vocabulary: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Counts [V] and context vectors [V, E] of a corpus.
+    """Counts [V] and context vectors [V, E] of a corpus, in one piece.
 
     Args:
         documents: gives the token arrays of all documents, as often as it is called.
     """
+    counts = count_tokens(documents(), vocabulary)
+    context = context_of(counts)
+    return counts, context_vectors(count_pairs(documents(), context), context)
+
+
+def count_tokens(documents: Iterable[Tokens], vocabulary: int) -> NDArray[np.int64]:
+    """How often each token occurs, [V]; sums over parts of a corpus are those of the whole."""
     counts = np.zeros(vocabulary, dtype=np.int64)
-    for tokens, _ in _batches(documents()):
+    for tokens, _ in _batches(documents):
         counts += np.bincount(tokens, minlength=vocabulary)
+    return counts
+
+
+def context_of(counts: NDArray[np.int64]) -> Context:
+    """The most frequent tokens of counts [V]."""
     order = np.argsort(-counts, kind="stable")
     frequent = order[:NEIGHBOURS]
-    column = np.full(vocabulary, -1, dtype=np.int32)
+    column = np.full(len(counts), -1, dtype=np.int32)
     column[frequent] = np.arange(len(frequent))
-    width = 2 * len(frequent)
-    cells, found = _count_pairs(documents(), column, width, vocabulary)
-    row = cells // width
-    values = _positive_pmi(row, cells - row * width, found, width, vocabulary)
-    return counts, _reduce(row, cells - row * width, values, width, order, vocabulary)
+    return Context(order, column, 2 * len(frequent))
+
+
+def count_pairs(documents: Iterable[Tokens], context: Context) -> Sparse:
+    """How often a token (row) has a frequent one before it (first half of the columns) or after it (second half).
+
+    A cell's number is row * width + column. :func:`merge` makes those of parts of a corpus those of the whole.
+    """
+    sparse = len(context.column) > ROWS
+    batches = (cells for batch in _batches(documents) for cells in _cells(*batch, context.column, context.width))
+    return merge((_unique(np.sort(cells)) if sparse else _counted(cells) for cells in batches), context)
+
+
+def merge(parts: Iterable[Sparse], context: Context) -> Sparse:
+    """Add up counts of pairs."""
+    if len(context.column) <= ROWS:  # an array of all cells is small
+        dense = np.zeros(len(context.column) * context.width, dtype=np.int64)
+        for cells, counts in parts:
+            dense[cells] += counts
+        cells = np.flatnonzero(dense)
+        return cells, dense[cells]
+    held = [(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)), *parts]
+    if len(held) == 2:
+        return held[1]
+    cells = np.concatenate([part[0] for part in held])
+    counts = np.concatenate([part[1] for part in held])
+    order = np.argsort(cells, kind="stable")
+    unique, repeated = _unique(cells[order])
+    return unique, np.add.reduceat(counts[order], np.cumsum(repeated) - repeated) if len(counts) else counts
+
+
+def context_vectors(pairs: Sparse, context: Context) -> NDArray[np.float32]:
+    """The reduced vectors of all tokens, [V, E]."""
+    row = pairs[0] // context.width
+    column = pairs[0] - row * context.width
+    values = _positive_pmi(row, column, pairs[1], context)
+    return _reduce(row, column, values, context)
 
 
 def _batches(documents: Iterable[Tokens]) -> Iterator[tuple[Tokens, NDArray[np.int64]]]:
@@ -56,26 +116,6 @@ def _batches(documents: Iterable[Tokens]) -> Iterator[tuple[Tokens, NDArray[np.i
             held, size = [], 0
     if held:
         yield np.concatenate(held), np.cumsum([len(x) for x in held])
-
-
-def _count_pairs(documents: Iterable[Tokens], column: NDArray[np.int32], width: int, vocabulary: int) -> Sparse:
-    """How often a token (row) has a frequent one before it (first half of the columns) or after it (second half)."""
-    dense = np.zeros(vocabulary * width, dtype=np.int64) if vocabulary <= ROWS else None
-    parts: list[Sparse] = []
-    seen = 0
-    for tokens, ends in _batches(documents):
-        for cells in _cells(tokens, ends, column, width):
-            if dense is not None:
-                dense += np.bincount(cells, minlength=len(dense))
-            else:
-                parts.append(_unique(np.sort(cells)))
-        seen += len(tokens)
-        if dense is None and seen >= PAIR_TOKENS:
-            break
-    if dense is not None:
-        cells = np.flatnonzero(dense)
-        return cells, dense[cells]
-    return _merge(parts)
 
 
 def _cells(tokens: Tokens, ends: NDArray[np.int64], column: NDArray[np.int32], width: int) -> Iterator[NDArray[Any]]:
@@ -97,42 +137,36 @@ def _unique(cells: NDArray[Any]) -> Sparse:
     return cells[first].astype(np.int64), np.diff(np.append(first, len(cells)))
 
 
-def _merge(parts: list[Sparse]) -> Sparse:
-    cells = np.concatenate([part[0] for part in parts])
-    order = np.argsort(cells, kind="stable")
-    cells, counts = cells[order], np.concatenate([part[1] for part in parts])[order]
-    unique, repeated = _unique(cells)
-    return unique, np.add.reduceat(counts, np.cumsum(repeated) - repeated) if len(counts) else counts
+def _counted(cells: NDArray[Any]) -> Sparse:
+    found = np.bincount(cells)
+    unique = np.flatnonzero(found)
+    return unique, found[unique]
 
 
 def _positive_pmi(
-    row: NDArray[np.int64], column: NDArray[np.int64], counts: NDArray[np.int64], width: int, vocabulary: int
+    row: NDArray[np.int64], column: NDArray[np.int64], counts: NDArray[np.int64], context: Context
 ) -> NDArray[np.float32]:
-    rows = np.bincount(row, weights=counts, minlength=vocabulary)
-    columns = np.bincount(column, weights=counts, minlength=width)
+    rows = np.bincount(row, weights=counts, minlength=len(context.column))
+    columns = np.bincount(column, weights=counts, minlength=context.width)
     pmi = np.log(counts * (counts.sum() / (rows[row] * columns[column])))
     return np.maximum(pmi, 0.0).astype(np.float32)
 
 
 def _reduce(
-    row: NDArray[np.int64],
-    column: NDArray[np.int64],
-    values: NDArray[np.float32],
-    width: int,
-    order: NDArray[np.int64],
-    vocabulary: int,
+    row: NDArray[np.int64], column: NDArray[np.int64], values: NDArray[np.float32], context: Context
 ) -> NDArray[np.float32]:
     """Project the rows on the first right singular vectors of those of the most frequent tokens."""
 
     def block(tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        dense = np.zeros((len(tokens), width), dtype=np.float32)
+        dense = np.zeros((len(tokens), context.width), dtype=np.float32)
         begins, ends = np.searchsorted(row, tokens), np.searchsorted(row, tokens, side="right")
         lengths = ends - begins
         inside = np.repeat(begins - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
         dense[np.repeat(np.arange(len(tokens)), lengths), column[inside]] = values[inside]
         return dense
 
-    top = block(np.sort(order[:ROWS]))
+    vocabulary = len(context.column)
+    top = block(np.sort(context.order[:ROWS]))
     precision: Any = np.float64 if vocabulary <= ROWS else np.float32
     gram = (top.T.astype(precision) @ top).astype(np.float64)  # small whatever the vocabulary
     vectors = np.linalg.eigh(gram)[1][:, ::-1][:, :DIMENSIONS].astype(precision)

@@ -87,6 +87,13 @@ def is_done(out: Path, name: str) -> bool:
     return True
 
 
+def training_documents(out: Path, names: Iterable[str], vocabulary: int) -> Iterator[mds.Tokens]:
+    """The token ids of the training documents of some units, in order."""
+    for name in names:
+        for shard in read_record(out, name)["train"]["shards"]:
+            yield from mds.read_documents(out / "train" / name / shard["zip_data"]["basename"], dtype_of(vocabulary))
+
+
 def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dict[str, float]:
     """Tokenize a unit and write it -> CPU seconds by stage."""
     clock = Clock()

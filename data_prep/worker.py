@@ -17,12 +17,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bitlm_dist.data_prep import units
+from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.reading import Batch, Reader
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.sources import Chunk
+from bitlm_dist.data_prep.statistics import Context, Sparse, count_pairs, count_tokens
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.data_prep.units import Unit
+from numpy.typing import NDArray
 
 PR_SET_PDEATHSIG = 1
 TOKENIZER = "tokenizer"  # folder of the prepared folder
@@ -39,6 +43,27 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Count:
+    """Units of the training split whose tokens, or with ``context`` whose pairs, are to be counted."""
+
+    names: tuple[str, ...]
+    vocabulary: int
+    context: Context | None
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Counts of a :class:`Count`, and CPU seconds."""
+
+    tokens: NDArray[np.int64] | None
+    pairs: Sparse | None
+    seconds: dict[str, float]
+
+
+Task = Chunk | Unit | Count
+
+
+@dataclass(frozen=True)
 class Usage:
     """CPU seconds and the most memory (bytes) that a process used."""
 
@@ -47,17 +72,24 @@ class Usage:
 
 
 class Tasks:
-    """Does tasks: a :class:`Chunk` is read, a :class:`Unit` is written."""
+    """Does tasks: a :class:`Chunk` is read, a :class:`Unit` is written, a :class:`Count` counts."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._reader = Reader(job.settings)
         self.tokenizer: Tokenizer | None = None
 
-    def do(self, task: Chunk | Unit) -> Batch | dict[str, float]:
-        """Read a chunk -> its documents; write a unit -> CPU seconds by stage."""
+    def do(self, task: Task) -> Batch | Counted | dict[str, float]:
+        """Read a chunk -> its documents; write a unit -> CPU seconds by stage; count -> counts."""
         if isinstance(task, Chunk):
             return self._reader.read(task)
+        if isinstance(task, Count):
+            clock = Clock()
+            with clock("statistics"):
+                documents = units.training_documents(self._job.out, task.names, task.vocabulary)
+                if task.context:
+                    return Counted(None, count_pairs(documents, task.context), clock.seconds)
+                return Counted(count_tokens(documents, task.vocabulary), None, clock.seconds)
         if self.tokenizer is None:
             self.tokenizer = Tokenizer.of_folder(self._job.out / TOKENIZER)
         return units.write(task, self.tokenizer, self._job.out, self._job.validation)

@@ -47,6 +47,7 @@ def small(monkeypatch):
     """Many units and chunks from little text."""
     monkeypatch.setattr(units, "UNIT_BYTES", SMALL)
     monkeypatch.setattr(sources, "CHUNK_BYTES", SMALL)
+    monkeypatch.setattr(sys.modules[prepare.__module__], "COUNT_TOKENS", SMALL)
 
 
 def write_lines(file, texts):
@@ -120,10 +121,11 @@ def test_documents_stay_or_are_counted_with_a_reason(messy, tmp_path, small):
     assert everything.documents == 110
 
 
-def test_the_tree_knows_neither_workers_nor_folders(messy, tmp_path, small):
+def test_the_tree_knows_neither_workers_nor_folders(messy, tmp_path, small, monkeypatch):
     pytest.importorskip("rensa")
     trees = []
     for workers, place in ((1, "one"), (2, "somewhere/two"), (3, "three")):
+        monkeypatch.setattr(sys.modules[prepare.__module__], "COUNT_TOKENS", SMALL if workers > 1 else 10**6)
         copy = tmp_path / place / messy.name
         copy.mkdir(parents=True)
         for file in messy.iterdir():

@@ -42,11 +42,13 @@ def test_large_vocabularies_are_counted_sparsely_with_the_same_outcome(seed, mon
     documents = corpus(seed, 800)
     monkeypatch.setattr(statistics, "BATCH_TOKENS", 1000)
     column = np.arange(900, dtype=np.int32) % 600 - 88  # some are no context
+    context = statistics.Context(np.arange(900), column, 1024)
     counts, dense = statistics.token_statistics(lambda: documents, 900)
-    cells = statistics._count_pairs(documents, column, 1024, 900)
+    cells = statistics.count_pairs(documents, context)
     monkeypatch.setattr(statistics, "ROWS", 850)  # all tokens that occur
-    for a, b in zip(cells, statistics._count_pairs(documents, column, 1024, 900), strict=True):
-        assert np.array_equal(a, b)
+    parts = [statistics.count_pairs(documents[i : i + 7], context) for i in range(0, len(documents), 7)]
+    for other in (statistics.count_pairs(documents, context), statistics.merge(parts, context)):
+        assert all(np.array_equal(a, b) for a, b in zip(cells, other, strict=True))
     again, sparse = statistics.token_statistics(lambda: documents, 900)
     assert np.array_equal(again, counts)
     assert np.abs(sparse @ sparse.T - dense @ dense.T).max() < 1e-3

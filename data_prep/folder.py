@@ -154,6 +154,13 @@ def _write_lengths(file: Path, out: Path, names: Sequence[str], split: str, docu
             stream.write(np.load(out / split / record["name"] / LENGTHS).tobytes())
 
 
+def flush_files(folder: Path) -> None:
+    """Flush the files in a folder to disk one by one."""
+    for path in folder.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
 def flush(out: Path) -> None:
     """Flush all files below ``out`` to disk, together."""
     descriptor = os.open(out, os.O_RDONLY)

@@ -168,8 +168,10 @@ class _Preparation:
         names, reused = self._write_units(tokenizer, totals)
         if not names:
             reasons = dropped_in_words(totals.sum())
-            raise UserError(f"{', '.join(self._inputs)}: no document is left; dropped: {reasons}")
+            raise UserError(f"{', '.join(map(sources.plain, self._inputs))}: no document is left; dropped: {reasons}")
         with self._clock("index"):
+            if units.others(self._out, names):  # the manifest speaks of them
+                (self._out / MANIFEST).unlink(missing_ok=True)
             splits = folder.merge(self._out, names)
             if not splits["train"]["documents"]:
                 raise UserError(
@@ -198,6 +200,7 @@ class _Preparation:
         else:
             texts = self._kept(Totals(self._inputs), f"training {name}")
             train_bpe(_first_bytes(texts, BPE_BYTES), int(name[len(BPE) :]), building / "tokenizer.json")
+        folder.flush_files(building)
         building.rename(place)
         return given or Tokenizer.of_folder(place)
 

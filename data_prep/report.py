@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
+from bitlm_dist.data_prep import sources
 from bitlm_dist.data_prep.reading import CHANGES, REASONS, Batch
 
 ROWS = 30  # sources in report.md, so that it stays a page; manifest.json has all
@@ -33,7 +34,7 @@ class Totals:
     """Counts by source: ``read`` documents, ``kept`` ones with their ``bytes``, REASONS and CHANGES."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        self.names = [PurePosixPath(name.rstrip("/").replace("\\", "/")).name or name for name in inputs]
+        self.names = [PurePosixPath(sources.plain(name).rstrip("/")).name or name for name in inputs]
         self.counts: list[Counter[str]] = [Counter() for _ in inputs]
 
     def add(self, batch: Batch, reasons: Sequence[str | None]) -> None:
@@ -70,11 +71,11 @@ def dropped_in_words(counts: Mapping[str, int]) -> str:
 
 def markdown(manifest: Mapping[str, Any]) -> str:
     """The page report.md."""
-    sources, total = manifest["sources"], manifest["documents"]
+    total = manifest["documents"]
     lines = ["# What this folder holds", ""]
     lines += _table(("split", "documents", "tokens", "bytes of text", "bytes stored"), _split_rows(manifest))
     lines += ["## Documents in and out", ""]
-    rows = [(s["name"], s["read"], s["kept"], s["read"] - s["kept"], s["bytes"]) for s in sources]
+    rows = [(s["name"], s["read"], s["kept"], s["read"] - s["kept"], s["bytes"]) for s in manifest["sources"]]
     if len(rows) > ROWS:
         rest = rows[ROWS:]
         rows = [*rows[:ROWS], (f"{len(rest):,} more", *(sum(row[i] for row in rest) for i in range(1, 5)))]

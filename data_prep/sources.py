@@ -42,7 +42,12 @@ class File:
     @property
     def kind(self) -> str:
         """Its suffix without that of a compression."""
-        return _kind(self.path) or ""
+        return _kind(self.plain_path) or ""
+
+    @property
+    def plain_path(self) -> str:
+        """For messages."""
+        return plain(self.path)
 
 
 @dataclass(frozen=True)
@@ -99,20 +104,25 @@ def _find_local(given: Path, source: int) -> list[File]:
 def _find_remote(url: str, source: int) -> list[File]:
     try:
         system, root = importlib.import_module("fsspec.core").url_to_fs(url)
-        if _kind(url):
-            return [File(url, PurePosixPath(root).name, source, int(system.info(root)["size"] or 0))]
+        if _kind(plain(url)):
+            return [File(url, PurePosixPath(plain(url)).name, source, int(system.info(root)["size"] or 0))]
         found: dict[str, Any] = system.find(root, detail=True)
     except ImportError as error:
-        raise UserError(f"{url}: {error}") from None
+        raise UserError(f"{plain(url)}: {error}") from None
     except FileNotFoundError:
-        raise UserError(f"{url} does not exist") from None
+        raise UserError(f"{plain(url)} does not exist") from None
     except Exception as error:  # each protocol has errors of its own
-        raise UserError(f"{url} cannot be read: {type(error).__name__}: {error}") from None
+        raise UserError(f"{plain(url)} cannot be read: {type(error).__name__}: {error}".replace(url, plain(url))) from None
     inside = sorted(path for path in found if _kind(path))
     if not inside:
-        raise UserError(f"{url} holds no {_kinds()}")
+        raise UserError(f"{plain(url)} holds no {_kinds()}")
     base = root.rstrip("/") + "/"
     return [File(system.unstrip_protocol(p), p.removeprefix(base), source, int(found[p].get("size") or 0)) for p in inside]
+
+
+def plain(path: str) -> str:
+    """A path as it is, a URL without its query, which often holds a key."""
+    return path.partition("?")[0] if "://" in path else path
 
 
 def _kinds() -> str:
@@ -145,7 +155,7 @@ def chunks(files: Iterable[File], settings: Settings) -> Iterator[Chunk]:
             raise
         except (OSError, EOFError, zlib.error) as error:
             text = getattr(error, "strerror", None) or error
-            raise UserError(f"{file.path} cannot be read: {text}") from None
+            raise UserError(f"{file.plain_path} cannot be read: {text}") from None
         begun += file.size
     yield from loose.take()
 
@@ -173,14 +183,14 @@ class _Loose:
         self.source, self._position = file.source, begun + file.size
         with _open(file) as raw:
             text, size = [], 0
-            for piece in unpacking.pieces(raw, file.path):
+            for piece in unpacking.pieces(raw, file.plain_path):
                 text.append(piece)
                 size += len(piece)
                 if size > self._limit > len(BOM):
                     self._too_long += 1
                     return
         self._texts.append(b"".join(text).removeprefix(BOM))
-        self._places.append(file.path)
+        self._places.append(file.plain_path)
         self._bytes += size
         if self._bytes >= CHUNK_BYTES:
             yield from self.take()
@@ -205,7 +215,7 @@ def _lines(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
     limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None  # \uXXXX: six bytes for a character
     held, line, too_long, skipping, first = bytearray(), 1, 0, False, True
     with _open(file) as raw:
-        for piece in unpacking.pieces(raw, file.path):
+        for piece in unpacking.pieces(raw, file.plain_path):
             if first and piece:
                 piece, first = piece.removeprefix(BOM), False
             if skipping:
@@ -221,20 +231,20 @@ def _lines(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
             if cut:
                 data = bytes(memoryview(held)[:cut])
                 del held[:cut]
-                yield Chunk(file.source, data, None, (file.path,), line, too_long, begun + min(raw.tell(), file.size))
+                yield Chunk(file.source, data, None, (file.plain_path,), line, too_long, begun + min(raw.tell(), file.size))
                 line, too_long = line + data.count(b"\n"), 0
             if limit is not None and len(held) > limit:
                 held.clear()
                 too_long, skipping = too_long + 1, True
     if held or too_long:
-        yield Chunk(file.source, bytes(held), None, (file.path,), line, too_long, begun + file.size)
+        yield Chunk(file.source, bytes(held), None, (file.plain_path,), line, too_long, begun + file.size)
 
 
 def _parquet(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
     try:
         arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:
-        raise UserError(f"{file.path}: reading Parquet needs pyarrow: pip install 'bitlm-dist[parquet]'") from None
+        raise UserError(f"{file.plain_path}: reading Parquet needs pyarrow: pip install 'bitlm-dist[parquet]'") from None
     with _open(file) as raw:
         try:
             table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
@@ -246,17 +256,19 @@ def _parquet(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
                 texts = batch.column(0).cast(arrow.large_binary()).to_pylist()
                 data = b"".join(text or b"" for text in texts)
                 first, row = row + 1, row + len(texts)
-                yield Chunk(file.source, data, _ends(texts), (f"{file.path}: row",), first, 0, begun + file.size * row // rows)
+                yield Chunk(
+                    file.source, data, _ends(texts), (f"{file.plain_path}: row",), first, 0, begun + file.size * row // rows
+                )
         except arrow.ArrowException as error:
-            raise UserError(f"{file.path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{file.plain_path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from None
 
 
 def _check_column(schema: Any, field: str, file: File, arrow: Any) -> None:
     if field not in schema.names:
         names = ", ".join(schema.names)
-        raise UserError(f'{file.path} has no column "{field}": choose one with --field ({names})')
+        raise UserError(f'{file.plain_path} has no column "{field}": choose one with --field ({names})')
     kind = schema.field(field).type
     if arrow.types.is_dictionary(kind):
         kind = kind.value_type
     if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
-        raise UserError(f'{file.path}: the column "{field}" holds {kind}, expected strings: choose another with --field')
+        raise UserError(f'{file.plain_path}: the column "{field}" holds {kind}, expected strings: choose another with --field')

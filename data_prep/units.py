@@ -7,6 +7,7 @@ flushed once, before its manifest.
 """
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -134,18 +135,21 @@ def _write_split(folder: Path, documents: Sequence[mds.Tokens], dtype: str) -> d
     return record
 
 
-def remove_others(out: Path, names: Sequence[str]) -> int:
-    """Remove units that are not among ``names``, whole or half -> how many were removed. Other files are left alone."""
-    wanted, removed = set(names), 0
-    for folder in (out / UNITS, *(out / split for split in SPLITS)):
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if NAME.fullmatch(path.name) and path.name.removesuffix(".json") not in wanted:
-                removed += path.suffix == ".json"
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+def others(out: Path, names: Sequence[str]) -> list[Path]:
+    """Units that are not among ``names``, whole or half. Files that are no unit's are not listed."""
+    wanted = set(names)
+    folders = [path for path in (out / UNITS, *(out / split for split in SPLITS)) if path.is_dir()]
+    inside = (path for path in itertools.chain(*(folder.iterdir() for folder in folders)) if NAME.fullmatch(path.name))
+    return [path for path in inside if path.name.removesuffix(".json") not in wanted]
+
+
+def remove_others(out: Path, names: Sequence[str]) -> None:
+    """Remove :func:`others`, and a split's folder that holds nothing then."""
+    for path in others(out, names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     for split in SPLITS:
         if (out / split).is_dir() and not any((out / split).iterdir()):
             (out / split).rmdir()
-    return removed

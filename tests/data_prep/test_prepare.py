@@ -260,6 +260,10 @@ def test_a_rerun_writes_nothing(corpus, prepared):
     assert {p for p in before if before[p] != after[p]} <= {prepared / s / "lengths.npy" for s in ("train", "validation")}
 
 
+def fail(*_):
+    raise RuntimeError("killed here")
+
+
 def test_units_of_text_that_changed_are_replaced(tmp_path, small):
     texts = [f"document {i} is about {i * i}. " * 10 for i in range(60)]
     file = write_lines(tmp_path / "x.jsonl", texts)
@@ -272,6 +276,14 @@ def test_units_of_text_that_changed_are_replaced(tmp_path, small):
     assert len([path for path in (tmp_path / "out/train").iterdir() if path.is_dir()]) == again.units
     assert sum(text.isupper() for text in texts_in(tmp_path / "out", ["train"])) == 20
     assert settings == json.loads((tmp_path / "out" / "settings.json").read_text())
+    write_lines(file, texts[:40])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
+        patch.setattr(folder, "merge", fail)
+        prepare([file], "bpe:300", tmp_path / "out", 0.0)
+    with pytest.raises(UserError, match="is not finished"):
+        read_manifest(tmp_path / "out")
+    prepare([file], "bpe:300", tmp_path / "out", 0.0)
+    assert texts_in(tmp_path / "out", ["train"]) == texts[:40]
 
 
 def test_an_output_folder_of_other_origin_is_refused_and_kept(corpus, prepared, tmp_path):

@@ -171,6 +171,10 @@ def test_text_comes_from_a_web_server(tmp_path):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         assert read(f"http://127.0.0.1:{server.server_port}/x.jsonl")[0] == TEXTS
+        url = f"http://127.0.0.1:{server.server_port}/x.jsonl?key=secret"
+        assert read(url)[0] == TEXTS
+        assert [file.name for file in find_files([url])] == ["x.jsonl"]
+        assert "secret" not in read(url, field="body")[1][0].error
         with pytest.raises(UserError, match="/none.jsonl does not exist"):
             find_files([f"http://127.0.0.1:{server.server_port}/none.jsonl"])
     finally:

@@ -81,7 +81,9 @@ def test_other_units_go_and_other_files_stay(tmp_path, unit, tokenizer):
         (tmp_path / name).mkdir()
     for name in ("units/notes.txt", "train/index.json", "units/.00007-0123456789abcdef.json.partial"):
         (tmp_path / name).write_text("x")
-    assert units.remove_others(tmp_path, [unit.name]) == 1
+    assert len(units.others(tmp_path, [unit.name])) == 5
+    units.remove_others(tmp_path, [unit.name])
+    assert not units.others(tmp_path, [unit.name])
     left = {path for path in tmp_path.rglob("*") if path.is_file()}
     assert left == kept | {tmp_path / "units/notes.txt", tmp_path / "train/index.json"}
     assert len(list((tmp_path / "validation").iterdir())) == 1

@@ -1,10 +1,10 @@
 """MinHash signatures of documents, and the bands of them by which candidates are found.
 
-A document is the set of its 5-grams of words. The signatures come from rensa 0.5: full-set R-MinHash on hashes that we give it, 128
-values a document. Why rensa and not datasketch 2.0: documentation of Debian packages takes 26 CPU-ms a MB, grams included, against 190
-with datasketch; it takes hashes from numpy, so that no Python object a gram is made; it has no dependency, where datasketch brings
-scipy; and its estimates agree with brute force (a test). The indices of both live in memory, so neither is used: the bands go into
-:class:`~bitlm_dist.data_prep.hash_index.HashIndex`, on disk.
+A document is the set of its 5-grams of words. The signatures come from rensa 0.5: full-set R-MinHash on hashes that we give it,
+128 values a document. Why rensa and not datasketch 2.0: documentation of Debian packages takes 26 CPU-ms a MB, grams included,
+against 190 with datasketch; it takes hashes from numpy, so that no Python object a gram is made; it has no dependency, where
+datasketch brings scipy; and its estimates agree with brute force (a test). The indices of both live in memory, so neither is
+used: the bands go into :class:`~bitlm_dist.data_prep.hash_index.HashIndex`, on disk.
 """
 
 import importlib

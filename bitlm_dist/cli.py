@@ -35,19 +35,66 @@ app.add_typer(prepared, name="data")
 
 @app.command()
 def prep(
-    sources: Annotated[list[Path], typer.Argument(metavar="FILE|DIR…", help=".txt or .jsonl, plain, .gz or .zst.")],
-    tokenizer: Annotated[str, typer.Option(help="tokenizer.json, .tiktoken or tekken file, or bpe:SIZE to train one.")],
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE|DIR|URL…", help=".txt, .jsonl (plain, .gz or .zst) or .parquet; paths, or s3://, gs://, https://…"
+        ),
+    ],
+    tokenizer: Annotated[
+        str, typer.Option(help="tokenizer.json, .tiktoken or tekken file, package:NAME:FILE, or bpe:SIZE to train one.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     validation: Annotated[float, typer.Option(help="Share of documents to hold out.")] = 0.05,
+    field: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    min_chars: Annotated[int, typer.Option(help="Drop shorter documents.")] = 1,
+    max_chars: Annotated[int, typer.Option(help="Drop longer documents; 0: none, and memory has no bound.")] = 5_000_000,
+    exact_dedup: Annotated[bool, typer.Option(help="Drop copies of earlier documents.")] = True,
+    near_dedup: Annotated[float | None, typer.Option(help="Drop documents this similar to an earlier one, e.g. 0.8.")] = None,
+    decontaminate: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="Evaluation text that must not be trained on; repeat for more files.")
+    ] = None,
+    hit_ratio: Annotated[float, typer.Option(help="Share of a document's 13-grams found there from which it is dropped.")] = 0.1,
+    language: Annotated[str | None, typer.Option(help="Keep documents in this language only, e.g. en.")] = None,
+    language_probability: Annotated[float, typer.Option(help="How sure of it the detector must be.")] = 0.5,
+    on_error: Annotated[str, typer.Option(help="At a bad line: stop, or skip and count it.")] = "stop",
+    workers: Annotated[int | None, typer.Option(help="Processes; default: the usable CPUs.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Tokenize text and write it as shards; run it again after an interruption and it goes on."""
+    """Clean, deduplicate and tokenize text, and write it as shards; run it again after an interruption and it goes on."""
     from bitlm_dist.data_prep.prepare import prepare
+    from bitlm_dist.data_prep.settings import Settings
+    from bitlm_dist.display import preparation_progress
 
-    report = prepare(sources, tokenizer, out, validation)
-    say(
-        f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text "
-        f"in {report.units} units ({report.units_reused} were there); unigram entropy {report.unigram_nats:.3f} nats a token"
+    settings = Settings(
+        field,
+        min_chars,
+        max_chars,
+        exact_dedup,
+        near_dedup,
+        tuple(decontaminate or ()),
+        hit_ratio,
+        language,
+        language_probability,
+        on_error,
     )
+    processes = len(os.sched_getaffinity(0)) if workers is None else workers
+    try:
+        with ExitStack() as stack:
+            observe = None if quiet or as_json else stack.enter_context(preparation_progress(console))
+            report = prepare(sources, tokenizer, out, validation, settings, processes, observe)
+    except KeyboardInterrupt:
+        say(f"{out} is not finished: the same command goes on from there")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(asdict(report)))
+    elif not quiet:
+        say(
+            f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text in "
+            f"{report.units} units ({report.units_reused} were there); unigram entropy {report.unigram_nats:.3f} nats a token; "
+            f"dropped: {report.dropped_in_words}"
+        )
 
 
 @app.command(context_settings=OVERRIDES)

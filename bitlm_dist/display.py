@@ -1,16 +1,29 @@
 """What the terminal shows while something runs."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
-from torch import Tensor
+
+if TYPE_CHECKING:  # preparing text needs no torch, which takes seconds to import
+    from torch import Tensor
 
 PLAIN_EVERY = 50  # steps between lines where the output is no terminal
+PLAIN_SECONDS = 10.0  # the same where the work has no steps
 
 
 @contextmanager
@@ -44,6 +57,66 @@ def training_progress(console: Console, begun: int, steps: int) -> Iterator[Call
         yield update
 
 
+class Preparing(Protocol):
+    """How far a preparation is, see :class:`bitlm_dist.data_prep.prepare.Progress`."""
+
+    @property
+    def phase(self) -> str: ...  # noqa: D102
+    @property
+    def done(self) -> int: ...  # noqa: D102
+    @property
+    def total(self) -> int: ...  # noqa: D102
+    @property
+    def text_bytes(self) -> int: ...  # noqa: D102
+    @property
+    def documents(self) -> int: ...  # noqa: D102
+
+
+@contextmanager
+def preparation_progress(console: Console) -> Iterator[Callable[[Preparing], None]]:
+    """A bar with MB/s of text and time left on a terminal; a line now and then elsewhere. Yields what takes the progress."""
+    begun: dict[str, float] = {}
+    opened = time.perf_counter()
+
+    def rate(progress: Preparing) -> float:
+        began = begun.setdefault(progress.phase, opened if not begun else time.perf_counter())
+        return progress.text_bytes / 1e6 / max(time.perf_counter() - began, 1e-3)
+
+    if not console.is_terminal:
+        last = opened
+
+        def line(progress: Preparing) -> None:
+            nonlocal last
+            speed = rate(progress)
+            if time.perf_counter() - last >= PLAIN_SECONDS:
+                last = time.perf_counter()
+                share = f"{100 * progress.done / progress.total:.0f}%  " if progress.total else ""
+                text = f"{progress.phase}  {share}{progress.documents:,} documents  {progress.text_bytes / 1e6:,.1f} MB of text"
+                console.print(f"{text}  {speed:.1f} MB/s", soft_wrap=True, markup=False)
+
+        yield line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        TextColumn("{task.fields[rate]:.1f} MB/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def update(progress: Preparing) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total or None, documents=0, rate=0.0)
+            bar.update(tasks[progress.phase], completed=progress.done, documents=progress.documents, rate=rate(progress))
+
+        yield update
+
+
 class TextStream:
     """Prints text as it grows; a character whose bytes are not complete yet waits for its block."""
 
@@ -66,7 +139,7 @@ class BitWatcher:
     def __init__(self, console: Console) -> None:
         self._console = console
 
-    def __call__(self, step: int, denoised: Tensor) -> None:
+    def __call__(self, step: int, denoised: "Tensor") -> None:
         """Show A0_hat [1, M, K] of one pass."""
         row = Text(f"\n{step:3d}  " if step == 1 else f"{step:3d}  ", style="dim")
         for token in denoised[0].tolist():

@@ -1,10 +1,13 @@
-"""`bitlm prep`: text files -> a folder of MDS shards that training reads.
+"""`bitlm prep`: text -> a folder of MDS shards that training reads.
 
-The text is cut into units of whole documents, about ``UNIT_BYTES`` each, keyed by their content. A unit is written beside its
-place and renamed into it, its record last; a rerun after any kill skips the units that have a record and gives the same tree
-to the byte. The folder then holds::
+Files are cut into chunks (sources); workers parse, clean and filter them (reading); this process drops duplicates in corpus order
+(deduplication) and cuts what stays into units of about 2 MB; workers tokenize and write these (units). The folder is a function of
+the text and the settings alone: a rerun after any kill skips the units that are there and gives the same tree to the byte. It
+then holds::
 
-    manifest.json            counts, tokenizer, fingerprint; written last: without it the folder is not ready
+    manifest.json            counts, tokenizer, settings, hashes; written last: without it the folder is not ready
+    report.md                a page: documents in and out, and why the others were dropped
+    settings.json            what the folder was begun with; another call must agree
     tokenizer/               the tokenizer's file
     statistics.npz           token counts and context vectors of the training split (for codes), bytes of each token
     units/NNNNN-KEY.json     what one unit holds
@@ -15,33 +18,56 @@ to the byte. The folder then holds::
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bitlm_dist.data_prep import sources, statistics
-from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, train_bpe
-from numpy.typing import NDArray
+from bitlm_dist.data_prep import folder, mds, sources, statistics, units
+from bitlm_dist.data_prep.clock import Clock
+from bitlm_dist.data_prep.deduplication import Deduplication
+from bitlm_dist.data_prep.pool import Pool
+from bitlm_dist.data_prep.reading import CHANGES, REASONS
+from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown
+from bitlm_dist.data_prep.settings import Settings
+from bitlm_dist.data_prep.sources import File
+from bitlm_dist.data_prep.statistics import Context
+from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.worker import TOKENIZER, Count, Job, usage
 
-from bitlm_dist.data.shards import MANIFEST, SPLITS, Shards
-from bitlm_dist.data.streaming_import import import_streaming
-from bitlm_dist.data.vocabulary import STATISTICS
+from bitlm_dist.data.shards import MANIFEST, MANIFEST_VERSION, SPLITS
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 
-UNIT_BYTES = 2_000_000
 BPE = "bpe:"
+BPE_BYTES = 500_000_000  # of text that a BPE is trained on at most
 STATISTICS_TOKENS = 50_000_000  # of the training split, for counts and context vectors
-VERSION = 1
+COUNT_TOKENS = 2_000_000  # that a worker counts at a time
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is: what it does, bytes of the corpus as stored (``total`` 0: unknown), bytes of text, documents."""
+
+    phase: str
+    done: int
+    total: int
+    text_bytes: int
+    documents: int
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a preparation did."""
+    """What a preparation did.
+
+    ``cpu_seconds`` has the stages and, as ``all``, the processes' whole time; ``peak_memory_bytes`` adds the peaks of all
+    processes, which is no less than the peak of their sum.
+    """
 
     documents: int
     tokens: int
@@ -49,211 +75,289 @@ class Report:
     units: int
     units_reused: int
     unigram_nats: float
+    documents_read: int
+    dropped: dict[str, int]
+    dropped_in_words: str
+    workers: int
+    seconds: float
+    cpu_seconds: dict[str, float]
+    peak_memory_bytes: int
 
 
-@dataclass(frozen=True)
-class _Unit:
-    name: str
-    texts: list[str]
+Observe = Callable[[Progress], None]
 
 
-def prepare(inputs: Sequence[Path], tokenizer: str, out: Path, validation: float = 0.05) -> Report:
+def prepare(
+    inputs: Sequence[str | Path],
+    tokenizer: str,
+    out: Path,
+    validation: float = 0.05,
+    settings: Settings | None = None,
+    workers: int = 1,
+    observe: Observe | None = None,
+) -> Report:
     """Write the shards of ``inputs`` to ``out``; a second call with the same arguments finds everything done.
 
     Args:
-        inputs: files or folders, see :mod:`bitlm_dist.data_prep.sources`.
-        tokenizer: a file, or ``bpe:SIZE`` to train a byte-level BPE on the inputs.
+        inputs: files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.sources`.
+        tokenizer: a file, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE`` to train a byte-level BPE on the documents that stay.
         out: folder; new, or one that the same call began.
         validation: share of documents held out, chosen by a hash of their text.
+        settings: which documents stay.
+        workers: processes that read and tokenize; they change nothing but the time.
+        observe: called after each chunk.
 
     Raises:
-        UserError: an input, the tokenizer or ``out`` does not fit; nothing that exists is altered.
+        UserError: an input, the tokenizer, a setting or ``out`` does not fit. Finished units stay; what exists otherwise is not
+            altered.
     """
+    settings = settings or Settings()
+    settings.check()
     if not 0 <= validation < 1:
         raise UserError(f"--validation {validation}: expected a share from 0 to below 1")
+    if workers < 1:
+        raise UserError(f"--workers {workers}: expected at least 1")
     files = sources.find_files(inputs)
-    _check_tokenizer(tokenizer)
-    _claim(out, {"version": VERSION, "tokenizer": tokenizer, "validation": validation, "inputs": _survey(files)})
-    coder = _tokenizer(tokenizer, files, out)
-    records, reused = [], 0
-    for unit in _units(files, coder):
-        record = out / "units" / f"{unit.name}.json"
-        if record.is_file():
-            reused += 1
-        else:
-            _write_unit(unit, coder, out, validation)
-        records.append(json.loads(record.read_text()))
-    names = [record["name"] for record in records]
-    for split in SPLITS:
-        _merge(out / split, names)
-    return _finish(out, coder, records, reused)
+    given = _given_tokenizer(tokenizer)
+    names = hashlib.sha256("\n".join(file.name for file in files).encode()).hexdigest()[:16]
+    claim = {
+        "version": MANIFEST_VERSION,
+        "tokenizer": f"{given.file.name} {given.fingerprint[:16]}" if given else tokenizer,
+        "validation": validation,
+        "inputs": f"{len(files)} files, names {names}",
+        **settings.record(),
+    }
+    if all(file.size for file in files):
+        workers = min(workers, max(1, sum(file.size for file in files) // sources.CHUNK_BYTES))
+    with folder.claimed(out, claim) as work, Pool(workers, Job(settings, out, validation)) as pool:
+        return _Preparation(list(map(str, inputs)), files, claim, out, work, pool, observe).run(tokenizer, given)
 
 
-def _survey(files: Sequence[Path]) -> str:
-    """Read every document once, so that a bad one is found before anything is written -> hash of all their texts."""
-    seen, empty = hashlib.sha256(), True
-    for file in files:
-        for text in sources.documents(file):
-            seen.update(hashlib.sha256(text.encode()).digest())
-            empty = False
-    if empty:
-        raise UserError(f"{', '.join(map(str, files))}: no document has any text")
-    return seen.hexdigest()
-
-
-def _check_tokenizer(name: str) -> None:
+def _given_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer that ``name`` stands for, None for one to be trained."""
     if not name.startswith(BPE):
-        Tokenizer(Path(name))
-    elif not name[len(BPE) :].isdigit() or int(name[len(BPE) :]) < SMALLEST_BPE:
+        return Tokenizer(find_tokenizer(name))
+    if not name[len(BPE) :].isdigit() or int(name[len(BPE) :]) < SMALLEST_BPE:
         raise UserError(f"--tokenizer {name}: write bpe:SIZE with a size of at least {SMALLEST_BPE}, e.g. bpe:4096")
+    return None
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make ``out`` ours, or refuse a folder of other origin."""
-    claim = out / "settings.json"
-    if claim.is_file():
-        found = json.loads(claim.read_text())
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise UserError(f"{out} was prepared with another {key}: choose another --out or remove the folder")
-    elif out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} exists and was not written by `bitlm prep`: choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomically(claim, json.dumps(settings, indent=1) + "\n")
+class _Preparation:
+    """One call of :func:`prepare` in a folder that it has claimed."""
 
+    def __init__(
+        self,
+        inputs: list[str],
+        files: Sequence[File],
+        claim: Mapping[str, Any],
+        out: Path,
+        work: Path,
+        pool: Pool,
+        observe: Observe | None,
+    ) -> None:
+        self._inputs, self._files, self._claim, self._out, self._work = inputs, files, claim, out, work
+        self._pool, self._observe = pool, observe
+        self._settings, self._validation = pool.job.settings, pool.job.validation
+        self._clock = Clock()
+        self._began = time.perf_counter()
 
-def _tokenizer(name: str, files: Sequence[Path], out: Path) -> Tokenizer:
-    folder = out / "tokenizer"
-    if folder.is_dir():
-        return Tokenizer.of_folder(folder)
-    building = out / ".tokenizer"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    if name.startswith(BPE):
-        texts = (text for file in files for text in sources.documents(file))
-        train_bpe(texts, int(name[len(BPE) :]), building / "tokenizer.json")
-    else:
-        Tokenizer(Path(name)).save(building)
-    building.rename(folder)
-    return Tokenizer.of_folder(folder)
+    def run(self, name: str, given: Tokenizer | None) -> Report:
+        tokenizer = self._tokenizer(name, given)
+        self._pool.use(tokenizer)
+        totals = Totals(self._inputs)
+        names, reused = self._write_units(tokenizer, totals)
+        if not names:
+            reasons = dropped_in_words(totals.sum())
+            raise UserError(f"{', '.join(map(sources.plain, self._inputs))}: no document is left; dropped: {reasons}")
+        with self._clock("index"):
+            if units.others(self._out, names):  # the manifest speaks of them
+                (self._out / MANIFEST).unlink(missing_ok=True)
+            splits = folder.merge(self._out, names)
+            if not splits["train"]["documents"]:
+                raise UserError(
+                    f"{self._out}: every document fell into the validation split: lower --validation or give more documents"
+                )
+            units.remove_others(self._out, names)
+        with self._clock("statistics"):
+            self._write_statistics(names, tokenizer)
+        self._pool.end()
+        manifest = self._manifest(tokenizer, names, splits, totals)
+        with self._clock("index"):
+            (self._out / folder.REPORT).write_text(markdown(manifest), encoding="utf-8")
+            folder.flush(self._out)
+            write_atomically(self._out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        return self._report(manifest, reused)
 
+    def _tokenizer(self, name: str, given: Tokenizer | None) -> Tokenizer:
+        place = self._out / TOKENIZER
+        if place.is_dir():
+            return given or Tokenizer.of_folder(place)
+        building = self._out / f".{TOKENIZER}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir()
+        if given:
+            given.save(building)
+        else:
+            texts = self._kept(Totals(self._inputs), f"training {name}")
+            train_bpe(_first_bytes(texts, BPE_BYTES), int(name[len(BPE) :]), building / "tokenizer.json")
+        folder.flush_files(building)
+        building.rename(place)
+        return given or Tokenizer.of_folder(place)
 
-def _units(files: Iterable[Path], tokenizer: Tokenizer) -> Iterator[_Unit]:
-    texts: list[str] = []
-    size = number = 0
-    for file in files:
-        for text in sources.documents(file):
-            texts.append(text)
-            size += len(text.encode())
-            if size >= UNIT_BYTES:
-                yield _unit(number, texts, tokenizer)
-                texts, size, number = [], 0, number + 1
-    if texts:
-        yield _unit(number, texts, tokenizer)
+    def _kept(self, totals: Totals, phase: str) -> Iterator[tuple[bytes, bytes]]:
+        """(text, SHA-256) of the documents that stay, in corpus order."""
+        work = self._work / phase.replace(":", "-")
+        deduplication = Deduplication(work, self._settings.exact_dedup, self._settings.near_dedup)
+        read = written = 0
+        size = sum(file.size for file in self._files) if all(file.size for file in self._files) else 0
+        for future in self._in_order():
+            batch = future.result()
+            self._clock.add(batch.seconds)
+            with self._clock("deduplicate"):
+                reasons = deduplication.reasons(batch.hashes, batch.signatures)
+            totals.add(batch, reasons)
+            read, written = read + batch.counts["read"], written + sum(map(len, batch.texts))
+            for text, text_hash, reason in zip(batch.texts, batch.hashes, reasons, strict=True):
+                if not reason:
+                    yield text, text_hash
+            if batch.error:
+                raise UserError(batch.error)
+            if self._observe:
+                self._observe(Progress(phase, batch.position, size, written, read))
 
+    def _in_order(self) -> "Iterator[Future[Any]]":
+        """Chunks being read, in corpus order; a few more than there are workers, so that none waits."""
+        waiting: deque[Future[Any]] = deque()
+        chunks = sources.chunks(self._files, self._settings)
+        while True:
+            with self._clock("open"):
+                chunk = next(chunks, None)
+            if chunk is not None:
+                waiting.append(self._pool.submit(chunk))
+            if len(waiting) > self._ahead or (chunk is None and waiting):
+                yield waiting.popleft()
+            elif chunk is None:
+                return
 
-def _unit(number: int, texts: list[str], tokenizer: Tokenizer) -> _Unit:
-    key = hashlib.sha256(tokenizer.fingerprint.encode())
-    for text in texts:
-        key.update(hashlib.sha256(text.encode()).digest())
-    return _Unit(f"{number:05d}-{key.hexdigest()[:16]}", texts)
+    @property
+    def _ahead(self) -> int:
+        return 0 if self._pool.workers == 1 else self._pool.workers + 1
 
+    def _write_units(self, tokenizer: Tokenizer, totals: Totals) -> tuple[list[str], int]:
+        """Write the units that are not there -> names of all, and how many were there."""
+        names: list[str] = []
+        waiting: deque[Future[Any]] = deque()
+        reused = 0
+        key = json.dumps([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
+        for unit in units.cut(self._kept(totals, "preparing"), key):
+            names.append(unit.name)
+            if units.is_done(self._out, unit.name):
+                reused += 1
+                continue
+            (self._out / MANIFEST).unlink(missing_ok=True)
+            waiting.append(self._pool.submit(unit))
+            while len(waiting) > self._ahead or (waiting and waiting[0].done()):
+                self._clock.add(waiting.popleft().result())
+        for future in waiting:
+            self._clock.add(future.result())
+        return names, reused
 
-def _is_held_out(text: str, share: float) -> bool:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
-
-
-def _write_unit(unit: _Unit, tokenizer: Tokenizer, out: Path, validation: float) -> None:
-    encoded = tokenizer.encode_batch(unit.texts)
-    record: dict[str, Any] = {"name": unit.name}
-    for split in SPLITS:
-        chosen = [i for i, text in enumerate(unit.texts) if _is_held_out(text, validation) == (split == "validation")]
-        lengths = [len(encoded[i]) for i in chosen]
-        record[split] = {
-            "documents": len(chosen),
-            "tokens": sum(lengths),
-            "bytes": sum(len(unit.texts[i].encode()) for i in chosen),
-        }
-        folder = out / split / unit.name
-        shutil.rmtree(folder, ignore_errors=True)  # no record: whatever lies there is half a unit
-        if chosen:
-            building = folder.with_name(f".{unit.name}")
-            shutil.rmtree(building, ignore_errors=True)
-            _write_shards(building, [encoded[i] for i in chosen], tokenizer.vocabulary)
-            np.save(building / "lengths.npy", np.array(lengths, dtype=np.int64))
-            building.rename(folder)
-    write_atomically(out / "units" / f"{unit.name}.json", json.dumps(record, indent=1) + "\n")
-
-
-def _write_shards(folder: Path, documents: Sequence[NDArray[np.uint32]], vocabulary: int) -> None:
-    dtype = "uint16" if vocabulary <= 2**16 else "uint32"
-    writer = import_streaming().MDSWriter(
-        out=str(folder), columns={"tokens": f"ndarray:{dtype}"}, compression="zstd:9", hashes=["sha1", "xxh64"]
-    )
-    with writer:
-        for tokens in documents:
-            writer.write({"tokens": tokens.astype(dtype)})
-
-
-def _merge(split: Path, names: Sequence[str]) -> None:
-    """One index.json and one lengths.npy over the units of a split."""
-    shards, lengths = [], []
-    for name in names:
-        if not (split / name).is_dir():
-            continue
-        for shard in json.loads((split / name / "index.json").read_text())["shards"]:
-            for part in ("raw_data", "zip_data"):
-                if shard.get(part):
-                    shard[part]["basename"] = os.path.join(name, shard[part]["basename"])
-            shards.append(shard)
-        lengths.append(np.load(split / name / "lengths.npy"))
-    if not shards:
-        return
-    partial = split / ".lengths.npy"
-    np.save(partial, np.concatenate(lengths))
-    partial.rename(split / "lengths.npy")
-    write_atomically(split / "index.json", json.dumps({"version": 2, "shards": shards}) + "\n")
-
-
-def _sample(shards: Shards) -> Iterator[NDArray[np.integer[Any]]]:
-    seen = 0
-    for document in range(len(shards.lengths)):
-        tokens = shards.tokens(document)
-        seen += len(tokens)
-        yield tokens
-        if seen >= STATISTICS_TOKENS:
+    def _write_statistics(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
+        finished = folder.manifest_of(self._out)
+        if finished and finished["files"] == folder.hashes(self._out):
             return
-
-
-def _finish(out: Path, tokenizer: Tokenizer, records: list[dict[str, Any]], reused: int) -> Report:
-    totals = {
-        split: {key: sum(record[split][key] for record in records) for key in ("documents", "tokens", "bytes")} for split in SPLITS
-    }
-    if not totals["train"]["documents"]:
-        raise UserError(f"{out}: every document fell into the validation split: lower --validation or give more documents")
-    if not (out / STATISTICS).is_file():
-        with Shards(out, "train") as shards:
-            counts, contexts = statistics.token_statistics(_sample(shards), tokenizer.vocabulary)
-        partial = out / f".{STATISTICS}"
+        (self._out / MANIFEST).unlink(missing_ok=True)
+        vocabulary = tokenizer.vocabulary
+        counts = sum(part.tokens for part in self._count(names, STATISTICS_TOKENS, vocabulary, None))
+        context = statistics.context_of(counts)
+        limit = STATISTICS_TOKENS if vocabulary <= statistics.ROWS else statistics.PAIR_TOKENS
+        pairs = (part.pairs for part in self._count(names, limit, vocabulary, context))
+        contexts = statistics.context_vectors(statistics.merge(pairs, context), context)
+        partial = self._out / f".{folder.STATISTICS}"
         statistics.write(partial, counts, contexts, tokenizer.byte_lengths())
-        partial.rename(out / STATISTICS)
-    manifest = {
-        "version": VERSION,
-        "vocabulary": tokenizer.vocabulary,
-        "bos": tokenizer.bos,
-        "eos": tokenizer.eos,
-        "tokenizer": {"file": tokenizer.file.name, "fingerprint": tokenizer.fingerprint},
-        "splits": totals,
-    }
-    write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    counts = np.load(out / STATISTICS)["counts"]
-    share = counts[counts > 0] / counts.sum()
-    return Report(
-        documents=sum(t["documents"] for t in totals.values()),
-        tokens=sum(t["tokens"] for t in totals.values()),
-        text_bytes=sum(t["bytes"] for t in totals.values()),
-        units=len(records),
-        units_reused=reused,
-        unigram_nats=float(-(share * np.log(share)).sum()),
-    )
+        partial.rename(self._out / folder.STATISTICS)
+
+    def _count(self, names: Sequence[str], limit: int, vocabulary: int, context: Context | None) -> Iterator[Any]:
+        """Counts over the first units that have ``limit`` tokens together, in parts."""
+        waiting: deque[Future[Any]] = deque()
+        for part in self._parts(names, limit):
+            waiting.append(self._pool.submit(Count(part, vocabulary, context)))
+            if len(waiting) > self._ahead:
+                yield self._counted(waiting.popleft())
+        for future in waiting:
+            yield self._counted(future)
+
+    def _parts(self, names: Sequence[str], limit: int) -> Iterator[tuple[str, ...]]:
+        part: list[str] = []
+        total = held = 0
+        for name in names:
+            part.append(name)
+            tokens = units.read_record(self._out, name)["train"]["tokens"]
+            total, held = total + tokens, held + tokens
+            if held >= COUNT_TOKENS or total >= limit:
+                yield tuple(part)
+                part, held = [], 0
+            if total >= limit:
+                return
+        if part:
+            yield tuple(part)
+
+    def _counted(self, future: "Future[Any]") -> Any:
+        counted = future.result()
+        if self._pool.workers > 1:  # else it is on our own clock
+            self._clock.add(counted.seconds)
+        return counted
+
+    def _manifest(self, tokenizer: Tokenizer, names: Sequence[str], splits: Mapping[str, Any], totals: Totals) -> dict[str, Any]:
+        counts = totals.sum()
+        counts["no_tokens"] = sum(units.read_record(self._out, name)["no_tokens"] for name in names)
+        return {
+            "version": MANIFEST_VERSION,
+            "vocabulary": tokenizer.vocabulary,
+            "bos": tokenizer.bos,
+            "eos": tokenizer.eos,
+            "tokenizer": {"file": tokenizer.file.name, "fingerprint": tokenizer.fingerprint},
+            "splits": {split: splits[split] for split in SPLITS},
+            "documents": {
+                "read": counts["read"],
+                "kept": counts["kept"] - counts["no_tokens"],
+                "bytes": counts["bytes"],
+                "dropped": {reason: counts[reason] for reason in REASONS if counts[reason]},
+                "changed": {change: counts[change] for change in CHANGES if counts[change]},
+            },
+            "sources": totals.record(),
+            "units": len(names),
+            "files": folder.hashes(self._out),
+            "settings": {key: value for key, value in self._claim.items() if key != "version"},
+        }
+
+    def _report(self, manifest: Mapping[str, Any], reused: int) -> Report:
+        counts = np.load(self._out / folder.STATISTICS)["counts"]
+        share = counts[counts > 0] / counts.sum()
+        documents, ours = manifest["documents"], usage()
+        everyone = [ours, *self._pool.ended]
+        self._clock.seconds["pipes"] = sum(self._pool.pipe_seconds.values())
+        return Report(
+            documents=documents["kept"],
+            tokens=sum(split["tokens"] for split in manifest["splits"].values()),
+            text_bytes=sum(split["bytes"] for split in manifest["splits"].values()),
+            units=manifest["units"],
+            units_reused=reused,
+            unigram_nats=float(-(share * np.log(share)).sum()),
+            documents_read=documents["read"],
+            dropped=documents["dropped"],
+            dropped_in_words=dropped_in_words({reason: documents["dropped"].get(reason, 0) for reason in REASONS}),
+            workers=self._pool.workers,
+            seconds=time.perf_counter() - self._began,
+            cpu_seconds={**self._clock.seconds, "all": sum(used.seconds for used in everyone)},
+            peak_memory_bytes=sum(used.memory for used in everyone),
+        )
+
+
+def _first_bytes(texts: Iterator[tuple[bytes, bytes]], limit: int) -> Iterator[str]:
+    seen = 0
+    for text, _ in texts:
+        yield text.decode()
+        seen += len(text)
+        if seen >= limit:
+            return

@@ -1,11 +1,15 @@
 """Tokenizers behind one small interface: tokenizer.json (Hugging Face), .tiktoken and tekken files, or a BPE trained here.
 
+A file may also be named as ``package:DISTRIBUTION:FILE``: one that an installed package ships. It is copied, the package is neither
+imported nor needed later.
+
 Every vocabulary has a BOS and an EOS id; a tokenizer without one gets it appended. Text is always encoded as plain text: the
 spelling of a special token in a document stays text.
 """
 
 import base64
 import hashlib
+import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -22,6 +26,9 @@ from bitlm_dist.errors import UserError
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "[BOS]", "<|startoftext|>")
 EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]")
 SMALLEST_BPE = 258  # 256 bytes, BOS, EOS
+PACKAGE = "package:"
+# tiktoken's encode_to_numpy looks for special tokens, and for none at all at every single character: half its speed
+NO_SPECIAL = "<|\0 no special token \0|>"
 # Splits text before merging; the pattern that GPT-4's vocabulary and its descendants were trained with, digits one by one.
 TIKTOKEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -33,7 +40,7 @@ class Backend(Protocol):
     bos: int | None
     eos: int | None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Texts to ids, without special tokens."""
         ...
 
@@ -68,7 +75,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         """Each text to its ids, without BOS and EOS."""
-        return [np.array(ids, dtype=np.uint32) for ids in self._backend.encode_batch(texts)]
+        return self._backend.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids to text; BOS, EOS and ids beyond the vocabulary are left out."""
@@ -96,6 +103,32 @@ class Tokenizer:
         if len(files) != 1:
             raise UserError(f"{folder} must hold one tokenizer file, found {len(files)}: prepare the data again")
         return cls(files[0])
+
+
+def find_tokenizer(name: str) -> Path:
+    """The file that ``name`` stands for: a path, or ``package:DISTRIBUTION:FILE``.
+
+    Raises:
+        UserError: the package is not installed or ships no such file; the message lists what it ships.
+    """
+    if not name.startswith(PACKAGE):
+        return Path(name)
+    package, _, wanted = name.removeprefix(PACKAGE).partition(":")
+    try:
+        shipped = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"--tokenizer {name}: the package {package} is not installed: pip install {package}") from None
+    found = [file for file in shipped if wanted in (file.name, str(file))]
+    if len(found) == 1:
+        return Path(str(found[0].locate()))
+    similar = sorted(str(file) for file in (found or shipped) if _looks_like_tokenizer(file.name))
+    if found:
+        raise UserError(f"--tokenizer {name} fits several files, write the whole name: {', '.join(similar)}")
+    raise UserError(f"--tokenizer {name}: {package} ships {', '.join(similar) or 'no file that looks like a tokenizer'}")
+
+
+def _looks_like_tokenizer(name: str) -> bool:
+    return name.endswith(".tiktoken") or (name.endswith(".json") and any(sign in name for sign in ("tok", "tek", "vocab", "bpe")))
 
 
 def train_bpe(texts: Iterable[str], vocabulary: int, file: Path) -> None:
@@ -126,8 +159,9 @@ class _HuggingFace:
     def _find(self, names: Sequence[str]) -> int | None:
         return next((i for i in map(self._model.token_to_id, names) if i is not None), None)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [x.ids for x in self._model.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(x.ids, dtype=np.uint32) for x in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._model.decode(list(ids), skip_special_tokens=True))
@@ -146,13 +180,23 @@ class _Tiktoken:
     """Mergeable ranks, shifted by ``first`` ids of special tokens before them."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, first: int, bos: int | None, eos: int | None) -> None:
-        self._encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        special = {NO_SPECIAL: max(ranks.values(), default=-1) + 1}
+        self._encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self._ranks, self._first = ranks, first
         self.size, self.bos, self.eos = first + len(ranks), bos, eos
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        encoded = self._encoding.encode_ordinary_batch(list(texts))
-        return [[i + self._first for i in ids] for ids in encoded] if self._first else encoded
+    def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> NDArray[np.uint32]:
+        try:
+            ids = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # the pattern ran out of its stack, e.g. in a million spaces: halves, until it does not
+            if len(text) < 2:
+                raise
+            half = len(text) // 2
+            return np.concatenate([self._encode(text[:half]), self._encode(text[half:])])
+        return ids + np.uint32(self._first) if self._first else ids
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([i - self._first for i in ids if i >= self._first])
@@ -166,7 +210,9 @@ class _Tiktoken:
 
 def _open(file: Path) -> Backend:
     if not file.is_file():
-        raise UserError(f"tokenizer {file} does not exist: give a tokenizer.json, .tiktoken or tekken file, or bpe:SIZE")
+        raise UserError(
+            f"tokenizer {file} does not exist: give a tokenizer.json, .tiktoken or tekken file, package:NAME:FILE, or bpe:SIZE"
+        )
     try:
         if file.suffix == ".tiktoken":
             lines = [line.split() for line in file.read_bytes().splitlines() if line]

@@ -106,6 +106,17 @@ def test_dry_run_prints_the_parameters_of_the_8b_model():
     assert "6,94" in backbone
 
 
+def test_prep_reports_in_words_and_in_json(corpus, tmp_path):
+    words = ("prep", corpus, "--tokenizer", "bpe:300", "--out", tmp_path / "out", "--workers", "2", "--min-chars", "10")
+    assert "200 documents" in run(*words)
+    report = json.loads(run(*words, "--json"))
+    assert (report["documents"], report["units_reused"], report["dropped"]) == (200, report["units"], {})
+    assert {"parse", "tokenize", "all"} - set(report["cpu_seconds"]) == {"tokenize"}, "nothing was left to do"
+    assert run(*words, "--quiet") == ""
+    with pytest.raises(UserError, match="--workers 0: expected at least 1"):
+        run(*words[:-4], "--workers", "0")
+
+
 def test_doctor_names_what_is_missing():
     output = run("doctor")
     for name in ("torch", "megatron-core", "sdpa", "Muon", "Transformer Engine", "NVIDIA apex", "flash-attn"):

@@ -28,6 +28,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock
 
 MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
 SPLITS = ("train", "validation")
 
 
@@ -35,7 +36,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder.
 
     Raises:
-        UserError: the folder is missing, empty, or its preparation did not finish.
+        UserError: the folder is missing, empty, of another version, or its preparation did not finish.
     """
     if not folder.is_dir():
         raise UserError(f"data.path = {folder} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
@@ -43,6 +44,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         state = "is not finished: run the same" if (folder / "settings.json").is_file() else "holds no shards: run"
         raise UserError(f"data.path = {folder} {state} `bitlm prep … --out {folder}` (no {MANIFEST})")
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise UserError(
+            f"data.path = {folder} has version {manifest.get('version')}, this bitlm reads {MANIFEST_VERSION}: "
+            "prepare the data again into a new folder"
+        )
     return manifest
 
 

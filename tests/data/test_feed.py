@@ -124,7 +124,7 @@ def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
     with pytest.raises(UserError, match="is not finished"):
         read_manifest(copy)
     manifest = json.loads((copy / "settings.json").read_text())
-    assert manifest["version"] == 1
+    assert manifest["version"] == 2
 
 
 @pytest.mark.parametrize(

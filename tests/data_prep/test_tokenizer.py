@@ -1,8 +1,9 @@
 import base64
 import json
+import sys
 
 import pytest
-from bitlm_dist.data_prep.tokenizer import Tokenizer, train_bpe
+from bitlm_dist.data_prep.tokenizer import NO_SPECIAL, Tokenizer, find_tokenizer, train_bpe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,3 +67,50 @@ def test_files_that_are_no_tokenizer_are_named(tmp_path):
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=f"{name} is no tokenizer"):
             Tokenizer(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [" " * 300_000, "x " + "\t" * 300_000 + "y", "a" * 300_000, NO_SPECIAL + " the"])
+def test_text_that_breaks_the_pattern_is_encoded_all_the_same(kind, text, files):
+    """A long run of blanks overflows tiktoken's regular expressions; none of it may be lost."""
+    tokenizer = Tokenizer(files[kind])
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids.tolist()) == text
+    assert ids.max() < tokenizer.vocabulary
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch, files):
+    """An installed distribution that ships tokenizers."""
+    names = ["toks/data/tekken_1.json", "toks/data/a.tiktoken", "toks/other/a.tiktoken", "toks/data/README.md"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(files["tekken" if "tekken" in name else "tiktoken"].read_bytes())
+    info = tmp_path / "some_toks-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-toks\nVersion: 1.0\n")
+    (info / "RECORD").write_text("".join(f"{name},,\n" for name in names))
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    return tmp_path
+
+
+def test_a_file_that_a_package_ships_is_found_by_name(package, files):
+    found = find_tokenizer("package:some-toks:tekken_1.json")
+    assert found == package / "toks/data/tekken_1.json"
+    assert Tokenizer(found).vocabulary == Tokenizer(files["tekken"]).vocabulary
+    assert find_tokenizer("package:some-toks:toks/other/a.tiktoken") == package / "toks/other/a.tiktoken"
+
+
+BAD_NAMES = [
+    ("package:some-toks:none.json", "some-toks ships toks/data/a.tiktoken, toks/data/tekken_1.json, toks/other/a.tiktoken"),
+    ("package:some-toks:a.tiktoken", "fits several files, write the whole name: toks/data/a.tiktoken, toks/other/a.tiktoken"),
+    ("package:some-toks", "some-toks ships toks/data/a.tiktoken"),
+    ("package:no-such-package:x.json", "the package no-such-package is not installed: pip install no-such-package"),
+    ("package:numpy:x.json", "numpy ships no file that looks like a tokenizer"),
+]
+
+
+@pytest.mark.parametrize(("name", "message"), BAD_NAMES)
+def test_files_that_a_package_does_not_ship_are_explained(package, name, message):
+    with pytest.raises(UserError, match=message):
+        find_tokenizer(name)

@@ -1,0 +1,95 @@
+"""Shards in MDS, the format of mosaicml-streaming 0.13, written and read without the library.
+
+Its writer gives the same bytes before compression (a test compares them), but its import brings torch: seconds and 400 MB in every
+worker. A shard is: the number of samples, their offsets (both uint32), the columns as JSON, the samples. Ours have one column,
+``tokens``, an array of one dimension: its bytes (uint32), a byte for dimensions and width of the length, the length, the ids.
+"""
+
+import hashlib
+import itertools
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+import zstandard
+from numpy.typing import NDArray
+
+SHARD_BYTES = 1 << 26  # as streaming's default
+LEVEL = 3  # of zstd: a fourth of the time of level 9 for 17 % more bytes
+WIDTHS = ((8, "B"), (16, "H"), (32, "I"))  # of a length, smallest first
+
+Tokens = NDArray[np.integer[Any]]
+
+
+def write_shards(folder: Path, documents: Sequence[Tokens], dtype: str) -> list[dict[str, Any]]:
+    """Write ``documents`` to ``folder`` as shards -> their entries of an index.json.
+
+    Args:
+        documents: token ids, none empty.
+        dtype: ``uint16`` or ``uint32``.
+    """
+    columns = _columns(dtype)
+    header = json.dumps(columns, sort_keys=True).encode()
+    shards: list[dict[str, Any]] = []
+    samples: list[bytes] = []
+    size = 8 + len(header)
+    for tokens in documents:
+        sample = _sample(tokens, dtype)
+        if samples and size + len(sample) + 4 > SHARD_BYTES:
+            shards.append(_write_shard(folder, len(shards), samples, columns, header))
+            samples, size = [], 8 + len(header)
+        samples.append(sample)
+        size += len(sample) + 4
+    if samples:
+        shards.append(_write_shard(folder, len(shards), samples, columns, header))
+    return shards
+
+
+def read_documents(file: Path, dtype: str) -> Iterator[Tokens]:
+    """The documents of a shard that :func:`write_shards` wrote."""
+    raw = zstandard.ZstdDecompressor().decompress(file.read_bytes())
+    (count,) = struct.unpack_from("<I", raw)
+    offsets = np.frombuffer(raw, np.uint32, count + 1, 4).tolist()
+    item = np.dtype(dtype)
+    for begin, end in itertools.pairwise(offsets):
+        first = begin + 5 + (1 << (raw[begin + 4] & 3))
+        yield np.frombuffer(raw, item, (end - first) // item.itemsize, first)
+
+
+def _columns(dtype: str) -> dict[str, Any]:
+    return {
+        "version": 2,
+        "format": "mds",
+        "compression": f"zstd:{LEVEL}",
+        "hashes": ["sha1", "xxh64"],
+        "size_limit": SHARD_BYTES,
+        "column_names": ["tokens"],
+        "column_encodings": [f"ndarray:{dtype}"],
+        "column_sizes": [None],
+    }
+
+
+def _sample(tokens: Tokens, dtype: str) -> bytes:
+    assert len(tokens), "the format has no empty array"
+    code, width = next((code, width) for code, (bits, width) in enumerate(WIDTHS) if len(tokens) < 1 << bits)
+    body = struct.pack(f"<B{width}", 1 << 2 | code, len(tokens)) + tokens.astype(dtype, copy=False).tobytes()
+    return struct.pack("<I", len(body)) + body
+
+
+def _write_shard(folder: Path, number: int, samples: list[bytes], columns: dict[str, Any], header: bytes) -> dict[str, Any]:
+    offsets = np.cumsum([4 + 4 * (len(samples) + 1) + len(header), *map(len, samples)]).astype(np.uint32)
+    raw = b"".join([struct.pack("<I", len(samples)), offsets.tobytes(), header, *samples])
+    packed = zstandard.ZstdCompressor(level=LEVEL).compress(raw)
+    name = f"shard.{number:05}.mds"
+    (folder / f"{name}.zstd").write_bytes(packed)
+    parts = {"raw_data": _described(raw, name), "zip_data": _described(packed, f"{name}.zstd")}
+    return {**columns, "samples": len(samples), **parts}
+
+
+def _described(data: bytes, name: str) -> dict[str, Any]:
+    hashes = {"sha1": hashlib.sha1(data).hexdigest(), "xxh64": xxhash.xxh64_hexdigest(data)}
+    return {"basename": name, "bytes": len(data), "hashes": hashes}

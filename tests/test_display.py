@@ -1,0 +1,32 @@
+import io
+
+from bitlm_dist.data_prep.prepare import Progress
+from rich.console import Console
+
+from bitlm_dist import display
+from bitlm_dist.display import preparation_progress
+
+STEPS = [Progress("training bpe:300", 50, 100, 2_000_000, 5), *(Progress("preparing", i, 100, 10**6 * i, i) for i in (10, 50, 100))]
+
+
+def shown(terminal, steps=STEPS):
+    stream = io.StringIO()
+    with preparation_progress(Console(file=stream, force_terminal=terminal, width=120)) as observe:
+        for step in steps:
+            observe(step)
+    return stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar_for_each_phase():
+    output = shown(True)
+    for part in ("training bpe:300", "preparing", "100%", "100 documents", "MB/s", "left"):
+        assert part in output
+
+
+def test_elsewhere_a_line_now_and_then(monkeypatch):
+    assert shown(False) == ""
+    monkeypatch.setattr(display, "PLAIN_SECONDS", 0.0)
+    lines = shown(False).splitlines()
+    assert len(lines) == 4
+    assert lines[2].startswith("preparing  50%  50 documents  50.0 MB of text  ")
+    assert shown(False, [Progress("preparing", 5, 0, 5, 1)]).startswith("preparing  1 documents")

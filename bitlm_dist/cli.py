@@ -58,6 +58,7 @@ def prep(
     language: Annotated[str | None, typer.Option(help="Keep documents in this language only, e.g. en.")] = None,
     language_probability: Annotated[float, typer.Option(help="How sure of it the detector must be.")] = 0.5,
     on_error: Annotated[str, typer.Option(help="At a bad line: stop, or skip and count it.")] = "stop",
+    unit_mb: Annotated[int, typer.Option(help="Megabytes of text in a shard; more for a corpus of terabytes.")] = 2,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the usable CPUs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
     as_json: AsJson = False,
@@ -78,6 +79,7 @@ def prep(
         language,
         language_probability,
         on_error,
+        unit_mb,
     )
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
     try:
@@ -163,7 +165,7 @@ def _evaluator(config: Config, split: str = "validation") -> Iterator[Callable[[
 
 def _dry_run(config: Config) -> None:
     from bitlm_dist.codes import bits_needed
-    from bitlm_dist.data.shards import read_manifest
+    from bitlm_dist.data.manifest import read_manifest
     from bitlm_dist.model.build import meta_model
 
     if config.data.path is not None and (config.model.bits is None or config.data.path.exists()):
@@ -188,7 +190,7 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Score a run on held-out text: bits a byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
-    from bitlm_dist.data.shards import SPLITS
+    from bitlm_dist.data.manifest import SPLITS, read_manifest
     from bitlm_dist.training.weights import load_trained
 
     if split not in SPLITS:
@@ -196,8 +198,10 @@ def evaluate(
     config = config_loading.read_run(run, overrides or [])
     if config.data.path is None:
         raise UserError("data.path is not set in the run's config: add --data.path FOLDER")
+    folder, model, step = load_trained(run, config)
+    if read_manifest(config.data.path)["tokenizer"]["fingerprint"] != folder.tokenizer().fingerprint:
+        raise UserError(f"data.path = {config.data.path} has another tokenizer than {run}: prepare it with {run}/tokenizer's file")
     with _evaluator(config, split) as score:
-        _, model, step = load_trained(run, config)
         report = score(model)
     if as_json:
         print(json.dumps({"run": str(run), "step": step, "split": split, **report}))

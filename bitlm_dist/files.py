@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def write_atomically(file: Path, text: str) -> None:
     """Write ``text`` beside ``file``, flush it to disk, and rename it into place; parent folders are made."""
@@ -26,8 +28,11 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def try_lock(stream: IO[Any]) -> bool:
-    """Lock an open file until it is closed -> whether no other process has it; a file system without locks is as good as none."""
+def try_lock(stream: IO[Any] | int) -> bool:
+    """Lock an open file, or a folder's descriptor, until it is closed -> whether no other process has it.
+
+    A file system without locks is as good as one where nobody else has any.
+    """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

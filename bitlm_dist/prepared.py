@@ -13,28 +13,27 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared folder.")]
 
 @prepared.command("verify")
 def verify_command(folder: Folder) -> None:
-    """Hash every shard again; exit code 1 if one is damaged, missing or not of this folder."""
-    from bitlm_dist.data.shards import SPLITS, damaged_shards, read_manifest
+    """Hash every file again; exit code 1 if one is damaged, missing or not of this folder."""
+    from bitlm_dist.data.manifest import SPLITS, damaged_files, read_manifest
+    from bitlm_dist.data.shards import damaged_shards
 
     manifest = read_manifest(folder)
-    rows, bad = [], 0
+    found = {"tokenizer, indices, statistics": (len(manifest["files"]), damaged_files(folder, manifest))}
     for split in (split for split in SPLITS if manifest["splits"][split]["documents"]):
-        count, problems = damaged_shards(folder, split)
-        rows.append((split, count, "whole" if not problems else "; ".join(problems)))
-        bad += len(problems)
-    show_table(str(folder), ("split", "shards", "are"), rows)
-    if bad:
+        found[f"shards, {split}"] = damaged_shards(folder, manifest, split)
+    rows = ((what, count, "; ".join(problems) or "whole") for what, (count, problems) in found.items())
+    show_table(str(folder), ("files", "number", "are"), rows)
+    if any(problems for _, problems in found.values()):
         raise typer.Exit(1)
 
 
 @prepared.command("mirror")
 def mirror_command(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Prepared folder in an object store, e.g. s3://bucket/data.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Prepared folder elsewhere: s3://bucket/data, gs://…, https://…")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; must not exist.")],
 ) -> None:
-    """Copy the small files of a prepared folder; its shards are streamed from the store when training reads them."""
+    """Copy the small files of a prepared folder; its shards are streamed when training reads them."""
     from bitlm_dist.data.remote import mirror
-    from bitlm_dist.data.shards import SPLITS
 
-    mirror(url, folder, SPLITS)
+    mirror(url, folder)
     say(f"{folder}: train on it with --data.path {folder}, and --data.cache DIR to keep what is streamed")

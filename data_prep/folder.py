@@ -4,9 +4,6 @@ manifest.json is removed before the first unit of a begun folder is written and 
 """
 
 import ctypes
-import errno
-import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -17,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bitlm_dist.data_prep.tokenizer import TOKENIZER
 from bitlm_dist.data_prep.units import LENGTHS, UNITS, read_record
 
-from bitlm_dist.data.shards import MANIFEST, SPLITS
+from bitlm_dist.data.manifest import MANIFEST, SPLITS
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import DISK_FULL, sha256_of, try_lock, write_atomically
 
 CLAIM, WORK, INDEX, REPORT = "settings.json", ".work", "index.json", "report.md"
 STATISTICS = "statistics.npz"  # as bitlm_dist.data.vocabulary has it, whose import would bring torch
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -52,7 +49,7 @@ def claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             finally:
                 shutil.rmtree(out / WORK, ignore_errors=True)
     except OSError as error:  # those of sources are UserErrors by now
-        if error.errno in FULL:
+        if error.errno in DISK_FULL:
             raise UserError(
                 f"{out}: the disk is full: make room and run the same command again, which goes on from the finished units"
             ) from None
@@ -80,12 +77,8 @@ def _check(out: Path, settings: Mapping[str, Any]) -> None:
 def _locked(out: Path) -> Iterator[None]:
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{out} is being prepared by another process: wait for it or choose another --out") from None
-        except OSError:
-            pass  # a file system without locks
+        if not try_lock(descriptor):
+            raise UserError(f"{out} is being prepared by another process: wait for it or choose another --out")
         yield
     finally:
         os.close(descriptor)
@@ -154,13 +147,6 @@ def _write_lengths(file: Path, out: Path, names: Sequence[str], split: str, docu
             stream.write(np.load(out / split / record["name"] / LENGTHS).tobytes())
 
 
-def flush_files(folder: Path) -> None:
-    """Flush the files in a folder to disk one by one."""
-    for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
-
-
 def flush(out: Path) -> None:
     """Flush all files below ``out`` to disk, together."""
     descriptor = os.open(out, os.O_RDONLY)
@@ -172,14 +158,10 @@ def flush(out: Path) -> None:
 
 
 def hashes(out: Path) -> dict[str, str]:
-    """SHA-256 of the files over all units, by name."""
-    files = [f"{split}/{name}" for split in SPLITS for name in (INDEX, LENGTHS)] + [STATISTICS]
-    found = {}
-    for name in files:
-        if (out / name).is_file():
-            with (out / name).open("rb") as stream:
-                found[name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return found
+    """SHA-256 of the tokenizer and of the files over all units, by name."""
+    files = [out / split / name for split in SPLITS for name in (INDEX, LENGTHS)]
+    files += [out / STATISTICS, *(out / TOKENIZER).iterdir()]
+    return {file.relative_to(out).as_posix(): sha256_of(file) for file in files if file.is_file()}
 
 
 def manifest_of(out: Path) -> dict[str, Any] | None:

@@ -1,9 +1,9 @@
 """`bitlm prep`: text -> a folder of MDS shards that training reads.
 
 Files are cut into chunks (sources); workers parse, clean and filter them (reading); this process drops duplicates in corpus order
-(deduplication) and cuts what stays into units of about 2 MB; workers tokenize and write these (units). The folder is a function of
-the text and the settings alone: a rerun after any kill skips the units that are there and gives the same tree to the byte. It
-then holds::
+(deduplication) and cuts what stays into units of a few megabytes; workers tokenize and write these (units). The folder is a
+function of the text and the settings alone: a rerun after any kill skips the units that are there and gives the same tree to the
+byte. It then holds::
 
     manifest.json            counts, tokenizer, settings, hashes; written last: without it the folder is not ready
     report.md                a page: documents in and out, and why the others were dropped
@@ -37,12 +37,12 @@ from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.sources import File
 from bitlm_dist.data_prep.statistics import Context
-from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, Tokenizer, find_tokenizer, train_bpe
-from bitlm_dist.data_prep.worker import TOKENIZER, Count, Job, usage
+from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, TOKENIZER, Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.worker import Count, Job, usage
 
-from bitlm_dist.data.shards import MANIFEST, MANIFEST_VERSION, SPLITS
+from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION, SPLITS
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import sync_tree, write_atomically
 
 BPE = "bpe:"
 BPE_BYTES = 500_000_000  # of text that a BPE is trained on at most
@@ -200,7 +200,7 @@ class _Preparation:
         else:
             texts = self._kept(Totals(self._inputs), f"training {name}")
             train_bpe(_first_bytes(texts, BPE_BYTES), int(name[len(BPE) :]), building / "tokenizer.json")
-        folder.flush_files(building)
+        sync_tree(building)
         building.rename(place)
         return given or Tokenizer.of_folder(place)
 
@@ -249,7 +249,7 @@ class _Preparation:
         waiting: deque[Future[Any]] = deque()
         reused = 0
         key = json.dumps([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
-        for unit in units.cut(self._kept(totals, "preparing"), key):
+        for unit in units.cut(self._kept(totals, "preparing"), self._settings.unit_mb * units.MEGABYTE, key):
             names.append(unit.name)
             if units.is_done(self._out, unit.name):
                 reused += 1

@@ -1,11 +1,11 @@
 """What decides which documents a prepared folder holds. Workers, progress and the like decide nothing and are not here."""
 
-import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.files import sha256_of
 
 ON_ERROR = ("stop", "skip")
 MAX_CHARS = 5_000_000  # of a document; bounds the memory of a worker
@@ -25,6 +25,7 @@ class Settings:
         language: keep documents in this language (ISO 639-1) only; None: all.
         language_probability: how sure the detector must be of it.
         on_error: ``stop`` at a bad line, or ``skip`` and count it.
+        unit_mb: megabytes of text in a unit, which is a shard of each split and what a worker holds and a kill loses.
     """
 
     field: str = "text"
@@ -37,11 +38,14 @@ class Settings:
     language: str | None = None
     language_probability: float = 0.5
     on_error: str = "stop"
+    unit_mb: int = 2
 
     def check(self) -> None:
         """Raise a UserError that names the first option whose value is out of range."""
         if self.on_error not in ON_ERROR:
             raise UserError(f"--on-error {self.on_error}: choose from {', '.join(ON_ERROR)}")
+        if not 1 <= self.unit_mb <= 1000:
+            raise UserError(f"--unit-mb {self.unit_mb}: expected 1 to 1000")
         if self.min_chars < 0 or self.max_chars < 0:
             raise UserError(f"--min-chars {self.min_chars} --max-chars {self.max_chars}: expected 0 or more")
         if self.max_chars and self.min_chars > self.max_chars:
@@ -65,7 +69,6 @@ class Settings:
 
 def _hash_of(file: Path) -> str:
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        return sha256_of(file)[:16]
     except OSError as error:
         raise UserError(f"--decontaminate {file} cannot be read: {error.strerror}") from None

@@ -25,6 +25,7 @@ from bitlm_dist.errors import UserError
 
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "[BOS]", "<|startoftext|>")
 EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]")
+TOKENIZER = "tokenizer"  # folder in a prepared folder and in a run folder
 SMALLEST_BPE = 258  # 256 bytes, BOS, EOS
 PACKAGE = "package:"
 # tiktoken's encode_to_numpy looks for special tokens, and for none at all at every single character: half its speed
@@ -151,7 +152,7 @@ class _HuggingFace:
     def __init__(self, file: Path) -> None:
         self._model = tokenizers.Tokenizer.from_file(str(file))
         self._model.encode_special_tokens = True
-        self.size = self._model.get_vocab_size()
+        self.size = 1 + max(self._model.get_vocab(with_added_tokens=True).values())  # ids may have holes
         self.bos = self._find(BOS_NAMES)
         self.eos = self._find(EOS_NAMES)
         self._special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
@@ -180,10 +181,11 @@ class _Tiktoken:
     """Mergeable ranks, shifted by ``first`` ids of special tokens before them."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str, first: int, bos: int | None, eos: int | None) -> None:
-        special = {NO_SPECIAL: max(ranks.values(), default=-1) + 1}
+        special = {NO_SPECIAL: max(ranks.values()) + 1}
         self._encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self._ranks, self._first = ranks, first
-        self.size, self.bos, self.eos = first + len(ranks), bos, eos
+        self._known = set(ranks.values())
+        self.size, self.bos, self.eos = first + 1 + max(ranks.values()), bos, eos
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [self._encode(text) for text in texts]
@@ -199,7 +201,7 @@ class _Tiktoken:
         return ids + np.uint32(self._first) if self._first else ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._encoding.decode([i - self._first for i in ids if i >= self._first])
+        return self._encoding.decode([i - self._first for i in ids if i - self._first in self._known])
 
     def byte_lengths(self) -> list[int]:
         lengths = [0] * self.size

@@ -1,4 +1,4 @@
-"""Units: about 2 MB of documents that stay, tokenized and written as a whole or not at all.
+"""Units: a few megabytes of documents that stay, tokenized and written as a whole or not at all.
 
 A unit's name is its number and a hash of what it holds and how. Its shards are written beside their place and renamed, then its
 record is. A unit is done if it has a record and its files have the hashes in it; any other is written again. So no unit needs to be
@@ -22,9 +22,9 @@ from bitlm_dist.data_prep import mds
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
-from bitlm_dist.data.shards import SPLITS
+from bitlm_dist.data.manifest import SPLITS
 
-UNIT_BYTES = 2_000_000
+MEGABYTE = 1_000_000
 UNITS, LENGTHS = "units", "lengths.npy"
 NAME = re.compile(r"\.?\d{5,}-[0-9a-f]{16}(\.json|\.json\.partial)?")
 
@@ -38,8 +38,11 @@ class Unit:
     hashes: list[bytes]
 
 
-def cut(documents: Iterable[tuple[bytes, bytes]], key: str) -> Iterator[Unit]:
-    """(text, hash) pairs to units; none is left over. ``key`` stands for all else that decides a unit's bytes."""
+def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> Iterator[Unit]:
+    """(text, hash) pairs to units of at least ``unit_bytes`` of text, but for the last; none is left over.
+
+    ``key`` stands for all else that decides a unit's bytes.
+    """
     texts: list[bytes] = []
     hashes: list[bytes] = []
     size = number = 0
@@ -47,7 +50,7 @@ def cut(documents: Iterable[tuple[bytes, bytes]], key: str) -> Iterator[Unit]:
         texts.append(text)
         hashes.append(text_hash)
         size += len(text)
-        if size >= UNIT_BYTES:
+        if size >= unit_bytes:
             yield _unit(number, texts, hashes, key)
             texts, hashes, size, number = [], [], 0, number + 1
     if texts:

@@ -4,11 +4,8 @@ A worker gets tasks from a socket and answers each. It dies with the process tha
 no second run meets the leavings of a first that still writes.
 """
 
-import ctypes
-import os
 import pickle
 import resource
-import signal
 import sys
 import time
 import traceback
@@ -24,12 +21,12 @@ from bitlm_dist.data_prep.reading import Batch, Reader
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.sources import Chunk
 from bitlm_dist.data_prep.statistics import Context, Sparse, count_pairs, count_tokens
-from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.data_prep.tokenizer import TOKENIZER, Tokenizer
 from bitlm_dist.data_prep.units import Unit
 from numpy.typing import NDArray
 
-PR_SET_PDEATHSIG = 1
-TOKENIZER = "tokenizer"  # folder of the prepared folder
+from bitlm_dist.processes import die_with
+
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -100,16 +97,9 @@ def usage() -> Usage:
     return Usage(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def _die_with(parent: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)  # it was gone before we asked
-
-
 def main() -> None:
     """Serve tasks until the socket closes. Arguments: its file descriptor, the parent's process id."""
-    _die_with(int(sys.argv[2]))
+    die_with(int(sys.argv[2]))
     connection: Connection[Any, Any] = Connection(int(sys.argv[1]))
     tasks: Tasks | None = None
     while True:

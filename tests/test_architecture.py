@@ -21,7 +21,7 @@ LAYERS = [
     {"config_loading"},
     {"config"},
     {"diffusion", "kernels"},
-    {"codes", "errors", "files"},
+    {"codes", "errors", "files", "processes"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 

@@ -78,6 +78,12 @@ def test_checkpoints_are_compared_exported_and_imported(trained, tiny, prepared,
         run("checkpoint", "diff", trained, tmp_path / "out")
 
 
+def test_a_run_is_not_scored_on_ids_of_another_tokenizer(trained, corpus, tmp_path):
+    run("prep", corpus, "--tokenizer", "bpe:310", "--out", tmp_path / "other", "--quiet")
+    with pytest.raises(UserError, match=f"{tmp_path}/other has another tokenizer than {trained}"):
+        run("eval", trained, "--data.path", tmp_path / "other")
+
+
 def test_prepared_folders_are_verified(prepared, tmp_path):
     folder = shutil.copytree(prepared, tmp_path / "data")
     assert "whole" in run("data", "verify", folder)
@@ -86,6 +92,9 @@ def test_prepared_folders_are_verified(prepared, tmp_path):
     assert "damaged" in run("data", "verify", folder, code=1)
     shard.unlink()
     assert "missing" in run("data", "verify", folder, code=1)
+    lengths = folder / "validation" / "lengths.npy"
+    lengths.write_bytes(lengths.read_bytes() + b"!")
+    assert "lengths.npy is damaged" in " ".join(run("data", "verify", folder, code=1).split())
     with pytest.raises(UserError, match="cannot be opened"):
         run("data", "mirror", "ftp://x/y", tmp_path / "copy")
 

@@ -113,7 +113,7 @@ def _checked(words: list[str] | None, against: list[str] | None, limits: dict[st
 
 def _vocabulary_of(config: Config, asked: int | None) -> tuple[int, int, bool]:
     """-> V, eos, and whether the config's data is read."""
-    from bitlm_dist.data.shards import read_manifest
+    from bitlm_dist.data.manifest import read_manifest
 
     if asked is not None:
         if asked < 4:

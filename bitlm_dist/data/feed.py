@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from bitlm_dist.config import Config
+from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.packing import Plan, assemble, pack
-from bitlm_dist.data.shards import Shards, read_manifest
+from bitlm_dist.data.shards import Shards
 from bitlm_dist.model.language_model import Batch
 
 

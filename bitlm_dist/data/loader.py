@@ -1,6 +1,8 @@
 """A data rank's batches, step after step, read ahead by a thread or by worker processes."""
 
+import os
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,9 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 from bitlm_dist.config import Config
 from bitlm_dist.data.ahead import Ahead
 from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.leftovers import remove_leftovers
 from bitlm_dist.data.mixed_feed import MixedFeed, training_feed
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
+from bitlm_dist.processes import die_with
 
 CPU = torch.device("cpu")
 AHEAD = 2  # batches that each worker prepares
@@ -50,6 +54,7 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=AHEAD,
             multiprocessing_context="spawn",
+            worker_init_fn=partial(_begin_worker, os.getpid()),
         )
         return iter(loader)
 
@@ -85,7 +90,12 @@ class Loader:
         ended = self._ahead.close()
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
+            remove_leftovers()  # one that ended too slowly was killed
         return ended
+
+
+def _begin_worker(parent: int, number: int) -> None:
+    die_with(parent)
 
 
 class _From:

@@ -1,4 +1,4 @@
-"""A prepared folder that lies in an object store: its small files are copied, its shards are streamed as they are read.
+"""A prepared folder in an object store or on a web server: its small files are copied, its shards are streamed when they are read.
 
 A copy is a prepared folder without shards; ``remote.json`` in it says where they are.
 """
@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.data import http_download
+from bitlm_dist.data.manifest import MANIFEST, check_file, read_manifest
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, sync_tree, write_atomically
 
@@ -33,16 +34,15 @@ def url_of(folder: Path) -> str | None:
         raise UserError(f"{file} is damaged: copy the folder again with `bitlm data mirror`") from None
 
 
-def mirror(url: str, folder: Path, splits: tuple[str, ...]) -> None:
+def mirror(url: str, folder: Path) -> None:
     """Copy the small files of a prepared folder: manifest, tokenizer, statistics, indices.
 
     Args:
-        url: of the prepared folder, e.g. ``s3://bucket/data``; whatever streaming's downloaders open.
+        url: of the prepared folder: s3://, gs://, http(s):// and whatever else streaming has a downloader for.
         folder: must not exist.
-        splits: names; the first must be there.
 
     Raises:
-        UserError: ``folder`` exists, or a file cannot be fetched.
+        UserError: ``folder`` exists, or a file cannot be fetched or is not the one that the manifest was written for.
     """
     if folder.exists():
         raise UserError(f"{folder} exists: name a folder that does not")
@@ -51,13 +51,11 @@ def mirror(url: str, folder: Path, splits: tuple[str, ...]) -> None:
     building.mkdir(parents=True)
     try:
         fetch = _Fetcher(url.rstrip("/"), building)
-        fetch("manifest.json")
-        manifest = json.loads((building / "manifest.json").read_text())
-        fetch("statistics.npz")
-        fetch(f"tokenizer/{manifest['tokenizer']['file']}")
-        for split in (s for s in splits if manifest["splits"][s]["documents"]):
-            for name in SPLIT_FILES:
-                fetch(f"{split}/{name}")
+        fetch(MANIFEST)
+        manifest = read_manifest(building)
+        for name in manifest["files"]:
+            fetch(name)
+            check_file(building, manifest, name)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
@@ -71,7 +69,7 @@ class _Fetcher:
     """Fetches files below a URL, each tried a few times."""
 
     def __init__(self, url: str, folder: Path) -> None:
-        import_streaming()
+        http_download.register()
         from streaming.base.storage import CloudDownloader
         from streaming.base.util import retry
 

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import types
 import weakref
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -20,39 +21,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitlm_dist.data import remote
+from bitlm_dist.data import http_download, remote
 from bitlm_dist.data.leftovers import owned_name, remove_leftovers
-from bitlm_dist.data.remote import url_of
+from bitlm_dist.data.manifest import check_file, read_manifest
+from bitlm_dist.data.remote import SPLIT_FILES, url_of
 from bitlm_dist.data.streaming_import import alone, import_streaming
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import try_lock
-
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
-SPLITS = ("train", "validation")
+from bitlm_dist.files import DISK_FULL, try_lock
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-        UserError: the folder is missing, empty, of another version, or its preparation did not finish.
-    """
-    if not folder.is_dir():
-        raise UserError(f"data.path = {folder} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
-    if not (folder / MANIFEST).is_file():
-        state = "is not finished: run the same" if (folder / "settings.json").is_file() else "holds no shards: run"
-        raise UserError(f"data.path = {folder} {state} `bitlm prep … --out {folder}` (no {MANIFEST})")
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("version") != MANIFEST_VERSION:
-        raise UserError(
-            f"data.path = {folder} has version {manifest.get('version')}, this bitlm reads {MANIFEST_VERSION}: "
-            "prepare the data again into a new folder"
-        )
-    return manifest
-
-
-def damaged_shards(folder: Path, split: str) -> tuple[int, list[str]]:
+def damaged_shards(folder: Path, manifest: Mapping[str, Any], split: str) -> tuple[int, list[str]]:
     """Hash every shard of a split again -> how many there are, and what is wrong with which.
 
     Raises:
@@ -61,8 +39,8 @@ def damaged_shards(folder: Path, split: str) -> tuple[int, list[str]]:
     url = url_of(folder)
     if url is not None:
         raise UserError(f"{folder} has its shards in {url}: they are hashed when they are read")
-    index, problems = folder / split / "index.json", []
-    shards = _read_index(index)
+    check_file(folder, manifest, f"{split}/index.json")
+    shards, problems = _read_index(folder / split), []
     for shard in shards:
         part = shard["zip_data"] or shard["raw_data"]
         file = folder / split / part["basename"]
@@ -75,13 +53,8 @@ def damaged_shards(folder: Path, split: str) -> tuple[int, list[str]]:
     return len(shards), problems
 
 
-def _read_index(file: Path) -> list[dict[str, Any]]:
-    try:
-        shards: list[dict[str, Any]] = json.loads(file.read_text())["shards"]
-        for shard in shards:
-            int(shard["samples"]), (shard["zip_data"] or shard["raw_data"])["basename"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({type(error).__name__}: {error}): restore it or prepare the data again") from None
+def _read_index(split: Path) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = json.loads((split / "index.json").read_text())["shards"]
     return shards
 
 
@@ -137,27 +110,31 @@ class Shards:
         fingerprint: SHA-256 of the index, which holds the hashes of all shards.
 
     Raises:
-        UserError: the split, its index or a shard is missing or has another size; the message names the file.
+        UserError: the split or a file of it is missing or is not that of the manifest; the message names it.
     """
 
     def __init__(self, folder: Path, split: str, cache: Path | None = None, seed: int = 0, cache_limit: str | None = None) -> None:
-        self.folder = folder / split
-        index = self.folder / "index.json"
-        if not index.is_file():
-            raise UserError(
-                f"{folder} has no {split} split ({index} is missing): prepare it with --validation, or read another split"
-            )
+        self.folder, manifest = folder / split, read_manifest(folder)
+        if not manifest["splits"][split]["documents"]:
+            raise UserError(f"{folder} has no {split} split: prepare it with --validation, or read another split")
+        for name in SPLIT_FILES:
+            check_file(folder, manifest, f"{split}/{name}")
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
-        self.fingerprint = hashlib.sha256(index.read_bytes()).hexdigest()
+        self.fingerprint: str = manifest["files"][f"{split}/index.json"]
+        self._vocabulary: int = manifest["vocabulary"]
         url = url_of(folder)
-        self._check_files(_read_index(index), local=url is None)
+        if url is None:
+            self._check_sizes(_read_index(self.folder))
+        else:
+            http_download.register()
         remove_leftovers()
         self._damage: UserError | None = None
         self.source = f"{url}/{split}" if url else str(self.folder)  # where the shards are
         temporary = tempfile.mkdtemp(prefix=owned_name("shards-"))
         release = ExitStack()
         release.callback(shutil.rmtree, temporary, ignore_errors=True)
-        local = _claim_cache(cache or Path(temporary), self.fingerprint[:16], release)
+        self._cache = cache or Path(temporary)
+        local = _claim_cache(self._cache, self.fingerprint[:16], release)
         self._remove = weakref.finalize(self, release.close)  # at exit at the latest
         self._dataset = _open(
             temporary,
@@ -174,11 +151,8 @@ class Shards:
             cache_limit=cache_limit,
         )
 
-    def _check_files(self, shards: list[dict[str, Any]], local: bool) -> None:
-        samples = sum(shard["samples"] for shard in shards)
-        if samples != len(self.lengths):
-            raise UserError(f"{self.folder}: index.json has {samples} documents, lengths.npy {len(self.lengths)}: prepare again")
-        for shard in shards if local else []:
+    def _check_sizes(self, shards: list[dict[str, Any]]) -> None:
+        for shard in shards:
             part = shard["zip_data"] or shard["raw_data"]
             file = self.folder / part["basename"]
             size = file.stat().st_size if file.is_file() else None
@@ -212,24 +186,33 @@ class Shards:
         """The token ids of one document.
 
         Raises:
-            UserError: its shard is damaged, or one that was read before.
+            UserError: its shard is damaged, or one that was read before; or the disk of the cache is full.
         """
         if self._damage is not None:  # streaming waits for ever for a shard that once failed
             raise self._damage
         try:
             tokens: NDArray[np.integer[Any]] = self._dataset[int(document)]["tokens"]
         except Exception as error:  # the libraries of each store raise their own
-            shard, _ = self._dataset.spanner[int(document)]
-            info = self._dataset.shards[shard]
-            part = info.zip_data or info.raw_data
-            file = f"{self.source}/{part.basename}"
-            self._damage = UserError(
-                f"shard {file} is damaged or cannot be fetched: restore it or prepare the data again ({error})"
-            )
+            self._damage = UserError(f"shard {self._shard_of(document)} {self._explain(error)}")
             raise self._damage from error
         if len(tokens) != self.lengths[document]:
             raise UserError(f"{self.folder}: document {document} has {len(tokens)} tokens, expected {self.lengths[document]}")
+        if len(tokens) and tokens.max() >= self._vocabulary:
+            raise UserError(
+                f"shard {self._shard_of(document)} has token {tokens.max()} in document {document}, but the vocabulary has "
+                f"{self._vocabulary}: prepare the data again"
+            )
         return tokens
+
+    def _shard_of(self, document: int) -> str:
+        shard, _ = self._dataset.spanner[int(document)]
+        info = self._dataset.shards[shard]
+        return f"{self.source}/{(info.zip_data or info.raw_data).basename}"
+
+    def _explain(self, error: Exception) -> str:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return f"does not fit on the disk of the cache {self._cache}: make room, set data.cache_limit or another data.cache"
+        return f"is damaged or cannot be fetched: restore it or prepare the data again ({error})"
 
     def close(self) -> None:
         """Remove the temporary folder and the shared memory."""

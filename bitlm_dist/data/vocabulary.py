@@ -10,6 +10,7 @@ from torch import Tensor
 from bitlm_dist import codes
 from bitlm_dist.codes import BitCodes, bits_needed
 from bitlm_dist.config import ModelConfig
+from bitlm_dist.data.manifest import check_file
 from bitlm_dist.errors import UserError
 
 STATISTICS = "statistics.npz"
@@ -19,7 +20,7 @@ def make_codes(model: ModelConfig, folder: Path, manifest: dict[str, Any]) -> Bi
     """The assignment that ``model.codes`` names, for the tokenizer of a prepared folder.
 
     Raises:
-        UserError: V > 2^B, or the folder's statistics are missing.
+        UserError: V > 2^B, or the folder's tokenizer or statistics are missing or not those of the manifest.
     """
     vocabulary = int(manifest["vocabulary"])
     bits = model.bits or bits_needed(vocabulary)
@@ -28,6 +29,8 @@ def make_codes(model: ModelConfig, folder: Path, manifest: dict[str, Any]) -> Bi
             f"model.bits = {bits} gives {2**bits:,} codes, too few for the tokenizer's {vocabulary:,} tokens: "
             f"use {bits_needed(vocabulary)} or leave it out"
         )
+    for name in (f"tokenizer/{manifest['tokenizer']['file']}", STATISTICS):
+        check_file(folder, manifest, name)
     return BitCodes(_assignment(model.codes, vocabulary, bits, folder / STATISTICS), bits)
 
 
@@ -38,8 +41,6 @@ def _assignment(kind: str, vocabulary: int, bits: int, statistics: Path) -> Tens
         return codes.gray(vocabulary)
     if kind == "random":
         return codes.random(vocabulary, bits, seed=0)
-    if not statistics.is_file():
-        raise UserError(f"model.codes = {kind} needs {statistics}: prepare the data again, or choose natural")
     with np.load(statistics) as found:
         counts = torch.from_numpy(found["counts"])
         return codes.frequency(counts) if kind == "frequency" else codes.octave(counts, torch.from_numpy(found["contexts"]))

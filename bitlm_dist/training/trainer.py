@@ -14,8 +14,8 @@ from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.config import Config
 from bitlm_dist.data.loader import Loader
+from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
-from bitlm_dist.data.shards import read_manifest
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import check_machine

@@ -8,7 +8,8 @@ import torch
 
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.leftovers import SHARED_MEMORY, owned_name
-from bitlm_dist.data.shards import Shards, read_manifest
+from bitlm_dist.data.manifest import read_manifest
+from bitlm_dist.data.shards import Shards
 from bitlm_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -114,12 +115,33 @@ def test_a_flipped_byte_is_named_when_it_is_read(copy):
     feed.close()
 
 
+def test_a_token_beyond_the_vocabulary_is_named_with_its_shard(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "vocabulary": 200}))
+    with (
+        Shards(copy, "train") as shards,
+        pytest.raises(UserError, match=f"shard {shard_of(copy)} has token 2.. in document 0, but"),
+    ):
+        shards.tokens(0)
+
+
+def test_a_cache_that_is_full_is_no_damage(prepared, small_disk):
+    cache = small_disk / "cache"
+    shards = Shards(prepared, "train", cache)
+    (small_disk / "filler").write_bytes(bytes(4 * 2**20 - 40_000))
+    with shards, pytest.raises(UserError, match=f"does not fit on the disk of the cache {cache}: make room"):
+        shards.tokens(0)
+
+
 def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
     with pytest.raises(UserError, match="does not exist: prepare it"):
         read_manifest(tmp_path / "none")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no shards"):
         read_manifest(tmp_path / "empty")
+    (copy / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="manifest.json is damaged: restore it"):
+        read_manifest(copy)
     (copy / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         read_manifest(copy)

@@ -1,13 +1,17 @@
-import json
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+import zstandard
 
+from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.data.feed import Feed
-from bitlm_dist.data.leftovers import PREFIX, SHARED_MEMORY
+from bitlm_dist.data.leftovers import PREFIX, SHARED_MEMORY, remove_leftovers
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.errors import UserError
@@ -57,19 +61,19 @@ def test_batches_are_those_of_the_feed_from_any_step_on(workers, tiny, clean):
 
 
 def test_a_changing_number_of_ranks_reads_what_one_rank_reads(tiny, clean):
-    """Mid-epoch 4, 2, 8 and 4 ranks: each step's global batch, put together from the ranks' shares, is that of one rank."""
-    config, found, expected = tiny(), [], []
+    """Mid-epoch 4, 2, 3 and 4 ranks: each step's global batch, put together from the ranks' shares, is that of one rank."""
+    config, found, expected = tiny("--training.global_batch_tokens", str(12 * tiny().data.sequence_length)), [], []
     whole = Feed.of_config(config, "train", shuffle=True)
-    for begun, ranks in ((0, 4), (3, 2), (6, 8), (9, 4)):
+    for begun, ranks in ((0, 4), (3, 2), (6, 3), (9, 4)):
         feeds = [Feed.of_config(config, "train", shuffle=True) for _ in range(ranks)]
         loaders = [loader_of(config, feed, begun, rank, ranks) for rank, feed in enumerate(feeds)]
         for step in range(begun, begun + 3):
             found.append(torch.cat([take(loader, step).tokens for loader in loaders]))
-            expected.append(whole.batch(8 * step, 8, CPU).tokens)
+            expected.append(whole.batch(12 * step, 12, CPU).tokens)
         for loader, feed in zip(loaders, feeds, strict=True):
             loader.close()
             feed.close()
-    assert len(whole) > 12 * 8, "all inside an epoch"
+    assert len(whole) > 12 * 12, "all inside an epoch"
     whole.close()
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -92,11 +96,9 @@ def empty(folder: Path, shard: Path):
     shard.write_bytes(b"")
 
 
-def other_hash(folder: Path, shard: Path):
-    index = folder / "train" / "index.json"
-    document = json.loads(index.read_text())
-    document["shards"][0]["zip_data"]["hashes"]["xxh64"] = "0" * 16
-    index.write_text(json.dumps(document))
+def another(folder: Path, shard: Path):
+    """A whole shard of the same size, which is not the one."""
+    shard.write_bytes(zstandard.compress(bytes(100)).ljust(shard.stat().st_size, b"\0"))
 
 
 DAMAGE = [
@@ -104,7 +106,7 @@ DAMAGE = [
     (truncate, "bytes, expected"),
     (remove, "is missing"),
     (empty, "has 0 bytes"),
-    (other_hash, "is damaged"),
+    (another, "is damaged"),
 ]
 
 
@@ -126,9 +128,50 @@ def test_damage_names_the_shard_and_leaves_nothing_behind(workers, harm, message
             feed.close()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2}', '{"shards": [{"samples": 1}]}'])
-def test_an_index_that_is_none_is_named(content, tiny, prepared, tmp_path, clean):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", ["train/index.json", "train/lengths.npy"])
+def test_an_index_of_another_folder_is_named(name, workers, tiny, prepared, tmp_path, clean):
     copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
-    (copy / "train" / "index.json").write_text(content)
-    with pytest.raises(UserError, match="train/index.json is damaged"):
-        training_feed(tiny("--data.path", str(copy)))
+    shutil.copyfile(prepared / name.replace("train", "validation"), copy / name)
+    config = tiny("--data.path", str(copy), "--data.workers", str(workers))
+    with pytest.raises(UserError, match=f"{copy / name} is damaged, or not the one that {copy}/manifest.json was written for"):
+        training_feed(config)
+
+
+SCRIPT = """
+import sys, time, torch
+from pathlib import Path
+from bitlm_dist.config_loading import load
+from bitlm_dist.data.loader import Loader
+from bitlm_dist.data.mixed_feed import training_feed
+
+if __name__ == "__main__":
+    config = load(Path(sys.argv[1])).config
+    loader = Loader(config, training_feed(config), begun=0, first=0, count=8, stride=8, device=torch.device("cpu"))
+    loader.ask(0)
+    loader.take()
+    print("reading", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_workers_die_with_their_parent_and_the_next_start_clears_up(tiny, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    (tmp_path / "config.yaml").write_text(to_yaml(tiny("--data.workers", "2")))
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "config.yaml")], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout
+        assert parent.stdout.readline() == "reading\n"
+        family = psutil.Process(parent.pid).children(recursive=True)
+        workers = [p for p in family if "spawn_main" in " ".join(p.cmdline())]
+        assert len(workers) == 2
+        parent.kill()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+    places = [SHARED_MEMORY, Path(tempfile.gettempdir())]
+    made = [path for place in places for path in place.glob(f"{PREFIX}*")]
+    left = [path for path in made if any(f"-{worker.pid}-" in path.name for worker in workers)]
+    assert left
+    remove_leftovers()
+    assert not [path for path in left if path.exists()]

@@ -1,7 +1,11 @@
-"""Shards in an object store: a real S3 server on loopback."""
+"""Shards in an object store and on a web server: real servers on loopback."""
 
 import json
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -9,16 +13,52 @@ import torch
 from bitlm_dist.data import remote
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.remote import mirror, url_of
-from bitlm_dist.data.shards import SPLITS
 from bitlm_dist.errors import UserError
 
 CPU = torch.device("cpu")
 
 
+class Bucket:
+    """The small prepared folder in S3."""
+
+    def __init__(self, prepared: Path, endpoint: str) -> None:
+        import boto3
+
+        self.url = "s3://bucket/data"
+        self._client = boto3.client("s3", endpoint_url=endpoint)
+        self._client.create_bucket(Bucket="bucket")
+        for file in (file for file in prepared.rglob("*") if file.is_file()):
+            self.put(file.relative_to(prepared).as_posix(), file.read_bytes())
+
+    def put(self, name: str, content: bytes) -> None:
+        self._client.put_object(Bucket="bucket", Key=f"data/{name}", Body=content)
+
+    def delete(self, name: str) -> None:
+        self._client.delete_object(Bucket="bucket", Key=f"data/{name}")
+
+
+class Site:
+    """The small prepared folder on a web server."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.url, self._folder = f"http://127.0.0.1:{port}/data", folder
+
+    def put(self, name: str, content: bytes) -> None:
+        (self._folder / name).write_bytes(content)
+
+    def delete(self, name: str) -> None:
+        (self._folder / name).unlink()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_try():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(remote, "TRIES", 1)
+        yield
+
+
 @pytest.fixture(scope="module")
-def store(prepared):
-    """A bucket that holds the small prepared folder -> (client, its URL)."""
-    import boto3
+def bucket(prepared):
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -28,13 +68,31 @@ def store(prepared):
         for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
             patch.setenv(name, value)
         patch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setattr(remote, "TRIES", 1)
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        client.create_bucket(Bucket="bucket")
-        for file in (file for file in prepared.rglob("*") if file.is_file()):
-            client.upload_file(str(file), "bucket", f"data/{file.relative_to(prepared)}")
-        yield client, "s3://bucket/data"
+        yield Bucket(prepared, f"http://{host}:{port}")
     server.stop()
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def site(prepared, tmp_path_factory):
+    root = tmp_path_factory.mktemp("site")
+    shutil.copytree(prepared, root / "data")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(root))) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield Site(root / "data", server.server_port)
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(params=["bucket", "site"])
+def store(request) -> Bucket | Site:
+    found: Bucket | Site = request.getfixturevalue(request.param)
+    return found
 
 
 def feed_of(folder: Path, **more):
@@ -43,8 +101,8 @@ def feed_of(folder: Path, **more):
 
 def test_a_copy_without_shards_reads_what_the_folder_reads(store, prepared, tmp_path):
     copy = tmp_path / "copy"
-    mirror(store[1], copy, SPLITS)
-    assert url_of(copy) == store[1]
+    mirror(store.url, copy)
+    assert url_of(copy) == store.url
     assert not list(copy.rglob("*.mds*"))
     feeds = [feed_of(folder, cache=tmp_path / "cache") for folder in (prepared, copy)]
     assert feeds[0].fingerprint() == feeds[1].fingerprint()
@@ -58,24 +116,31 @@ def test_a_copy_without_shards_reads_what_the_folder_reads(store, prepared, tmp_
 
 
 def test_what_is_missing_or_damaged_in_the_store_is_named(store, prepared, tmp_path):
-    client, url = store
-    mirror(url, tmp_path / "copy", SPLITS)
+    mirror(store.url, tmp_path / "copy")
     shard = next((prepared / "train").rglob("*.mds.zstd"))
-    key = f"data/{shard.relative_to(prepared)}"
-    client.put_object(Bucket="bucket", Key=key, Body=shard.read_bytes()[:-1] + b"!")
-    feed = feed_of(tmp_path / "copy")
-    with pytest.raises(UserError, match=f"shard s3://bucket/{key} is damaged or cannot be fetched: .*Checksum failure"):
-        feed.batch(0, 8, CPU)
-    feed.close()
-    client.delete_object(Bucket="bucket", Key=key)
-    feed = feed_of(tmp_path / "copy")
-    with pytest.raises(UserError, match=f"shard s3://bucket/{key} is damaged or cannot be fetched: .*(not found|Not Found)"):
-        feed.batch(0, 8, CPU)
-    feed.close()
-    client.upload_file(str(shard), "bucket", key)
+    name, content = shard.relative_to(prepared).as_posix(), shard.read_bytes()
+    for harm, message in (
+        (lambda: store.put(name, content[:-1] + b"!"), "Checksum failure"),
+        (lambda: store.delete(name), "(?i:not found)|No such file|FileNotFound|404|/data/"),
+    ):
+        harm()
+        feed = feed_of(tmp_path / "copy")
+        with pytest.raises(UserError, match=f"shard {store.url}/{name} is damaged or cannot be fetched: .*({message})"):
+            feed.batch(0, 8, CPU)
+        feed.close()
+    store.put(name, content)
 
 
-def test_a_store_that_fails_for_a_moment_is_asked_again(store, tmp_path, monkeypatch):
+def test_a_small_file_that_is_not_the_manifest_s_is_named_and_nothing_is_left(store, prepared, tmp_path):
+    name = "validation/index.json"
+    store.put(name, (prepared / "train/index.json").read_bytes())
+    with pytest.raises(UserError, match=f"{name} is damaged, or not the one that"):
+        mirror(store.url, tmp_path / "copy")
+    store.put(name, (prepared / name).read_bytes())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkeypatch):
     from streaming.base.storage.download import S3Downloader
 
     plain, calls = S3Downloader._download_file_impl, []
@@ -89,7 +154,7 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(store, tmp_path, monkeyp
     monkeypatch.setattr(S3Downloader, "_download_file_impl", flaky)
     monkeypatch.setattr(remote, "TRIES", 2)
     monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
-    mirror(store[1], tmp_path / "copy", SPLITS)
+    mirror(bucket.url, tmp_path / "copy")
     assert len(calls) > 8
 
 
@@ -97,16 +162,17 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(store, tmp_path, monkeyp
     ("url", "message"),
     [
         ("s3://bucket/none", "s3://bucket/none/manifest.json cannot be fetched"),
+        ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json cannot be fetched: Cannot connect"),
         ("ftp://host/data", "ftp://host/data cannot be opened: Unsupported remote path"),
     ],
 )
-def test_stores_that_cannot_be_read_are_named_and_nothing_is_left(store, url, message, tmp_path):
+def test_stores_that_cannot_be_read_are_named_and_nothing_is_left(bucket, url, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        mirror(url, tmp_path / "copy", SPLITS)
+        mirror(url, tmp_path / "copy")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "copy").mkdir()
     with pytest.raises(UserError, match="copy exists: name a folder that does not"):
-        mirror(url, tmp_path / "copy", SPLITS)
+        mirror(url, tmp_path / "copy")
 
 
 def test_a_damaged_record_is_named(prepared, tmp_path):

@@ -53,6 +53,20 @@ def test_every_vocabulary_has_bos_and_eos(kind, special, size, files):
     assert tokenizer.decode([tokenizer.bos, tokenizer.encode_batch(["a"])[0][0], tokenizer.eos]) == "a"
 
 
+def test_ids_may_have_holes(files, tmp_path):
+    holes = tmp_path / "holes.tiktoken"
+    holes.write_bytes(files["tiktoken"].read_bytes().replace(b" 260\n", b" 300\n"))
+    document = json.loads(files["bpe"].read_text())
+    vocabulary = document["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = 300
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    for file, size in ((holes, 303), (tmp_path / "tokenizer.json", 301)):
+        tokenizer = Tokenizer(file)
+        assert tokenizer.vocabulary == len(tokenizer.byte_lengths()) == size
+        (ids,) = tokenizer.encode_batch(["an"])
+        assert tokenizer.decode([*ids.tolist(), 290]) == "an"
+
+
 def test_the_spelling_of_a_special_token_stays_text(files):
     tokenizer = Tokenizer(files["bpe"])
     (ids,) = tokenizer.encode_batch(["a <eos> b"])

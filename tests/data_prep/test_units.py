@@ -15,15 +15,13 @@ def pairs(texts):
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=60), st.integers(1, 100))
 def test_cutting_loses_nothing_and_names_follow_content(texts, limit):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(units, "UNIT_BYTES", limit)
-        found = list(cut(pairs(texts), "key"))
-        assert [text for unit in found for text in unit.texts] == texts
-        assert all(sum(map(len, unit.texts)) >= limit for unit in found[:-1])
-        assert all(sum(map(len, unit.texts[:-1])) < limit for unit in found)
-        assert [unit.name for unit in cut(pairs(texts), "key")] == [unit.name for unit in found]
-        assert not {unit.name for unit in cut(pairs(texts), "other")} & {unit.name for unit in found}
-        assert [int(unit.name.split("-")[0]) for unit in found] == list(range(len(found)))
+    found = list(cut(pairs(texts), limit, "key"))
+    assert [text for unit in found for text in unit.texts] == texts
+    assert all(sum(map(len, unit.texts)) >= limit for unit in found[:-1])
+    assert all(sum(map(len, unit.texts[:-1])) < limit for unit in found)
+    assert [unit.name for unit in cut(pairs(texts), limit, "key")] == [unit.name for unit in found]
+    assert not {unit.name for unit in cut(pairs(texts), limit, "other")} & {unit.name for unit in found}
+    assert [int(unit.name.split("-")[0]) for unit in found] == list(range(len(found)))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +33,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture
 def unit():
-    (made,) = cut(pairs([f"document {i}".encode() for i in range(40)]), "key")
+    (made,) = cut(pairs([f"document {i}".encode() for i in range(40)]), units.MEGABYTE, "key")
     return made
 
 
@@ -75,7 +73,7 @@ def test_documents_without_tokens_are_counted_not_written(tmp_path, unit, tokeni
 def test_other_units_go_and_other_files_stay(tmp_path, unit, tokenizer):
     units.write(unit, tokenizer, tmp_path, 0.3)
     kept = {path for path in tmp_path.rglob("*") if path.is_file()}
-    (other,) = cut(pairs([b"something else"]), "key")
+    (other,) = cut(pairs([b"something else"]), units.MEGABYTE, "key")
     units.write(other, tokenizer, tmp_path, 0.0)
     for name in ("train/.00007-0123456789abcdef", "validation/00007-0123456789abcdef"):
         (tmp_path / name).mkdir()

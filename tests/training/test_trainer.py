@@ -8,6 +8,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,19 +282,18 @@ def test_a_checkpoint_of_another_format_is_no_damage(tiny, tmp_path):
     assert folder.is_dir()
 
 
-def test_a_refused_start_changes_nothing(tiny, tmp_path, corpus):
+def test_shards_that_changed_under_a_run_are_refused_and_nothing_else_changes(tiny, tmp_path, prepared, corpus):
+    """Same tokenizer, other documents: the sequence numbers would mean other text."""
     from bitlm_dist.data_prep.prepare import prepare
 
-    trainer = Trainer(tiny())
+    trainer = Trainer(tiny("--model.codes", "natural"))
     trainer.fit(until=1)
     trainer.close()
     other = tmp_path / "other"
-    prepare([corpus], "bpe:300", other, validation=0.2)
-    shutil.copytree(tiny().data.path / "tokenizer", other / "tokenizer", dirs_exist_ok=True)
-    shutil.copy(tiny().data.path / "statistics.npz", other)
+    prepare([corpus], str(prepared / "tokenizer" / "tokenizer.json"), other, validation=0.2)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"}
     with pytest.raises(UserError, match="was trained with another data.index"):
-        Trainer(tiny("--data.path", str(other)))
+        Trainer(tiny("--model.codes", "natural", "--data.path", str(other)))
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file() and p.name != "run.lock"}
 
 
@@ -467,25 +467,18 @@ def test_data_of_another_tokenizer_is_refused_and_the_folder_kept(tiny, tmp_path
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_shards_that_changed_under_a_run_are_refused(tiny, tmp_path, prepared):
-    """Same tokenizer, other documents: the sequence numbers would mean other text."""
-    import shutil
-
-    trainer = Trainer(tiny())
-    trainer.fit(until=1)
-    trainer.close()
-    other = shutil.copytree(prepared, tmp_path / "other")
-    index = other / "train" / "index.json"
-    document = json.loads(index.read_text())
-    document["shards"].reverse()
-    index.write_text(json.dumps(document) + " ")
-    with pytest.raises(UserError, match="was trained with another data.index"):
-        Trainer(tiny("--data.path", str(other)))
-
-
 def test_a_back_end_that_is_not_there_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="model.backbone.attention = fa9 is not available on this machine: choose from auto, sdpa"):
         Trainer(tiny("--model.backbone.attention", "fa9"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "statistics.npz"])
+def test_data_whose_small_files_changed_are_refused(name, tiny, tmp_path, prepared):
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    (copy / name).write_bytes((copy / name).read_bytes() + b" ")
+    with pytest.raises(UserError, match=f"{copy / name} is damaged, or not the one that"):
+        Trainer(tiny("--data.path", str(copy)))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,0 +1,63 @@
+"""What a prepared folder says about itself: manifest.json, which `bitlm prep` writes last."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.errors import UserError
+from bitlm_dist.files import sha256_of
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
+SPLITS = ("train", "validation")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+        UserError: the folder is missing, empty, of another version, or its preparation did not finish.
+    """
+    if not folder.is_dir():
+        raise UserError(f"data.path = {folder} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
+    file = folder / MANIFEST
+    if not file.is_file():
+        state = "is not finished: run the same" if (folder / "settings.json").is_file() else "holds no shards: run"
+        raise UserError(f"data.path = {folder} {state} `bitlm prep … --out {folder}` (no {MANIFEST})")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise UserError(f"{file} is damaged: restore it, or remove it and run the same `bitlm prep` again")
+    if manifest.get("version") != MANIFEST_VERSION:
+        raise UserError(
+            f"data.path = {folder} has version {manifest.get('version')}, this bitlm reads {MANIFEST_VERSION}: "
+            "prepare the data again into a new folder"
+        )
+    return manifest
+
+
+def damaged_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the files of which the manifest has the hash."""
+    problems = []
+    for name in manifest["files"]:
+        try:
+            check_file(folder, manifest, name)
+        except UserError as error:
+            problems.append(str(error).partition(":")[0])
+    return problems
+
+
+def check_file(folder: Path, manifest: Mapping[str, Any], name: str) -> None:
+    """Compare a file of a prepared folder with its hash in the manifest.
+
+    Raises:
+        UserError: it is missing or another one; names it.
+    """
+    file = folder / name
+    if not file.is_file():
+        raise UserError(f"{file} is missing: restore it or prepare the data again")
+    if sha256_of(file) != manifest["files"].get(name):
+        raise UserError(f"{file} is damaged, or not the one that {folder / MANIFEST} was written for: restore it or prepare again")

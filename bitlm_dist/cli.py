@@ -64,6 +64,7 @@ def prep(
     as_json: AsJson = False,
 ) -> None:
     """Clean, deduplicate and tokenize text, and write it as shards; run it again after an interruption and it goes on."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's own threads would spin beside the workers
     from bitlm_dist.data_prep.prepare import prepare
     from bitlm_dist.data_prep.settings import Settings
     from bitlm_dist.display import preparation_progress

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -184,8 +185,11 @@ class _Tiktoken:
         special = {NO_SPECIAL: max(ranks.values()) + 1}
         self._encoding = tiktoken.Encoding("file", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         self._ranks, self._first = ranks, first
-        self._known = set(ranks.values())
         self.size, self.bos, self.eos = first + 1 + max(ranks.values()), bos, eos
+
+    @cached_property
+    def _known(self) -> set[int]:
+        return set(self._ranks.values())
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[np.uint32]]:
         return [self._encode(text) for text in texts]

@@ -157,6 +157,7 @@ def start(corpus, out, workers, place):
         stderr=subprocess.DEVNULL,
         env=environment,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )
 
 

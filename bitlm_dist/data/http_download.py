@@ -4,18 +4,16 @@ import importlib
 import os
 from typing import Any
 
-from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.data.streaming_import import streaming
 
 
 def register() -> None:
     """Make streaming take http:// and https:// URLs as a remote."""
-    import_streaming()
-    from streaming.base.storage.download import DOWNLOADER_MAPPINGS, CloudDownloader
-
-    if "http" in DOWNLOADER_MAPPINGS:
+    download = streaming("storage.download")
+    if "http" in download.DOWNLOADER_MAPPINGS:
         return
 
-    class HttpDownloader(CloudDownloader):  # type: ignore[misc]
+    class HttpDownloader(download.CloudDownloader):  # type: ignore[misc]
         """Fetches files through fsspec."""
 
         @staticmethod
@@ -40,4 +38,4 @@ def register() -> None:
         def _client_identifier() -> str:
             return "https"
 
-    DOWNLOADER_MAPPINGS.update(http=HttpDownloader, https=HttpsDownloader)
+    download.DOWNLOADER_MAPPINGS.update(http=HttpDownloader, https=HttpsDownloader)

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitlm_dist.data import http_download
 from bitlm_dist.data.manifest import MANIFEST, check_file, read_manifest
+from bitlm_dist.data.streaming_import import streaming
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, sync_tree, write_atomically
 
@@ -70,15 +71,12 @@ class _Fetcher:
 
     def __init__(self, url: str, folder: Path) -> None:
         http_download.register()
-        from streaming.base.storage import CloudDownloader
-        from streaming.base.util import retry
-
         self._url, self._folder = url, folder
         try:
-            self._downloader: Any = CloudDownloader.get(url)
+            self._downloader: Any = streaming("storage").CloudDownloader.get(url)
         except (ValueError, ImportError) as error:
             raise UserError(f"{url} cannot be opened: {' '.join(str(error).split())}") from error
-        self._retry = retry(clean_up_fn=self._downloader.clean_up, num_attempts=TRIES)
+        self._retry = streaming("util").retry(clean_up_fn=self._downloader.clean_up, num_attempts=TRIES)
 
     def __call__(self, name: str) -> None:
         local = self._folder / name

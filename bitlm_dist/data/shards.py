@@ -5,7 +5,6 @@ the library cannot delete or rewrite what `bitlm prep` wrote.
 """
 
 import hashlib
-import importlib
 import itertools
 import json
 import shutil
@@ -25,7 +24,7 @@ from bitlm_dist.data import http_download, remote
 from bitlm_dist.data.leftovers import owned_name, remove_leftovers
 from bitlm_dist.data.manifest import check_file, read_manifest
 from bitlm_dist.data.remote import SPLIT_FILES, url_of
-from bitlm_dist.data.streaming_import import alone, import_streaming
+from bitlm_dist.data.streaming_import import alone, streaming
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import DISK_FULL, try_lock
 
@@ -65,15 +64,14 @@ def _open(locks: str, release: ExitStack, **settings: Any) -> Any:
     at until the process ends, so that every later dataset opens that of all before it. Its names for shared memory are numbers that
     all jobs of a machine share; here they are this process's own, so that no job meets another's and those of dead ones are known.
     """
-    streaming = import_streaming()
-    memory: Any = importlib.import_module("streaming.base.shared.memory")
-    for module in ("streaming.base.shared.prefix", "streaming.base.dataset"):
-        importlib.import_module(module)._get_path = _own_path  # type: ignore[attr-defined]
+    memory = streaming("shared.memory")
+    for module in ("shared.prefix", "dataset"):
+        streaming(module)._get_path = _own_path
     outside, tempfile.tempdir = tempfile.tempdir, locks
     exits, memory.atexit = memory.atexit, types.SimpleNamespace(register=release.callback)
     try:
         with alone():
-            return streaming.StreamingDataset(**settings)
+            return streaming("dataset").StreamingDataset(**settings)
     finally:
         tempfile.tempdir, memory.atexit = outside, exits
 
@@ -162,10 +160,8 @@ class Shards:
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """All documents in an epoch's shuffled order: streaming's shuffle for a world of one, so no rank count changes it."""
-        from streaming.base.batching import generate_work
-        from streaming.base.world import World
-
-        work = generate_work(self._dataset.batching_method, self._dataset, World(1, 1, 1, 0), epoch, 0)
+        world = streaming("world").World(1, 1, 1, 0)
+        work = streaming("batching").generate_work(self._dataset.batching_method, self._dataset, world, epoch, 0)
         ids: NDArray[np.int64] = work.flatten()
         return ids[ids >= 0]
 

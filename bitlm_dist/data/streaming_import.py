@@ -1,47 +1,30 @@
-"""Import of mosaicml-streaming beside a CPU build of torch.
+"""Import of mosaicml-streaming without what BitLM does not use of it.
 
-``import streaming`` imports torchvision for its vision classes, and the torchvision on the index is built for CUDA: it fails beside
-a CPU torch. Where that is so, a stand-in with the three names that streaming asks for takes its place; BitLM reads no images.
+The package imports its classes for images and text as a whole, and they bring torchvision, whose build on the index fails beside a
+CPU build of torch, and transformers: two seconds and thousands of files in every process. Only its datasets for tensors are wanted,
+and these need neither; so its two outer packages are entered without being executed.
 """
 
 import importlib
-import importlib.machinery
+import importlib.util
 import os
 import sys
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+PACKAGES = ("streaming", "streaming.base")
 ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def _stand_in() -> None:
-    def unavailable(*args: Any, **kwargs: Any) -> None:
-        raise ImportError("torchvision is not installed for this build of torch")
-
-    root = types.ModuleType("torchvision")
-    datasets = types.ModuleType("torchvision.datasets")
-    transforms = types.ModuleType("torchvision.transforms")
-    functional = types.ModuleType("torchvision.transforms.functional")
-    datasets.VisionDataset = type("VisionDataset", (), {})  # type: ignore[attr-defined]
-    functional.to_tensor = unavailable  # type: ignore[attr-defined]
-    root.datasets, root.transforms, transforms.functional = datasets, transforms, functional  # type: ignore[attr-defined]
-    for module in (root, datasets, transforms, functional):
-        module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)  # find_spec asks for one
-        sys.modules[module.__name__] = module
-
-
-def import_streaming() -> types.ModuleType:
-    """The package ``streaming``."""
-    if "streaming" not in sys.modules:
-        try:
-            importlib.import_module("torchvision")
-        except (ImportError, RuntimeError, OSError):
-            for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            _stand_in()
-    return importlib.import_module("streaming")
+def streaming(name: str) -> Any:
+    """The module ``streaming.base.NAME``."""
+    for package in PACKAGES:
+        if package not in sys.modules:
+            spec = importlib.util.find_spec(package)
+            assert spec is not None
+            sys.modules[package] = importlib.util.module_from_spec(spec)  # has its path, so that modules inside are found
+    return importlib.import_module(f"streaming.base.{name}")
 
 
 @contextmanager
@@ -53,8 +36,7 @@ def alone() -> Iterator[None]:
     """
     from torch import distributed
 
-    import_streaming()
-    world: Any = importlib.import_module("streaming.base.world")
+    world = streaming("world")
     environment = {name: os.environ.get(name) for name in ONE_PROCESS}
     is_initialized, worker_info = distributed.is_initialized, world.get_worker_info
     os.environ.update(ONE_PROCESS)

@@ -13,7 +13,6 @@ from bitlm_dist.model.head import DiffusionHead
 from bitlm_dist.model.head_loss import HeadLoss
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.fsdp_head import FsdpHead
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.partition import Partition
 from bitlm_dist.parallel.sliced import Sliced
@@ -102,6 +101,8 @@ class ShardedHead:
         self._dtype = next(model.head.parameters()).dtype
         named: dict[str, Tensor] = dict(module.named_parameters())
         if config.head.engine == "fsdp2":
+            from bitlm_dist.parallel.fsdp_head import FsdpHead  # brings half a second of torch
+
             self.engine = FsdpHead(config, module, list(model.head.blocks))
             named = {partition.pieces[0].name: partition.flat for partition in self.engine.partitions()}
             self._optimizer = HeadOptimizer(groups_of(named, config.optimizer), config.optimizer)

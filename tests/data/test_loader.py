@@ -11,7 +11,7 @@ import zstandard
 
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.data.feed import Feed
-from bitlm_dist.data.leftovers import PREFIX, SHARED_MEMORY, remove_leftovers
+from bitlm_dist.data.leftovers import PREFIX, SHARED_MEMORY, is_left_over, owned_name, remove_leftovers
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.errors import UserError
@@ -36,13 +36,18 @@ def children():
     return {p.pid for p in psutil.Process().children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())}
 
 
+def memory():
+    """Shared memory of this process and of dead ones; other jobs of the machine may have theirs."""
+    return {path for path in SHARED_MEMORY.iterdir() if path.name.startswith(owned_name("")) or is_left_over(path.name)}
+
+
 @pytest.fixture
 def clean():
     """Nothing that the test starts or opens outlives it."""
-    before = children(), set(SHARED_MEMORY.glob(f"{PREFIX}*"))
+    before = children(), memory()
     yield
     assert children() <= before[0]
-    assert set(SHARED_MEMORY.glob(f"{PREFIX}*")) <= before[1]
+    assert memory() <= before[1]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

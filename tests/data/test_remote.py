@@ -13,6 +13,7 @@ import torch
 from bitlm_dist.data import remote
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.remote import mirror, url_of
+from bitlm_dist.data.streaming_import import streaming
 from bitlm_dist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -141,9 +142,9 @@ def test_a_small_file_that_is_not_the_manifest_s_is_named_and_nothing_is_left(st
 
 
 def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkeypatch):
-    from streaming.base.storage.download import S3Downloader
+    downloader = streaming("storage.download").S3Downloader
 
-    plain, calls = S3Downloader._download_file_impl, []
+    plain, calls = downloader._download_file_impl, []
 
     def flaky(self, *arguments):
         calls.append(1)
@@ -151,9 +152,9 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkey
             raise OSError("connection reset")
         return plain(self, *arguments)
 
-    monkeypatch.setattr(S3Downloader, "_download_file_impl", flaky)
+    monkeypatch.setattr(downloader, "_download_file_impl", flaky)
     monkeypatch.setattr(remote, "TRIES", 2)
-    monkeypatch.setattr("streaming.base.util.sleep", lambda seconds: None)
+    monkeypatch.setattr(streaming("util"), "sleep", lambda seconds: None)
     mirror(bucket.url, tmp_path / "copy")
     assert len(calls) > 8
 

@@ -5,7 +5,7 @@ import pytest
 import zstandard
 from bitlm_dist.data_prep import mds
 
-from bitlm_dist.data.streaming_import import import_streaming
+from bitlm_dist.data.streaming_import import streaming
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -20,7 +20,7 @@ def test_shards_are_those_of_the_library(tmp_path, seed, dtype, limit, monkeypat
     mine.mkdir()
     shards = mds.write_shards(mine, documents, dtype)
     settings = {"compression": f"zstd:{mds.LEVEL}", "hashes": ["sha1", "xxh64"], "size_limit": limit}
-    with import_streaming().MDSWriter(out=str(theirs), columns={"tokens": f"ndarray:{dtype}"}, **settings) as writer:
+    with streaming("format").MDSWriter(out=str(theirs), columns={"tokens": f"ndarray:{dtype}"}, **settings) as writer:
         for tokens in documents:
             writer.write({"tokens": tokens})
     expected = json.loads((theirs / "index.json").read_text())["shards"]

@@ -10,10 +10,11 @@ from bitlm_dist.data.streaming_import import streaming
 def register() -> None:
     """Make streaming take http:// and https:// URLs as a remote."""
     download = streaming("storage.download")
+    base: Any = download.CloudDownloader
     if "http" in download.DOWNLOADER_MAPPINGS:
         return
 
-    class HttpDownloader(download.CloudDownloader):  # type: ignore[misc]
+    class HttpDownloader(base):  # type: ignore[misc]
         """Fetches files through fsspec."""
 
         @staticmethod

@@ -24,6 +24,7 @@ def streaming(name: str) -> Any:
             spec = importlib.util.find_spec(package)
             assert spec is not None
             sys.modules[package] = importlib.util.module_from_spec(spec)  # has its path, so that modules inside are found
+    importlib.import_module("streaming.base.dataset")  # first: its modules import one another in circles
     return importlib.import_module(f"streaming.base.{name}")
 
 

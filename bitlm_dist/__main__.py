@@ -6,12 +6,13 @@ import sys
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
-    from bitlm_dist.errors import UserError, say_failure, say_once, silence_announcements
+    from bitlm_dist.errors import UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
     silence_announcements()
     import typer
 
     from bitlm_dist.cli import app
+    from bitlm_dist.launch.attempts import report_failure
     from bitlm_dist.launch.ranks import Ranks, read_ranks
 
     # typer carries a click of its own, so the class of its errors is found through one that it exports
@@ -24,9 +25,12 @@ def main() -> None:
         code = app(prog_name="bitlm", standalone_mode=False)
     except (UserError, usage_error) as error:
         message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
+        report_failure(os.environ, ranks.rank, message, lost_peer=False, refused=True)
         say_once(message if "\n" in message else f"bitlm: {message}", ranks.rank)
         sys.exit(2)
     except Exception as error:
+        words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        report_failure(os.environ, ranks.rank, words, lost_peer=only_lost_peer(words), refused=False)
         if ranks.world == 1:
             raise
         say_failure(error, ranks.rank)

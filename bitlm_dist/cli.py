@@ -15,10 +15,12 @@ from bitlm_dist.bench.command import bench
 from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.launching import launching
 from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
 
 if TYPE_CHECKING:
+    from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.model.language_model import LanguageModel
     from bitlm_dist.parallel.layout import Layout
 
@@ -31,6 +33,7 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoints, name="checkpoint")
 app.add_typer(prepared, name="data")
+app.add_typer(launching, name="launch")
 
 
 @app.command()
@@ -116,23 +119,29 @@ def train(
     if dry_run:
         _dry_run(loaded.config)
         return
+    from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.launch.ranks import read_ranks
-    from bitlm_dist.parallel.layout import layout_of
 
     ranks = read_ranks(os.environ)
-    _train(loaded.config, resume, layout_of(loaded.config.parallel, ranks.world, ranks.rank))
+    with Heartbeat.of_environment(os.environ, ranks.rank, ranks.world) as heartbeat:
+        from bitlm_dist.parallel.layout import layout_of
+
+        _train(loaded.config, resume, layout_of(loaded.config.parallel, ranks.world, ranks.rank), heartbeat)
 
 
-def _train(config: Config, resume: bool, layout: "Layout") -> None:
+def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat") -> None:
     from bitlm_dist.display import training_progress
+    from bitlm_dist.launch import attempts
     from bitlm_dist.training.trainer import Trainer
 
     trainer = Trainer(config, resume, layout)
+    heartbeat.watch(lambda: trainer.step)
     speaks = layout.rank == 0
     begun, steps = trainer.step, config.training.steps
     if trainer.done:
         if speaks:
             say(f"{config.run.dir} is trained: step {begun} of {steps}")
+            attempts.report(os.environ, attempts.DONE, begun, "")
         trainer.close()
         return
     if speaks:
@@ -143,6 +152,9 @@ def _train(config: Config, resume: bool, layout: "Layout") -> None:
         evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
         observe = stack.enter_context(training_progress(console, begun, steps)) if speaks else None
         trainer.fit(observe=observe, evaluate=evaluator)
+    if speaks:
+        outcome = attempts.DONE if trainer.done else attempts.STOPPED
+        attempts.report(os.environ, outcome, trainer.step, trainer.stopped_by or "")
     if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
         raise typer.Exit(0)

@@ -33,10 +33,15 @@ def say_once(message: str, rank: int) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+def only_lost_peer(message: str) -> bool:
+    """Whether an error only says that another rank is gone."""
+    return any(sign in message.lower() for sign in LOST_PEER)
+
+
 def say_failure(error: BaseException, rank: int) -> None:
     """Print what ended this rank of a job, last a line with rank and host; one that only lost its peers leaves them the word."""
     message = " ".join(str(error).split())
-    if any(sign in message.lower() for sign in LOST_PEER):
+    if only_lost_peer(message):
         time.sleep(FOLLOWER)
     traceback.print_exception(error)
     print(f"bitlm: rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {message}", file=sys.stderr, flush=True)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "checkpoints", "display", "doctor", "prepared"},
+    {"bench", "checkpoints", "display", "doctor", "launching", "prepared"},
     {"terminal"},
     {"evaluation", "planning"},
     {"inference", "training"},

@@ -22,6 +22,7 @@ from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, sync_tree, try_lock, write_atomically
+from bitlm_dist.launch.attempts import LAUNCH
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
@@ -77,7 +78,7 @@ class RunFolder:
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
             self._compare_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
-        elif self.path.exists() and any(f.name not in (LOCK, STOP_FILE) and f.name[0] != "." for f in self.path.iterdir()):
+        elif self.path.exists() and any(f.name not in (LOCK, STOP_FILE, LAUNCH) and f.name[0] != "." for f in self.path.iterdir()):
             raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
         with self._writing():
             self._hold()

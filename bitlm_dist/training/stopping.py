@@ -1,15 +1,17 @@
-"""What asks a run to stop: SIGTERM, SIGINT and SIGUSR2, or a file named ``stop`` in the run folder.
+"""What asks a run to stop: SIGTERM, SIGINT and SIGUSR2, or a file: ``stop`` in the run folder, or its launcher's.
 
 Between two steps the loop asks; in the long waits between them (an evaluation, data that does not come) the request breaks in.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread, get_ident, main_thread
 from types import FrameType, TracebackType
 from typing import Any
+
+from bitlm_dist.launch.attempts import STOP_REQUEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 STOP_FILE = "stop"
@@ -25,12 +27,12 @@ class StopRequests:
     """Listens while open; a context manager. Outside the main thread signals are their owner's, and only the file counts.
 
     Args:
-        file: whose existence asks to stop.
+        files: any of which asks to stop by being there.
         rank: of this process.
     """
 
-    def __init__(self, file: Path, rank: int) -> None:
-        self._file, self._poll = file, POLL[min(rank, 1)]
+    def __init__(self, files: Sequence[Path], rank: int) -> None:
+        self._files, self._poll = files, POLL[min(rank, 1)]
         self.code = 0  # of the request: a signal's number
         self._break_in = False
         self._old: dict[signal.Signals, Any] = {}
@@ -71,21 +73,23 @@ class StopRequests:
             raise Interrupted
 
     def _watch(self) -> None:
-        """Turn the file into a signal, which wakes the main thread from what it waits for."""
-        while not self._done.wait(self._poll):
-            try:
-                found = self._file.exists()
-            except OSError:  # the file system is away for a moment
-                continue
-            if found:
-                self.code = self.code or _BY_FILE
-                if self._old:
-                    signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR2)
+        """Turn a file into a signal, which wakes the main thread from what it waits for."""
+        while not self._found():
+            if self._done.wait(self._poll):
                 return
+        self.code = self.code or _BY_FILE
+        if self._old:
+            signal.pthread_kill(main_thread().ident or 0, signal.SIGUSR2)
+
+    def _found(self) -> bool:
+        try:
+            return any(file.exists() for file in self._files)
+        except OSError:  # the file system is away for a moment
+            return False
 
 
 def name_of(code: int) -> str | None:
     """What asked to stop, from :attr:`StopRequests.code`: a signal's name or the file; None: nothing has."""
     if not code:
         return None
-    return "stop file" if code == _BY_FILE else signal.Signals(code).name
+    return STOP_REQUEST if code == _BY_FILE else signal.Signals(code).name

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +19,7 @@ from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.errors import UserError
+from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import check_machine
 from bitlm_dist.model.language_model import Batch, LanguageModel
 from bitlm_dist.parallel import mesh
@@ -85,7 +87,7 @@ class Trainer:
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._finite = True  # loss and gradient norm of the last step
         self._evaluated = 0  # the last step that was
-        self._stop = StopRequests(self.folder.stop_file, layout.rank)
+        self._stop = self._stop_requests()
         self._stopped_by: str | None = None
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
         self.folder.check_shared(layout)
@@ -114,7 +116,7 @@ class Trainer:
             evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
-        with StopRequests(self.folder.stop_file, self.layout.rank) as self._stop, self._logs() as log:
+        with self._stop_requests() as self._stop, self._logs() as log:
             try:
                 self._evaluate_if_due(evaluate, log)  # one that a stop cut short
                 while self.step < last:
@@ -135,6 +137,9 @@ class Trainer:
             except Exception:
                 self._give_way()
                 raise
+
+    def _stop_requests(self) -> StopRequests:
+        return StopRequests([self.folder.stop_file, *stop_files(os.environ)], self.layout.rank)
 
     @contextmanager
     def _logs(self) -> Iterator[MetricsLog | NoLog]:

@@ -1,0 +1,120 @@
+"""How a launched run is: from the batch system, its attempts and its metrics."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.launch import attempts, slurm, submit
+
+from bitlm_dist.config_loading import load
+from bitlm_dist.errors import UserError
+
+RECENT = 20  # steps whose mean speed tells when it will be done
+TAIL = 20  # lines of a log
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment.
+
+    Attributes:
+        state: of the job in Slurm's words, or running, ended; with the reason it waits, if it does.
+        job: its number, empty on a single machine.
+        attempts: starts so far.
+        last: what came of the newest attempt that has ended.
+        step, steps: done, and in all.
+        tokens_per_second: of the last steps.
+        checkpoint: newest complete one, -1: none.
+        seconds_left: of training at that speed; None: not known.
+        excluded: nodes found bad.
+    """
+
+    state: str
+    job: str
+    attempts: int
+    last: str
+    step: int
+    steps: int
+    tokens_per_second: float | None
+    checkpoint: int
+    seconds_left: float | None
+    excluded: list[str]
+
+
+def status_of(run: Path) -> Status:
+    """Raises UserError where ``run`` was not launched."""
+    folder = submit.launched(run)
+    every, numbers = attempts.read_attempts(run), submit.jobs(run)
+    config = load(folder / "config.yaml").config
+    recent = list(deque(_metrics(run), maxlen=RECENT))
+    step = int(recent[-1]["step"]) if recent else 0
+    seconds = [entry["seconds"] for entry in recent]
+    rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / (seconds[-1] - seconds[0]) if len(recent) > 1 else None
+    left = (config.training.steps - step) * config.training.global_batch_tokens
+    ended = [attempt for attempt in every if attempt.outcome]
+    return Status(
+        state=_state(numbers, every),
+        job=numbers[-1] if numbers else "",
+        attempts=len(every),
+        last=f"{ended[-1].outcome}: {ended[-1].reason}" if ended else "",
+        step=step,
+        steps=config.training.steps,
+        tokens_per_second=rate,
+        checkpoint=attempts.newest_checkpoint(run),
+        seconds_left=left / rate if rate else None,
+        excluded=json.loads(bad.read_text()) if (bad := folder / "excluded.json").is_file() else [],
+    )
+
+
+def _state(numbers: list[str], every: list[attempts.Attempt]) -> str:
+    if not numbers:
+        return "ended" if every and every[-1].outcome else "running"
+    found = slurm.show(numbers[-1])
+    if not found:
+        return "unknown to Slurm by now"
+    waits = found["JobState"] == "PENDING" and found.get("Reason", "None") != "None"
+    return f"{found['JobState']} ({found['Reason']})" if waits else found["JobState"]
+
+
+def _metrics(run: Path) -> Iterator[dict[str, Any]]:
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        return
+    with file.open() as stream:
+        for line in stream:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # being written
+
+
+def log_of(run: Path, rank: int | None, number: int | None) -> tuple[str, list[str]]:
+    """The end of a log: that of ``rank``; without one, that of the rank which failed first, else of rank 0.
+
+    Args:
+        number: of the attempt; None: the newest.
+
+    Raises:
+        UserError: no such attempt or log.
+    """
+    submit.launched(run)
+    every = attempts.read_attempts(run)
+    chosen = next((attempt for attempt in reversed(every) if number in (None, attempt.number)), None)
+    if chosen is None:
+        raise UserError(
+            f"{run} has no attempt {number or ''}: `bitlm launch status {run}` says how many there are".replace("  ", " ")
+        )
+    folder = attempts.folder_of(run, chosen.number)
+    failure = attempts.first_failure(folder)
+    rank = rank if rank is not None else int(failure["rank"]) if failure else 0
+    file = folder / "logs" / f"rank-{rank}.log"
+    title = f"attempt {chosen.number}, rank {rank}"
+    if failure and failure["rank"] == rank:
+        title += f", the first to fail, at {time.strftime('%H:%M:%S', time.localtime(failure['time']))}: {failure['message']}"
+    if not file.is_file():
+        raise UserError(f"{file} is not there: the rank never began, see the job's own log in {run}/launch")
+    return title, file.read_text(errors="replace").splitlines()[-TAIL:]

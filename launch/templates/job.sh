@@ -1,0 +1,93 @@
+#!/bin/bash
+{% for option in options -%}
+#SBATCH {{ option }}
+{% endfor -%}
+# Trains {{ run | comment }}. Rendered by `bitlm launch slurm`; `bitlm launch resume` submits it again.
+set -u
+
+run={{ run | sh }}
+python={{ python | sh }}
+config="$run/launch/config.yaml"
+{% for name, value in env.items() -%}
+export {{ name }}={{ value | sh }}
+{% endfor -%}
+{% for module in modules -%}
+module load {{ module | sh }} || exit 2
+{% endfor -%}
+export PYTHONUNBUFFERED=1
+export SRUN_CPUS_PER_TASK={{ cpus_per_task }} # srun no longer takes it from the job
+
+# What asks to stop. Bash runs a trap only between commands, so whatever takes long is waited for in the background.
+attempt='' stopped=''
+stop() {
+  stopped=$1
+  if [ -n "$attempt" ]; then printf '%s\n' "$stopped" >"$attempt/stop"; fi
+}
+trap 'stop "the time limit or preemption"' USR2
+trap 'stop "SIGTERM"' TERM
+wait_for() {
+  local code
+  while :; do
+    wait "$1"
+    code=$?
+    kill -0 "$1" 2>/dev/null || return "$code"
+  done
+}
+
+agent() { # on this node, in the ranks' surroundings
+  {{ agent_prefix }}"$python" -m bitlm_dist.launch.agent "$@"
+}
+job_state() { scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*'; }
+submit_again() { sbatch --parsable "$@" "$run/launch/job.sh" >>"$run/launch/jobs"; }
+
+mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+while :; do
+  mapfile -t begun < <(agent begin "$run" "${nodes[@]}")
+  if [ "${#begun[@]}" -ne 3 ]; then exit 2; fi
+  attempt=${begun[0]}
+  if [ -n "$stopped" ]; then stop "$stopped"; fi
+  export BITLM_ATTEMPT=$attempt MASTER_ADDR=${begun[1]} MASTER_PORT=${begun[2]}
+  answer=go
+  code=0
+{%- if preflight %}
+
+  if [ -z "$stopped" ]; then
+    srun --nodes={{ nodes }} --ntasks={{ nodes }} --ntasks-per-node=1 --time={{ preflight_minutes }}{{ step_flags }} \
+      bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}"$python" -m bitlm_dist.launch.preflight "$attempt" >>"$attempt/start.log" 2>&1 &
+    wait_for $!
+    mapfile -t answers < <(agent judge "$run")
+    answer=${answers[0]:-go}
+  fi
+{%- endif %}
+
+  if [ "$answer" = go ] && [ -z "$stopped" ]; then
+    srun --kill-on-bad-exit=1 --nodes={{ nodes }} --ntasks={{ tasks }} --ntasks-per-node={{ tasks_per_node }}{{ step_flags }} \
+      bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}{{ command }} >>"$attempt/start.log" 2>&1 &
+    wait_for $!
+    code=$?
+  fi
+
+  mapfile -t verdict < <(agent decide "$run" "$code")
+  case ${verdict[0]:-} in
+    end) exit 0 ;;
+    restart)
+      sleep "${verdict[3]}" &
+      if [ -z "$stopped" ]; then wait_for $!; fi
+      if [ -z "$stopped" ]; then continue; fi
+      ;;
+    requeue | resubmit) ;;
+    *) exit 1 ;;
+  esac
+  # this allocation ends here; a job that was cancelled is not brought back
+  if [ "$(job_state)" != JobState=RUNNING ]; then exit 1; fi
+  if [ "${verdict[0]}" = resubmit ]; then
+    submit_again --exclude="${verdict[2]}"
+    exit
+  fi
+{%- if requeue %}
+  scontrol requeue "$SLURM_JOB_ID" # ends this script
+{%- else %}
+  submit_again --dependency=singleton
+{%- endif %}
+  exit
+done

@@ -1,0 +1,122 @@
+import json
+
+import pytest
+from bitlm_dist.launch import attempts
+from bitlm_dist.launch.attempts import BAD_NODES, BY_USER, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED, Attempt, Limits, decide
+
+
+def attempt(outcome, begun=0, reached=0, reason="why"):
+    return Attempt(1, "7", 0, ("n0",), 0.0, begun, outcome, reason, reached)
+
+
+@pytest.mark.parametrize(
+    ("last", "cancelled", "action"),
+    [
+        (attempt(DONE), False, "end"),
+        (attempt(DONE), True, "end"),
+        (attempt(STOPPED, 0, 5), False, "requeue"),
+        (attempt(STOPPED, 0, 5), True, "end"),
+        (attempt(STOPPED, 0, 5, BY_USER + ", saved at step 5"), False, "end"),
+        (attempt(REFUSED), False, "give up"),
+        (attempt(FAILED, 0, 5), False, "restart"),
+        (attempt(FAILED, 0, 5), True, "end"),
+        (attempt(HUNG), False, "restart"),
+        (attempt(LOST), False, "restart"),
+        (attempt(BAD_NODES), False, "resubmit"),
+    ],
+)
+def test_what_comes_after_an_attempt(last, cancelled, action):
+    verdict = decide([last], 2, cancelled, ["n3"])
+    assert verdict.action == action
+    assert verdict.exclude == (("n3",) if action == "resubmit" else ())
+
+
+@pytest.mark.parametrize("outcome", [STOPPED, FAILED, HUNG, LOST, BAD_NODES])
+def test_no_run_goes_round_in_circles(outcome):
+    idle = attempt(outcome, 5, 5)
+    assert decide([idle] * 2, 2, False).action != "give up"
+    verdict = decide([idle] * 3, 2, False)
+    assert verdict.action == "give up"
+    assert verdict.reason == "3 attempts in a row made no new checkpoint; the last: why"
+    assert decide([idle, idle, attempt(outcome, 5, 6), idle, idle], 2, False).action != "give up", "a checkpoint resets the count"
+    assert decide([idle], 0, False).action == "give up"
+
+
+def test_an_attempt_without_an_end_is_given_one(tmp_path):
+    first = attempts.begin(tmp_path, "7", 0, ["n0", "n1"], Limits(beat=3.0))
+    assert attempts.read_attempts(tmp_path)[0].outcome == ""
+    (tmp_path / "checkpoints" / "step-00000012").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000012" / "manifest.json").write_text("{}")
+    (tmp_path / "checkpoints" / ".step-00000013.partial").mkdir()
+    second = attempts.begin(tmp_path, "7", 1, ["n0", "n1"], Limits())
+    assert (first.name, second.name) == ("0001", "0002")
+    old, new = attempts.read_attempts(tmp_path)
+    assert (old.outcome, old.checkpoint, old.reached) == (LOST, -1, 12)
+    assert old.limits == Limits(beat=3.0)
+    assert (new.restart, new.checkpoint, new.nodes) == (1, 12, ("n0", "n1"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    made = attempts.begin(tmp_path, "", 0, ["here"], Limits())
+    monkeypatch.setenv(attempts.VARIABLE, str(made))
+    return made
+
+
+def environment(folder):
+    return {attempts.VARIABLE: str(folder)}
+
+
+def test_files_decide_and_codes_only_where_there_are_none(folder):
+    assert attempts.outcome_of(folder, 0)[0] == FAILED, "no word is no success"
+    (folder / "start.log").write_text("python: command not found\nsrun: error: n1: task 1: Exited with exit code 127\n")
+    assert attempts.outcome_of(folder, 127) == (FAILED, "python: command not found")
+    (folder / "start.log").write_text("srun: warning\nbitlm: the folder is not there on n1: choose another\n")
+    assert attempts.outcome_of(folder, 143) == (REFUSED, "the folder is not there on n1: choose another")
+    attempts.ask_to_stop(folder, "the time limit")
+    assert attempts.outcome_of(folder, 143) == (STOPPED, "the time limit")
+    attempts.report_failure(environment(folder), 3, "ValueError: x", lost_peer=False, refused=False)
+    outcome, reason = attempts.outcome_of(folder, 0)
+    assert outcome == FAILED
+    assert reason.startswith("rank 3 on ")
+    assert reason.endswith(": ValueError: x")
+    (folder / "hung.json").write_text(json.dumps({"rank": 1, "host": "n7", "what": "gave no sign of life for 9 s"}))
+    assert attempts.outcome_of(folder, 0) == (HUNG, "rank 1 on n7 gave no sign of life for 9 s")
+    attempts.report(environment(folder), STOPPED, 12, "SIGUSR2")
+    assert attempts.outcome_of(folder, 1) == (STOPPED, "the time limit, saved at step 12")
+    attempts.report(environment(folder), DONE, 20, "")
+    assert attempts.outcome_of(folder, 1) == (DONE, "step 20")
+
+
+def test_a_stop_file_of_the_user_is_told_from_the_launcher_s(folder):
+    attempts.report(environment(folder), STOPPED, 4, "stop file")
+    assert attempts.outcome_of(folder, 0)[1] == f"{BY_USER}, saved at step 4"
+    attempts.report(environment(folder), STOPPED, 4, "SIGTERM")
+    assert attempts.outcome_of(folder, 0)[1] == "SIGTERM, saved at step 4"
+
+
+def test_the_first_failure_is_no_rank_that_only_lost_a_peer(folder):
+    attempts.report_failure(environment(folder), 0, "gloo: closed by peer", lost_peer=True, refused=False)
+    attempts.report_failure(environment(folder), 5, "RuntimeError: nan", lost_peer=False, refused=False)
+    attempts.report_failure(environment(folder), 4, "RuntimeError: later", lost_peer=False, refused=False)
+    found = attempts.first_failure(folder)
+    assert found is not None
+    assert (found["rank"], found["message"]) == (5, "RuntimeError: nan")
+    attempts.report_failure(environment(folder), 1, "data.path does not exist", lost_peer=False, refused=True)
+    (folder / "failures" / "rank-5.json").unlink()
+    (folder / "failures" / "rank-4.json").unlink()
+    assert attempts.outcome_of(folder, 1) == (REFUSED, "data.path does not exist")
+
+
+def test_without_a_launcher_nothing_is_written(tmp_path):
+    attempts.report({}, DONE, 3, "")
+    attempts.report_failure({}, 0, "x", lost_peer=False, refused=False)
+    assert attempts.stop_files({}) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cancelled_run(tmp_path):
+    assert not attempts.is_cancelled(tmp_path)
+    attempts.begin(tmp_path, "", 0, ["here"], Limits())
+    (tmp_path / "launch" / attempts.CANCELLED).touch()
+    assert attempts.is_cancelled(tmp_path)

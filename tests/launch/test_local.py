@@ -1,0 +1,127 @@
+"""The real command on this machine: ranks that are killed or stopped, a run that fails every time, Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from bitlm_dist.launch import attempts
+from bitlm_dist.launch.attempts import DONE, FAILED, HUNG, STOPPED
+from bitlm_dist.launch.status import log_of, status_of
+
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.trainer import Trainer
+
+CLUSTER = "watch: {beat: 0.2, frozen: 6, stalled: 120, start: 120}\nmax_restarts: 1\npause: 1\nenv: {OMP_NUM_THREADS: '1'}\n"
+
+
+@pytest.fixture
+def launch(tiny, prepared, tmp_path):
+    """(ranks, overrides) -> `bitlm launch local`, begun."""
+    (tmp_path / "cluster.yaml").write_text(CLUSTER)
+    begun = []
+
+    def make(ranks, *overrides):
+        words = [str(tiny.file), "-n", str(ranks), "--cluster", str(tmp_path / "cluster.yaml"), "--data.path", str(prepared)]
+        command = [sys.executable, "-m", "bitlm_dist", "launch", "local", *words, "--run.dir", str(tmp_path / "run"), *overrides]
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what a kill leaves goes with the test's folder
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        begun.append(subprocess.Popen(command, text=True, env=environment, **streams))
+        return begun[-1]
+
+    yield make
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+def until(what, process, seconds=120):
+    """Wait for ``what()``, as long as the launcher lives -> it."""
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    return found
+
+
+def beat_of(run, number, rank, step):
+    """Where a rank of an attempt is, once it has done ``step`` steps."""
+    try:
+        beat = json.loads((attempts.folder_of(run, number) / "beats" / f"rank-{rank}").read_text())
+    except OSError:
+        return None
+    return beat if beat["step"] >= step else None
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(launch, tiny, tmp_path):
+    run, words = tmp_path / "run", ("--training.steps", "60", "--checkpoint.every_steps", "5")
+    process = launch(2, *words)
+    os.kill(until(lambda: beat_of(run, 1, 1, 7), process)["process"], signal.SIGKILL)
+    os.kill(until(lambda: beat_of(run, 2, 0, 12), process)["process"], signal.SIGSTOP)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    first, second, third = attempts.read_attempts(run)
+    assert (first.outcome, second.outcome, third.outcome) == (FAILED, HUNG, DONE)
+    assert second.reason.startswith("rank 0 on ")
+    assert "gave no sign of life for" in second.reason
+    assert (third.checkpoint, third.reached) == (second.reached, 60)
+    assert "attempt 2: hung: rank 0 on" in output
+    assert "step 60/60" in output, "what rank 0 prints is shown"
+    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
+    whole.fit()
+    whole.close()
+    assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    status = status_of(run)
+    assert (status.state, status.attempts, status.step, status.checkpoint, status.seconds_left) == ("ended", 3, 60, 60, 0.0)
+
+
+def test_a_run_that_fails_every_time_is_given_up_with_the_first_error(launch, tmp_path):
+    run = tmp_path / "run"
+    process = launch(1, "--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 1
+    said = "2 attempts in a row made no new checkpoint; the last: rank 0 on "
+    assert said in output
+    assert "RuntimeError: the gradient norm was not finite in 20 steps in a row" in output.partition(said)[2]
+    assert [attempt.outcome for attempt in attempts.read_attempts(run)] == [FAILED, FAILED]
+    title, lines = log_of(run, None, None)
+    assert title.startswith("attempt 2, rank 0, the first to fail, at ")
+    assert any("RuntimeError" in line for line in lines)
+    with pytest.raises(UserError, match="has no attempt 3"):
+        log_of(run, None, 3)
+    with pytest.raises(UserError, match="rank-1.log is not there"):
+        log_of(run, 1, None)
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
+    run, words = tmp_path / "run", ("--training.steps", "120", "--checkpoint.every_steps", "0")
+    process = launch(1, *words)
+    until(lambda: beat_of(run, 1, 0, 3), process)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    assert "SIGINT: saving; once more ends it at once" in output
+    (only,) = attempts.read_attempts(run)
+    assert only.outcome == STOPPED
+    assert only.reason == f"SIGINT, saved at step {only.reached}"
+    assert launch(1, *words).communicate(timeout=120)[0].count("step 120/120") == 1
+    assert attempts.read_attempts(run)[-1].checkpoint == only.reached
+
+
+def test_what_the_user_must_mend_is_not_tried_again(launch, tmp_path):
+    process = launch(2, "--head.zero_stage", "3", "--optimizer.sharded", "false", "--checkpoint.fallback", "nonsense")
+    assert process.wait(60) == 2
+    assert not (tmp_path / "run").exists()
+    process = launch(1, "--model.bits", "8")
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1
+    assert "model.bits = 8 gives 256 codes, too few" in output
+    assert len(attempts.read_attempts(tmp_path / "run")) == 1

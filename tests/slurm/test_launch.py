@@ -1,0 +1,267 @@
+"""Whole runs on a real Slurm: `bitlm launch slurm`, as a user calls it, and what a cluster does to jobs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bitlm_dist.launch import attempts
+from bitlm_dist.launch.attempts import DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
+
+from bitlm_dist.config_loading import load
+from bitlm_dist.training.trainer import Trainer
+
+SAMPLE = Path(__file__).parents[2] / "data_prep" / "sample" / "kjv.jsonl.zst"
+CLUSTER = """
+python: {python}
+signal_lead: 25
+save_seconds: 5
+max_restarts: 2
+pause: 2
+env: {{OMP_NUM_THREADS: "1"}}
+preflight: {{enabled: {preflight}, disk_gb: 0.01, gemm: 0, bandwidth: 0}}
+watch: {{beat: 0.5, frozen: 6, stalled: 100, start: 100}}
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """What the quickstart trains on."""
+    from bitlm_dist.data_prep.prepare import prepare
+
+    out = tmp_path_factory.mktemp("kjv") / "data"
+    prepare([SAMPLE], "bpe:4096", out)
+    return out
+
+
+class Launcher:
+    """The command `bitlm launch` against a cluster, and the run that it starts."""
+
+    def __init__(self, cluster, folder: Path, data: Path) -> None:
+        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        self._data = data
+        self.job = ""
+
+    def ask(self, *words, code=0, **environment):
+        command = [sys.executable, "-m", "bitlm_dist", "launch", *map(str, words)]
+        environment = {**self.cluster.environment, "COLUMNS": "200", **environment}
+        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert answer.returncode == code, answer.stdout + answer.stderr
+        return answer.stdout + answer.stderr
+
+    def words(self, *overrides):
+        return ["quickstart", "--run.dir", self.run, "--data.path", self._data, *overrides]
+
+    def file(self, preflight=False, more=""):
+        file = self.folder / "cluster.yaml"
+        file.write_text(CLUSTER.format(python=sys.executable, preflight=str(preflight).lower()) + more)
+        return file
+
+    def submit(self, nodes, *overrides, preflight=False):
+        options = ("--nodes", nodes, "--cluster", self.file(preflight), "--time", "0:10:00")
+        self.job = _job_in(self.ask("slurm", *self.words(*overrides), *options))
+
+    def resume(self):
+        self.job = _job_in(self.ask("resume", self.run))
+
+    def until(self, what, seconds=120):
+        """Wait for ``what()`` -> it."""
+        end = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < end, self.story()
+            time.sleep(0.05)
+        return found
+
+    def finish(self, state="COMPLETED", seconds=150):
+        try:
+            assert self.cluster.wait(self.job, {state}, timeout=seconds) == state
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+
+    def story(self):
+        logs = [*(self.run / "launch").glob("job-*.log"), *(self.run / "launch").glob("attempts/*/logs/rank-0.log")]
+        return "\n".join(f"--- {log}\n{log.read_text()[-1500:]}" for log in logs)
+
+    def steps(self):
+        file = self.run / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+
+    def at_step(self, step):
+        return self.until(lambda: len(self.steps()) >= step)
+
+    def signal(self):
+        """What Slurm does before the time limit, at once."""
+        self.cluster.run("scancel", "--batch", "--signal=USR2", self.job)
+
+    def attempts(self):
+        return attempts.read_attempts(self.run)
+
+    def begun(self, number):
+        return self.until(lambda: len(self.attempts()) >= number)
+
+    def log(self):
+        return "".join(log.read_text() for log in sorted((self.run / "launch").glob("job-*.log")))
+
+    def whole(self, *overrides):
+        """Losses of a run that nothing disturbs, in this process."""
+        words = [*self.words(*overrides), "--run.dir", self.folder / "whole"]
+        torch.set_num_threads(1)  # as the job: sums of other parts are other sums
+        trainer = Trainer(load(Path(words[0]), list(map(str, words[1:]))).config)
+        trainer.fit()
+        trainer.close()
+        torch.set_num_threads(os.cpu_count() or 1)
+        return [json.loads(line)["loss"] for line in (self.folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+
+
+def _job_in(said):
+    return said.partition(": job ")[2].replace(";", ",").partition(",")[0]
+
+
+@pytest.fixture
+def launcher(cluster, tmp_path, data):
+    return Launcher(cluster, tmp_path, data)
+
+
+def losses(launcher, count):
+    assert [entry["step"] for entry in launcher.steps()] == list(range(1, count + 1)), "each step once"
+    return [entry["loss"] for entry in launcher.steps()]
+
+
+def test_four_nodes_train_what_one_process_trains(launcher):
+    words = ("--training.steps", "12", "--checkpoint.every_steps", "5")
+    launcher.submit(4, *words, preflight=True)
+    launcher.finish()
+    assert losses(launcher, 12) == pytest.approx(launcher.whole(*words), rel=1e-5)
+    (only,) = launcher.attempts()
+    assert (only.outcome, only.nodes, only.job) == (DONE, ("n0", "n1", "n2", "n3"), launcher.job)
+    measured = [json.loads(file.read_text()) for file in (launcher.run / "launch/attempts/0001/nodes").glob("n?.json")]
+    assert len(measured) == 4
+    assert all(node["error"] == "" and node["clock"] and node["bandwidth"] and node["gemm"] for node in measured)
+    assert len(list((launcher.run / "launch/attempts/0001/logs").iterdir())) == 4
+    status = json.loads(launcher.ask("status", launcher.run, "--json"))
+    assert (status["state"], status["step"], status["checkpoint"]) == ("COMPLETED", 12, 12)
+    assert "step 12/12" in launcher.ask("logs", launcher.run, "--rank", "0")
+    assert json.loads((launcher.run / "launch" / "code.json").read_text())["version"]
+
+
+def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
+    words = ("--training.steps", "70", "--checkpoint.every_steps", "0")
+    launcher.submit(1, *words)
+    launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=1")  # minutes; Slurm is up to one early
+    launcher.until(lambda: len([a for a in launcher.attempts() if a.outcome == STOPPED]) >= 2, 180)
+    launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10")
+    launcher.finish(seconds=180)
+    found = launcher.attempts()
+    assert [a.outcome for a in found] == [*[STOPPED] * (len(found) - 1), DONE]
+    assert [a.restart for a in found] == list(range(len(found)))
+    assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found[:-1])
+    assert losses(launcher, 70) == launcher.whole(*words)
+
+
+def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launcher):
+    words = ("--training.steps", "30", "--checkpoint.every_steps", "1", "--evaluation.every_steps", "10")
+    words = (*words, "--evaluation.sequences", "16", "--evaluation.strata", "2")
+    launcher.submit(1, *words)
+    launcher.begun(1)
+    launcher.signal()  # in the first second: nothing listens yet but the batch script
+    launcher.begun(2)
+    launcher.at_step(3)
+    launcher.until(lambda: list((launcher.run / "checkpoints").glob(".step-*.partial")))  # during a save
+    launcher.signal()
+    launcher.begun(3)
+    launcher.at_step(10)
+    launcher.signal()  # during the evaluation
+    launcher.begun(4)
+    launcher.at_step(13)
+    launcher.ask("cancel", launcher.run)
+    launcher.finish()
+    assert launcher.attempts()[-1].outcome == STOPPED
+    launcher.resume()
+    launcher.begun(5)
+    launcher.at_step(launcher.attempts()[-1].checkpoint + 2)
+    other = launcher.cluster.submit("sleep 2", "--partition=high", "--nodes=4", "--exclusive", output=launcher.folder / "high.log")
+    launcher.cluster.wait(other)
+    launcher.finish()
+    found = launcher.attempts()
+    assert [a.outcome for a in found] == [*[STOPPED] * 5, DONE]
+    assert found[0].reached < 3, "it stopped as soon as it could"
+    assert found[-1].checkpoint == found[-2].reached
+    assert losses(launcher, 30) == launcher.whole(*words)
+    evaluations = (launcher.run / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in evaluations] == [10, 20, 30]
+
+
+def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
+    words = ("--training.steps", "30", "--checkpoint.every_steps", "2")
+    launcher.submit(2, *words)
+    launcher.at_step(5)
+    nodes = sorted(launcher.cluster.pids(launcher.job))
+    assert len(nodes) == 2
+    launcher.cluster.kill_node(int(nodes[1][1:]))
+    launcher.until(lambda: launcher.cluster.show(launcher.job)["JobState"] != "RUNNING", 90)
+    noticed = time.monotonic()
+    launcher.until(lambda: launcher.attempts()[-1].restart == 1)
+    launcher.at_step(launcher.attempts()[-1].checkpoint + 1)
+    assert time.monotonic() - noticed < 60, "it trains again"
+    *lost, again = launcher.attempts()
+    assert {a.outcome for a in lost} <= {FAILED, LOST}, "the other rank may notice before Slurm does"
+    assert nodes[1] not in again.nodes
+    launcher.at_step(again.checkpoint + 3)
+    node = again.nodes[1]
+    (process,) = launcher.cluster.pids(launcher.job)[node]
+    os.kill(process, signal.SIGSTOP)
+    launcher.begun(again.number + 1)
+    hung = launcher.attempts()[again.number - 1]
+    assert hung.outcome == HUNG
+    assert hung.reason.startswith(f"rank 1 on {node} gave no sign of life for ")
+    launcher.finish()
+    assert launcher.attempts()[-1].outcome == DONE
+    assert losses(launcher, 30) == pytest.approx(launcher.whole(*words), rel=1e-5)
+
+
+def test_a_run_that_fails_every_time_is_given_up(launcher):
+    words = ("--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
+    launcher.submit(1, *words, "--training.global_batch_tokens", "512", "--max-restarts", "1")
+    launcher.finish("FAILED")
+    assert [a.outcome for a in launcher.attempts()] == [FAILED] * 2
+    assert "2 attempts in a row made no new checkpoint; the last: rank 0 on n" in launcher.log()
+    assert "RuntimeError: the gradient norm was not finite in 20 steps" in launcher.log().splitlines()[-1]
+    assert launcher.cluster.show(launcher.job)["Restarts"] == "0"
+
+
+def test_what_cannot_work_is_refused_before_the_queue(launcher):
+    options = ("--cluster", launcher.file(), "--time", "0:10:00")
+    for words, message in (
+        (("--partition", "nowhere"), "invalid partition specified"),
+        (("--nodes", "8"), "Requested node configuration is not available"),
+        (("--time", "0:01:25"), "leaves nothing to train in: it must be above signal_lead"),
+    ):
+        said = launcher.ask("slurm", *launcher.words(), *options, *words, code=2)
+        assert message in said
+        assert len(said.splitlines()) == 1
+        assert not launcher.run.exists()
+    launcher.file(more="gpus_per_node: 4\n")
+    assert "sbatch: " in launcher.ask("slurm", *launcher.words(), *options, code=2)
+    script = launcher.ask("slurm", *launcher.words(), *options, "--dry-run")
+    assert script.startswith("#!/bin/bash\n#SBATCH --job-name=bitlm-run\n")
+    said = launcher.ask("slurm", *launcher.words(), *options, code=2, PATH=str(launcher.folder))
+    assert "is not on the path: launch from a login node" in said
+    assert not launcher.run.exists()
+
+
+def test_a_run_folder_that_a_node_does_not_see(launcher):
+    inside = ["nsenter", "-t", str(launcher.cluster.slurmd("n1")), "-m"]
+    subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(launcher.folder)], check=True)
+    try:
+        launcher.submit(2, "--training.steps", "5")
+        launcher.finish("FAILED")
+    finally:
+        subprocess.run([*inside, "umount", str(launcher.folder)], check=True)
+    (only,) = launcher.attempts()
+    assert only.outcome == REFUSED
+    assert f"{launcher.run}/launch/attempts/0001 is not there on n1: choose a run.dir" in launcher.log()

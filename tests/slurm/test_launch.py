@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
+from bitlm_dist.launch.attempts import BAD_NODES, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
 
 from bitlm_dist.config_loading import load
 from bitlm_dist.training.trainer import Trainer
@@ -24,7 +25,7 @@ save_seconds: 5
 max_restarts: 2
 pause: 2
 env: {{OMP_NUM_THREADS: "1"}}
-preflight: {{enabled: {preflight}, disk_gb: 0.01, gemm: 0, bandwidth: 0}}
+preflight: {{enabled: {preflight}, disk_gb: 0.01, gemm: 0, bandwidth: 0, seconds: 15}}
 watch: {{beat: 0.5, frozen: 6, stalled: 100, start: 100}}
 """
 
@@ -55,7 +56,8 @@ class Launcher:
         return answer.stdout + answer.stderr
 
     def words(self, *overrides):
-        return ["quickstart", "--run.dir", self.run, "--data.path", self._data, *overrides]
+        small = ("--training.global_batch_tokens", "512")  # a step is a fraction of a second
+        return ["quickstart", "--run.dir", self.run, "--data.path", self._data, *small, *overrides]
 
     def file(self, preflight=False, more=""):
         file = self.folder / "cluster.yaml"
@@ -133,7 +135,7 @@ def losses(launcher, count):
 
 
 def test_four_nodes_train_what_one_process_trains(launcher):
-    words = ("--training.steps", "12", "--checkpoint.every_steps", "5")
+    words = ("--training.steps", "12", "--checkpoint.every_steps", "5", "--training.global_batch_tokens", "1024")
     launcher.submit(4, *words, preflight=True)
     launcher.finish()
     assert losses(launcher, 12) == pytest.approx(launcher.whole(*words), rel=1e-5)
@@ -150,7 +152,7 @@ def test_four_nodes_train_what_one_process_trains(launcher):
 
 
 def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
-    words = ("--training.steps", "70", "--checkpoint.every_steps", "0")
+    words = ("--training.steps", "160", "--checkpoint.every_steps", "0")
     launcher.submit(1, *words)
     launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=1")  # minutes; Slurm is up to one early
     launcher.until(lambda: len([a for a in launcher.attempts() if a.outcome == STOPPED]) >= 2, 180)
@@ -160,7 +162,7 @@ def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
     assert [a.outcome for a in found] == [*[STOPPED] * (len(found) - 1), DONE]
     assert [a.restart for a in found] == list(range(len(found)))
     assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found[:-1])
-    assert losses(launcher, 70) == launcher.whole(*words)
+    assert losses(launcher, 160) == launcher.whole(*words)
 
 
 def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launcher):
@@ -197,7 +199,7 @@ def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launch
 
 
 def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
-    words = ("--training.steps", "30", "--checkpoint.every_steps", "2")
+    words = ("--training.steps", "60", "--checkpoint.every_steps", "2")
     launcher.submit(2, *words)
     launcher.at_step(5)
     nodes = sorted(launcher.cluster.pids(launcher.job))
@@ -221,12 +223,12 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     assert hung.reason.startswith(f"rank 1 on {node} gave no sign of life for ")
     launcher.finish()
     assert launcher.attempts()[-1].outcome == DONE
-    assert losses(launcher, 30) == pytest.approx(launcher.whole(*words), rel=1e-5)
+    assert losses(launcher, 60) == pytest.approx(launcher.whole(*words), rel=1e-5)
 
 
 def test_a_run_that_fails_every_time_is_given_up(launcher):
     words = ("--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
-    launcher.submit(1, *words, "--training.global_batch_tokens", "512", "--max-restarts", "1")
+    launcher.submit(1, *words, "--max-restarts", "1")
     launcher.finish("FAILED")
     assert [a.outcome for a in launcher.attempts()] == [FAILED] * 2
     assert "2 attempts in a row made no new checkpoint; the last: rank 0 on n" in launcher.log()
@@ -238,14 +240,14 @@ def test_what_cannot_work_is_refused_before_the_queue(launcher):
     options = ("--cluster", launcher.file(), "--time", "0:10:00")
     for words, message in (
         (("--partition", "nowhere"), "invalid partition specified"),
-        (("--nodes", "8"), "Requested node configuration is not available"),
+        (("--nodes", "8", "--training.global_batch_tokens", "2048"), "Requested node configuration is not available"),
         (("--time", "0:01:25"), "leaves nothing to train in: it must be above signal_lead"),
     ):
         said = launcher.ask("slurm", *launcher.words(), *options, *words, code=2)
         assert message in said
         assert len(said.splitlines()) == 1
         assert not launcher.run.exists()
-    launcher.file(more="gpus_per_node: 4\n")
+    launcher.file(more="gpus_per_node: 2\n")
     assert "sbatch: " in launcher.ask("slurm", *launcher.words(), *options, code=2)
     script = launcher.ask("slurm", *launcher.words(), *options, "--dry-run")
     assert script.startswith("#!/bin/bash\n#SBATCH --job-name=bitlm-run\n")
@@ -254,14 +256,35 @@ def test_what_cannot_work_is_refused_before_the_queue(launcher):
     assert not launcher.run.exists()
 
 
-def test_a_run_folder_that_a_node_does_not_see(launcher):
-    inside = ["nsenter", "-t", str(launcher.cluster.slurmd("n1")), "-m"]
+@contextmanager
+def hidden_from(name, launcher):
+    """A node does not see the run folder."""
+    inside = ["nsenter", "-t", str(launcher.cluster.slurmd(name)), "-m"]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(launcher.folder)], check=True)
     try:
-        launcher.submit(2, "--training.steps", "5")
-        launcher.finish("FAILED")
+        yield
     finally:
         subprocess.run([*inside, "umount", str(launcher.folder)], check=True)
+
+
+def test_a_broken_node_is_named_and_left_out_from_then_on(launcher):
+    words = ("--training.steps", "5", "--training.global_batch_tokens", "1536")
+    with hidden_from("n1", launcher):
+        launcher.submit(3, *words, preflight=True)
+        launcher.finish()
+    (first,) = [attempt for attempt in launcher.attempts() if attempt.number == 1]
+    assert (first.outcome, first.reason) == (BAD_NODES, "n1: said nothing within 15 s")
+    launcher.job = launcher.until(lambda: (launcher.run / "launch" / "jobs").read_text().split()[1:])[0]
+    assert launcher.cluster.show(launcher.job)["ExcNodeList"] == "n1"
+    assert "n1" in json.loads(launcher.ask("status", launcher.run, "--json"))["excluded"]
+    launcher.finish()
+    assert launcher.attempts()[-1].nodes == ("n0", "n2", "n3")
+
+
+def test_a_run_folder_that_is_not_shared_ends_the_job(launcher):
+    with hidden_from("n1", launcher):
+        launcher.submit(2, "--training.steps", "5")
+        launcher.finish("FAILED")
     (only,) = launcher.attempts()
     assert only.outcome == REFUSED
     assert f"{launcher.run}/launch/attempts/0001 is not there on n1: choose a run.dir" in launcher.log()

@@ -57,7 +57,7 @@ def status_of(run: Path) -> Status:
     left = (config.training.steps - step) * config.training.global_batch_tokens
     ended = [attempt for attempt in every if attempt.outcome]
     return Status(
-        state=_state(numbers, every),
+        state=_state(run, numbers, every),
         job=numbers[-1] if numbers else "",
         attempts=len(every),
         last=f"{ended[-1].outcome}: {ended[-1].reason}" if ended else "",
@@ -70,14 +70,24 @@ def status_of(run: Path) -> Status:
     )
 
 
-def _state(numbers: list[str], every: list[attempts.Attempt]) -> str:
+def _state(run: Path, numbers: list[str], every: list[attempts.Attempt]) -> str:
     if not numbers:
-        return "ended" if every and every[-1].outcome else "running"
+        return _state_here(run, every)
     found = slurm.show(numbers[-1])
     if not found:
         return "unknown to Slurm by now"
     waits = found["JobState"] == "PENDING" and found.get("Reason", "None") != "None"
     return f"{found['JobState']} ({found['Reason']})" if waits else found["JobState"]
+
+
+def _state_here(run: Path, every: list[attempts.Attempt]) -> str:
+    """Without a batch system: by what the last attempt left."""
+    if not every or every[-1].outcome:
+        return "ended" if every else "not begun"
+    beats = (attempts.folder_of(run, every[-1].number) / "beats").glob("rank-*")
+    newest = max((beat.stat().st_mtime for beat in beats), default=every[-1].began)
+    silent = time.time() - newest
+    return "running" if silent < every[-1].limits.frozen else f"no sign of life for {silent:,.0f} s: its launcher was ended"
 
 
 def _metrics(run: Path) -> Iterator[dict[str, Any]]:

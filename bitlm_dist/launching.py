@@ -62,9 +62,11 @@ def local_command(
     from bitlm_dist.launch import submit
     from bitlm_dist.launch.local import run_here
 
-    settings = _cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts)
+    settings = _cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
     config = submit.absolute(config_of(words or []).config)
-    submit.save(submit.job_of(config, settings, 1, ()), config)
+    job = submit.job_of(config, settings, 1, ())
+    submit.check(job)
+    submit.save(job, config)
     verdict = run_here(config.run.dir, ranks, settings.env, say)
     if verdict.action != "end":
         say(f"bitlm: {verdict.reason}")
@@ -119,7 +121,10 @@ def cancel_command(run: Run) -> None:
     from bitlm_dist.launch.submit import cancel
 
     jobs = cancel(run)
-    say(f"{run}: " + (f"job {', '.join(jobs)} saves and ends" if jobs else "no job is queued or running"))
+    say(
+        f"{run}: "
+        + (f"job {', '.join(jobs)} saves and ends" if jobs else "no job is queued or running; what runs here saves and ends")
+    )
 
 
 @launching.command("resume")

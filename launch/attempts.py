@@ -69,6 +69,7 @@ class Attempt:
         reached: as ``checkpoint``, at its end.
         ended: seconds since 1970.
         limits: of the watch over its ranks.
+        submission: what the user did last to start the run; attempts before that count no more.
     """
 
     number: int
@@ -82,6 +83,7 @@ class Attempt:
     reached: int = -1
     ended: float = 0.0
     limits: Limits = field(default_factory=Limits)
+    submission: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,17 +115,23 @@ def folder_of(run: Path, number: int) -> Path:
     return run / LAUNCH / "attempts" / f"{number:04d}"
 
 
+def run_of(folder: Path) -> Path:
+    """The run whose attempt is in ``folder``."""
+    return folder.parents[2]
+
+
+def read_attempt(folder: Path) -> Attempt:
+    """The attempt of a folder."""
+    record = {**_read(folder / "attempt.json"), **_read(folder / "end.json")}
+    return Attempt(**{**record, "nodes": tuple(record["nodes"]), "limits": Limits(**record["limits"])})
+
+
 def read_attempts(run: Path) -> list[Attempt]:
     """All attempts of a run, the first first."""
-    found = []
-    for file in sorted((run / LAUNCH / "attempts").glob("*/attempt.json")):
-        record = {**_read(file), **_read(file.with_name("end.json"))}
-        if record:
-            found.append(Attempt(**{**record, "nodes": tuple(record["nodes"]), "limits": Limits(**record["limits"])}))
-    return found
+    return [read_attempt(file.parent) for file in sorted((run / LAUNCH / "attempts").glob("*/attempt.json"))]
 
 
-def begin(run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limits) -> Path:
+def begin(run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limits, submission: str = "") -> Path:
     """Make the next attempt's folder; one before it that has no end is given it."""
     attempts = read_attempts(run)
     if attempts and not attempts[-1].outcome:
@@ -132,7 +140,9 @@ def begin(run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limit
     folder = folder_of(run, number)
     for name in ("logs", "beats", "failures", "nodes"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    attempt = asdict(Attempt(number, job, restart, tuple(nodes), time.time(), newest_checkpoint(run), limits=limits))
+    attempt = asdict(
+        Attempt(number, job, restart, tuple(nodes), time.time(), newest_checkpoint(run), limits=limits, submission=submission)
+    )
     began = {key: value for key, value in attempt.items() if key not in ("outcome", "reason", "reached", "ended")}
     write_atomically(folder / "attempt.json", json.dumps(began) + "\n")
     return folder
@@ -185,6 +195,12 @@ def first_failure(folder: Path) -> dict[str, Any] | None:
     return min(found, key=lambda record: (record["lost_peer"], record["time"], record["rank"]), default=None)
 
 
+def hung_rank(folder: Path) -> int | None:
+    """The rank that was found hanging."""
+    found = _read(folder / "hung.json").get("rank")
+    return None if found is None else int(found)
+
+
 def outcome_of(folder: Path, code: int) -> tuple[str, str]:
     """What came of the attempt whose ranks have ended, and why in one line.
 
@@ -220,8 +236,9 @@ def _said_at_start(folder: Path) -> tuple[str, str] | None:
 def decide(attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excluded: Sequence[str] = ()) -> Verdict:
     """What to do after the last of ``attempts``.
 
-    Restarts count as long as no new checkpoint is made; one resets the count, so that a run of weeks may fail many times, but
-    none goes round in circles.
+    Restarts count as long as no new checkpoint is made; one that is further than any before resets the count, so that a run of
+    weeks may fail many times, but none goes round in circles. What must be mended ends a run that has never got anywhere; later it
+    is more likely the weather.
 
     Args:
         max_restarts: in a row without a new checkpoint.
@@ -233,20 +250,33 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excl
         return Verdict("end", f"trained: {last.reason}")
     if cancelled:
         return Verdict("end", "cancelled")
-    if last.outcome == REFUSED:
-        return Verdict("give up", last.reason)
     if last.outcome == STOPPED and last.reason.startswith(BY_USER):
         return Verdict("end", last.reason)
-    idle = 0
-    for attempt in reversed(attempts):
-        if attempt.reached > attempt.checkpoint:
-            break
-        idle += 1
+    idle, advanced = _idle(attempts)
+    if last.outcome == REFUSED and not advanced:
+        return Verdict("give up", last.reason)
     if idle > max_restarts:
         return Verdict("give up", f"{idle} attempts in a row made no new checkpoint; the last: {last.reason}")
     if last.outcome == BAD_NODES:
         return Verdict("resubmit", last.reason, tuple(excluded), idle)
     return Verdict("requeue" if last.outcome == STOPPED else "restart", last.reason, idle=idle)
+
+
+def _idle(attempts: Sequence[Attempt]) -> tuple[int, bool]:
+    """Attempts of the last submission, up to the last, that made no new checkpoint, and whether one before them did.
+
+    Attempts that ended because nodes were left out do not count: there is an end of nodes.
+    """
+    idle, advanced, furthest = 0, False, -1
+    for attempt in attempts:
+        if attempt.submission != attempts[-1].submission:
+            idle, advanced = 0, False
+        elif attempt.reached > max(furthest, attempt.checkpoint):
+            idle, advanced = 0, True
+        elif attempt.outcome != BAD_NODES:
+            idle += 1
+        furthest = max(furthest, attempt.checkpoint, attempt.reached)
+    return idle, advanced
 
 
 def is_cancelled(run: Path) -> bool:
@@ -256,7 +286,7 @@ def is_cancelled(run: Path) -> bool:
 
 def _why(file: Path) -> str:
     try:
-        return file.read_text().strip()
+        return file.read_text(errors="replace").strip()
     except OSError:
         return ""
 

@@ -94,12 +94,15 @@ class Cluster(Section):
     """Queue the same job again; false: submit another one that waits for this (a singleton)."""
     max_restarts: int = Field(3, ge=0)
     """In a row without a new checkpoint; then the run is given up."""
-    pause: float = Field(15.0, ge=0)
-    """Seconds before ranks that failed without a new checkpoint start again; twice as long each time."""
+    pause: float = Field(60.0, ge=0)
+    """Seconds before ranks that failed without a new checkpoint start again; twice as long each time, at most five minutes. Should
+    be together longer than Slurm takes to notice a dead node."""
     launcher: Literal["srun", "torchrun", "nvrx"] = "srun"
     """srun: one task a rank; torchrun, nvrx (ft_launcher of nvidia-resiliency-ext): one task a node that starts the ranks."""
     python: str = sys.executable
     """Python of the ranks, as seen on the nodes or in the container."""
+    host_python: str = sys.executable
+    """Python outside of any container, with bitlm_dist, that asks and decides on the first node; it needs no torch."""
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -151,6 +154,8 @@ class Cluster(Section):
 
     def check(self) -> None:
         """Raise a UserError for values that do not go together."""
+        if self.watch.frozen < 3 * self.watch.beat:
+            raise UserError(f"watch.frozen = {self.watch.frozen} must be at least three times watch.beat = {self.watch.beat}")
         if self.seconds <= 60 + self.signal_lead + self.save_seconds:
             raise UserError(
                 f"time = {self.time} leaves nothing to train in: it must be above signal_lead + save_seconds + a minute "

@@ -41,6 +41,7 @@ class Heartbeat:
         self._end, self._thread = Event(), Thread(target=self._run, daemon=True, name="heartbeat")
         self._next, self._next_seen, self._next_at = b"", False, time.monotonic()
         self._first, self._last, self._last_at = NO_STEP, NO_STEP, time.monotonic()
+        self._round = time.monotonic()
 
     @classmethod
     def of_environment(cls, environment: Mapping[str, str], rank: int, world: int) -> "Heartbeat":
@@ -74,19 +75,30 @@ class Heartbeat:
         while not self._end.wait(self._limits.beat):
             try:
                 self._beat()
+                self._forgive_a_pause()
                 self._look_at_next()
                 if self._rank == 0:
                     self._look_at_steps()
                 if (self._attempt / "hung.json").exists():
                     self._give_up()
-            except OSError:
+            except (OSError, ValueError):
                 continue  # the file system is away for a moment
 
     def _beat(self) -> None:
-        beat = {"time": time.time(), "step": self._step(), "host": os.uname().nodename, "process": os.getpid()}
+        step = self._step()
+        self._first = step if self._first == NO_STEP else self._first
+        begun = step > self._first  # the first step is made: nothing is imported or compiled any more
+        beat = {"time": time.time(), "step": step, "begun": begun, "host": os.uname().nodename, "process": os.getpid()}
         partial = self._file(self._rank).with_name(f".rank-{self._rank}")
         partial.write_text(json.dumps(beat))  # not flushed to disk: it is worth nothing after a power cut
         partial.rename(self._file(self._rank))
+
+    def _forgive_a_pause(self) -> None:
+        """All processes may have been stopped together, or the file system: then the next one's silence says nothing."""
+        now = time.monotonic()
+        if now - self._round > 3 * self._limits.beat + 1:
+            self._next_at = self._last_at = now
+        self._round = now
 
     def _look_at_next(self) -> None:
         if self._world == 1:
@@ -99,13 +111,14 @@ class Heartbeat:
             return
         if beat != self._next or not self._next_seen:
             self._next, self._next_seen, self._next_at = beat, True, now
-        elif now - self._next_at > self._limits.frozen:
-            self._accuse(number, json.loads(beat), f"gave no sign of life for {now - self._next_at:.0f} s")
+            return
+        told = json.loads(beat)
+        if now - self._next_at > (self._limits.frozen if told["begun"] else self._limits.start):
+            self._accuse(number, told, f"gave no sign of life for {now - self._next_at:.0f} s")
 
     def _look_at_steps(self) -> None:
         step, now = self._step(), time.monotonic()
         if step != self._last:
-            self._first = step if self._first == NO_STEP else self._first
             self._last, self._last_at = step, now
             return
         limit = self._limits.stalled if self._last > self._first else self._limits.start

@@ -14,11 +14,14 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitlm_dist.launch.ranks import Ranks, read_ranks
 
 from bitlm_dist.files import write_atomically
+
+if TYPE_CHECKING:
+    import torch
 
 SHARED_WITHIN = 10.0  # seconds in which a network file system shows other nodes a file
 GEMM = {"cuda": (8192, 20), "cpu": (1024, 4)}  # rows, products
@@ -95,10 +98,10 @@ def _gemm(gpus: int) -> float:
     for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
         left = torch.ones(rows, rows, device=device, dtype=torch.bfloat16 if gpus else torch.float32)
         left @ left
-        began = _now(kind)
+        began = _now(device)
         for _ in range(times):
             left @ left
-        rates.append(2 * rows**3 * times / (_now(kind) - began) / 1e12)
+        rates.append(2 * rows**3 * times / (_now(device) - began) / 1e12)
     return min(rates)
 
 
@@ -120,7 +123,7 @@ def _together(ranks: Ranks, gpu: bool, seconds: float) -> dict[str, Any]:
         if not 0 <= other < ranks.world:
             continue
         for timed in (False, True):
-            began = _now(kind)
+            began = _now(ours.device)
             operations = [
                 distributed.P2POp(distributed.isend, ours, other),
                 distributed.P2POp(distributed.irecv, theirs, other),
@@ -128,18 +131,18 @@ def _together(ranks: Ranks, gpu: bool, seconds: float) -> dict[str, Any]:
             for work in distributed.batch_isend_irecv(operations):
                 work.wait()
             if timed:
-                rates.append(2 * ours.nbytes / (_now(kind) - began) / 1e9)
+                rates.append(2 * ours.nbytes / (_now(ours.device) - began) / 1e9)
     distributed.barrier()
     distributed.destroy_process_group()
     return {"clock": clock, "bandwidth": max(rates)}
 
 
-def _now(kind: str) -> float:
+def _now(device: "torch.device") -> float:
     """Seconds, once the device has done what it was asked."""
-    if kind == "cuda":
+    if device.type == "cuda":
         import torch
 
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

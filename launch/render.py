@@ -14,6 +14,7 @@ from bitlm_dist.launch.cluster import Cluster
 from bitlm_dist.launch.rank import NUMA
 
 TEMPLATES = Path(__file__).parent / "templates"
+REQUEUE_SECONDS = 60  # to end ranks that hang, decide and requeue, before the time limit
 PREFLIGHT_START = 180.0  # seconds beside its own limit: imports from a slow disk
 
 
@@ -76,7 +77,8 @@ def render(job: Job) -> str:
         tasks_per_node=job._tasks_per_node,
         cpus_per_task=_cpus(job),
         command=_command(job),
-        agent_prefix=_agent_prefix(job),
+        host_python=cluster.host_python,
+        grace=max(cluster.signal_lead - REQUEUE_SECONDS, cluster.signal_lead // 2),
         rank_prefix=_apptainer(job) if cluster.container and cluster.container.runtime == "apptainer" else "",
         step_flags=_pyxis(job) if cluster.container and cluster.container.runtime == "pyxis" else "",
         preflight=cluster.preflight.enabled,
@@ -156,11 +158,3 @@ def _apptainer(job: Job) -> str:
     assert job.cluster.container
     gpu = "--nv " if job.cluster.gpus_per_node else ""
     return f"apptainer exec {gpu}--bind {shlex.quote(','.join(_mounts(job)))} {shlex.quote(job.cluster.container.image)} "
-
-
-def _agent_prefix(job: Job) -> str:
-    if job.cluster.container is None:
-        return ""
-    if job.cluster.container.runtime == "apptainer":
-        return _apptainer(job)
-    return f'srun --overlap --nodes=1 --ntasks=1 --nodelist="$SLURMD_NODENAME"{_pyxis(job)} '

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.launch import attempts, slurm, submit
+from bitlm_dist.launch import agent, attempts, slurm, submit
 
 from bitlm_dist.config_loading import load
 from bitlm_dist.errors import UserError
@@ -66,7 +66,7 @@ def status_of(run: Path) -> Status:
         tokens_per_second=rate,
         checkpoint=attempts.newest_checkpoint(run),
         seconds_left=left / rate if rate else None,
-        excluded=json.loads(bad.read_text()) if (bad := folder / "excluded.json").is_file() else [],
+        excluded=agent.left_out(run),
     )
 
 
@@ -120,7 +120,9 @@ def log_of(run: Path, rank: int | None, number: int | None) -> tuple[str, list[s
         )
     folder = attempts.folder_of(run, chosen.number)
     failure = attempts.first_failure(folder)
-    rank = rank if rank is not None else int(failure["rank"]) if failure else 0
+    first = attempts.hung_rank(folder)
+    first = first if first is not None else int(failure["rank"]) if failure else 0
+    rank = first if rank is None else rank
     file = folder / "logs" / f"rank-{rank}.log"
     title = f"attempt {chosen.number}, rank {rank}"
     if failure and failure["rank"] == rank:

@@ -1,11 +1,16 @@
 """From a config to a queued job, and what a user does with it afterwards."""
 
 import json
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.launch import attempts, slurm
+from bitlm_dist.launch import agent, attempts, slurm
 from bitlm_dist.launch.agent import SETTINGS
 from bitlm_dist.launch.attempts import CANCELLED, LAUNCH, Limits
 from bitlm_dist.launch.cluster import Cluster
@@ -15,8 +20,9 @@ from bitlm_dist.launch.snapshot import save_code
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import try_lock, write_atomically
 
+NODE = re.compile(r"[\w.\[\]-]+")
 JOBS, SCRIPT = "jobs", "job.sh"  # numbers of the run's jobs, one a line; what is submitted
 MOUNT_SIGNS = set(",: ")  # what container runtimes read as signs in a list of mounts
 
@@ -52,9 +58,12 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
 
     if config.data.path is None:
         raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
+    for node in exclude:
+        if not NODE.fullmatch(node):
+            raise UserError(f"--exclude {node!r} is no name of a node")
     layout = layout_of(config.parallel, nodes * cluster.ranks_per_node, 0)
     check_batch(config, layout)
-    folders = [config.data.path, *(source.path for source in config.data.sources), config.distillation.teacher]
+    folders = [config.data.path, *(source.path for source in config.data.sources), config.distillation.teacher, config.data.cache]
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
     for folder in data[:1]:
         read_manifest(folder)
@@ -67,24 +76,27 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
     return Job(config.run.dir, data, nodes, cluster, exclude)
 
 
-def save(job: Job, config: Config) -> None:
-    """Write what the job needs into the run folder.
-
-    Raises:
-        UserError: the folder holds something else, or another job of the run is queued or running.
-    """
-    folder = job.run / LAUNCH
-    if job.run.exists() and not folder.is_dir() and not (job.run / "config.yaml").is_file() and any(job.run.iterdir()):
+def check(job: Job) -> None:
+    """Raise a UserError if the run folder holds something else, or another job of the run is queued or running."""
+    if job.run.exists() and not any((job.run / name).exists() for name in (LAUNCH, "config.yaml")) and any(job.run.iterdir()):
         raise UserError(f"run.dir = {job.run} holds files but no run: choose an empty or a new folder")
     _refuse_second(job.run)
-    write_atomically(folder / SETTINGS, json.dumps(settings_of(job.cluster), indent=1) + "\n")
+
+
+def save(job: Job, config: Config) -> None:
+    """Write what the job needs into the run folder."""
+    folder = job.run / LAUNCH
+    write_atomically(folder / SETTINGS, json.dumps(settings_of(job), indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
 
-def settings_of(cluster: Cluster) -> dict[str, Any]:
+def settings_of(job: Job) -> dict[str, Any]:
     """What decides inside the job."""
+    cluster = job.cluster
     return {
+        "submission": _now(),
+        "exclude": job.exclude,
         "max_restarts": cluster.max_restarts,
         "pause": cluster.pause,
         "gpus_per_node": cluster.gpus_per_node,
@@ -94,24 +106,21 @@ def settings_of(cluster: Cluster) -> dict[str, Any]:
 
 
 def submit(job: Job, config: Config) -> Submitted:
-    """Save what the job needs and queue it; what Slurm refuses leaves nothing new behind.
+    """Save what the job needs and queue it; what Slurm refuses leaves everything as it was.
 
     Raises:
-        UserError: the script is refused; nothing was queued.
+        UserError: the script is refused, or another job of the run is queued or running; nothing was queued.
     """
     slurm.check_time(job.cluster.partition, job.cluster.seconds)
-    new = not job.run.exists()
-    save(job, config)
-    script = job.run / LAUNCH / SCRIPT
-    write_atomically(script, render(job))
-    try:
-        slurm.test(script)
-    except UserError:
-        if new:
-            _remove_launch(job.run)
-        raise
-    (job.run / LAUNCH / CANCELLED).unlink(missing_ok=True)
-    return Submitted(job.run, _queue(job.run))
+    check(job)
+    with tempfile.NamedTemporaryFile("w", suffix=".sh") as tried:
+        tried.write(render(job))
+        tried.flush()
+        slurm.test(Path(tried.name))
+    with _submitting(job.run):
+        save(job, config)
+        write_atomically(job.run / LAUNCH / SCRIPT, render(job))
+        return Submitted(job.run, _queue(job.run))
 
 
 def resume(run: Path) -> Submitted:
@@ -123,27 +132,23 @@ def resume(run: Path) -> Submitted:
     script = launched(run) / SCRIPT
     if not script.is_file():
         raise UserError(f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` again")
-    _refuse_second(run)
-    (run / LAUNCH / CANCELLED).unlink(missing_ok=True)
-    bad = run / LAUNCH / "excluded.json"
-    options = [f"--exclude={','.join(json.loads(bad.read_text()))}"] if bad.is_file() else []
-    return Submitted(run, _queue(run, *options))
+    with _submitting(run):
+        write_atomically(run / LAUNCH / SETTINGS, json.dumps({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
+        return Submitted(run, _queue(run))
 
 
 def cancel(run: Path) -> list[str]:
     """Have the run save and end, and take what is queued out of the queue -> the jobs."""
     launched(run)
-    write_atomically(run / LAUNCH / CANCELLED, "")
-    ended = []
-    for job in jobs(run):
-        state = slurm.show(job).get("JobState", "")
-        if state == "RUNNING":
-            slurm.cancel(job, "--batch", "--signal=USR2")
-            ended.append(job)
-        elif state in ("PENDING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"):
-            slurm.cancel(job)
-            ended.append(job)
-    return ended
+    write_atomically(run / LAUNCH / CANCELLED, "")  # also seen by a job that is just being queued again
+    active = [job for job in jobs(run) if is_active(job)]
+    for job in active:
+        running = slurm.show(job).get("JobState") == "RUNNING"
+        slurm.cancel(job, *(["--batch", "--signal=USR2"] if running else []))
+    every = attempts.read_attempts(run)
+    if not active and every and not every[-1].outcome:  # without Slurm
+        attempts.ask_to_stop(attempts.folder_of(run, every[-1].number), "cancelled")
+    return active
 
 
 def launched(run: Path) -> Path:
@@ -173,20 +178,30 @@ def is_active(job: str) -> bool:
 
 
 def _refuse_second(run: Path) -> None:
-    for job in jobs(run)[-1:]:
+    for job in jobs(run):
         if is_active(job):
             raise UserError(f"job {job} of {run} is queued or running: `bitlm launch status {run}` shows it, `cancel` ends it")
 
 
-def _queue(run: Path, *options: str) -> str:
-    job = slurm.submit(run / LAUNCH / SCRIPT, *options)
+def _queue(run: Path) -> str:
+    bad = agent.left_out(run)
+    job = slurm.submit(run / LAUNCH / SCRIPT, *([f"--exclude={','.join(bad)}"] if bad else []))
     with (run / LAUNCH / JOBS).open("a") as stream:
         stream.write(f"{job}\n")
     return job
 
 
-def _remove_launch(run: Path) -> None:
-    for file in (run / LAUNCH).iterdir():
-        file.unlink()
-    (run / LAUNCH).rmdir()
-    run.rmdir()
+@contextmanager
+def _submitting(run: Path) -> Iterator[None]:
+    """While open, nobody else submits the run."""
+    (run / LAUNCH).mkdir(parents=True, exist_ok=True)
+    with (run / LAUNCH / "lock").open("w") as lock:
+        if not try_lock(lock):
+            raise UserError(f"{run} is being submitted or trained by another `bitlm launch`: wait for it")
+        _refuse_second(run)
+        (run / LAUNCH / CANCELLED).unlink(missing_ok=True)
+        yield
+
+
+def _now() -> str:
+    return f"{time.time():.3f}"

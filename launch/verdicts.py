@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+ENOUGH = 4  # nodes from which their median says what is normal
+
 
 def bad_nodes(folder: Path, nodes: Sequence[str], limits: Mapping[str, Any]) -> dict[str, str]:
     """Nodes that must not be trained on, and why.
@@ -45,6 +47,6 @@ def _slow(measured: Mapping[str, Any], every: Sequence[Mapping[str, Any]], limit
         return f"its clock is {abs(measured['clock'] - median(clocks)):.1f} s away from the others'"
     for name, what, unit in (("gemm", "matrix products", "TFLOP/s"), ("bandwidth", "links", "GB/s")):
         values = [other[name] for other in every if other[name] is not None]
-        if measured[name] is not None and values and measured[name] < limits[name] * median(values):
+        if measured[name] is not None and len(values) >= ENOUGH and measured[name] < limits[name] * median(values):
             return f"{what} at {measured[name]:.3g} {unit}, the median node has {median(values):.3g}"
     return ""

@@ -6,22 +6,17 @@
 set -u
 
 run={{ run | sh }}
-python={{ python | sh }}
 config="$run/launch/config.yaml"
-{% for name, value in env.items() -%}
-export {{ name }}={{ value | sh }}
-{% endfor -%}
-{% for module in modules -%}
-module load {{ module | sh }} || exit 2
-{% endfor -%}
-export PYTHONUNBUFFERED=1
-export SRUN_CPUS_PER_TASK={{ cpus_per_task }} # srun no longer takes it from the job
+cancelled="$run/launch/cancelled"
+host_python={{ host_python | sh }} # asks and decides, on this node
+python={{ python | sh }}           # of the ranks
 
 # What asks to stop. Bash runs a trap only between commands, so whatever takes long is waited for in the background.
-attempt='' stopped=''
+attempt='' stopped='' ranks=''
 stop() {
   stopped=$1
   if [ -n "$attempt" ]; then printf '%s\n' "$stopped" >"$attempt/stop"; fi
+  if [ -n "$ranks" ]; then (sleep {{ grace }} && kill -TERM "$ranks") 2>/dev/null & fi # ranks that hang must not use up the time to requeue
 }
 trap 'stop "the time limit or preemption"' USR2
 trap 'stop "SIGTERM"' TERM
@@ -34,16 +29,43 @@ wait_for() {
   done
 }
 
-agent() { # on this node, in the ranks' surroundings
-  {{ agent_prefix }}"$python" -m bitlm_dist.launch.agent "$@"
+agent() { "$host_python" -m bitlm_dist.launch.agent "$@"; }
+retry() { # the controller may be away for a moment
+  local pause
+  for pause in 2 10 30; do
+    "$@" && return
+    sleep "$pause"
+  done
+  "$@"
 }
 job_state() { scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*'; }
-submit_again() { sbatch --parsable "$@" "$run/launch/job.sh" >>"$run/launch/jobs"; }
+submit_again() { # prints the job's number
+  retry sbatch --parsable "$@" "$run/launch/job.sh" | tee -a "$run/launch/jobs"
+}
+{% if not requeue %}
+# A singleton waits for the end of this job, whatever ends it.
+successor=$(submit_again --dependency=singleton --exclude="$(agent left_out "$run")")
+{% endif %}
+over() { # nothing comes after this job
+{%- if not requeue %}
+  scancel "${successor%%;*}"
+{%- endif %}
+  exit "$1"
+}
+{% for name, value in env.items() -%}
+export {{ name }}={{ value | sh }}
+{% endfor -%}
+{% for module in modules -%}
+module load {{ module | sh }} || over 2
+{% endfor -%}
+export PYTHONUNBUFFERED=1
+export SRUN_CPUS_PER_TASK={{ cpus_per_task }} # srun no longer takes it from the job
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 while :; do
-  mapfile -t begun < <(agent begin "$run" "${nodes[@]}")
-  if [ "${#begun[@]}" -ne 3 ]; then exit 2; fi
+  if [ -e "$cancelled" ]; then over 0; fi
+  mapfile -t begun < <(retry agent begin "$run" "${nodes[@]}")
+  if [ "${#begun[@]}" -ne 3 ]; then over 2; fi
   attempt=${begun[0]}
   if [ -n "$stopped" ]; then stop "$stopped"; fi
   export BITLM_ATTEMPT=$attempt MASTER_ADDR=${begun[1]} MASTER_PORT=${begun[2]}
@@ -52,42 +74,44 @@ while :; do
 {%- if preflight %}
 
   if [ -z "$stopped" ]; then
-    srun --nodes={{ nodes }} --ntasks={{ nodes }} --ntasks-per-node=1 --time={{ preflight_minutes }}{{ step_flags }} \
+    srun --kill-on-bad-exit=0 --wait=0 --nodes={{ nodes }} --ntasks={{ nodes }} --ntasks-per-node=1 --time={{ preflight_minutes }}{{ step_flags }} \
       bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}"$python" -m bitlm_dist.launch.preflight "$attempt" >>"$attempt/start.log" 2>&1 &
     wait_for $!
-    mapfile -t answers < <(agent judge "$run")
+    mapfile -t answers < <(agent judge "$attempt")
     answer=${answers[0]:-go}
   fi
 {%- endif %}
 
   if [ "$answer" = go ] && [ -z "$stopped" ]; then
-    srun --kill-on-bad-exit=1 --nodes={{ nodes }} --ntasks={{ tasks }} --ntasks-per-node={{ tasks_per_node }}{{ step_flags }} \
+    srun --kill-on-bad-exit=1 --wait=600 --nodes={{ nodes }} --ntasks={{ tasks }} --ntasks-per-node={{ tasks_per_node }}{{ step_flags }} \
       bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}{{ command }} >>"$attempt/start.log" 2>&1 &
-    wait_for $!
+    ranks=$!
+    if [ -n "$stopped" ]; then stop "$stopped"; fi
+    wait_for "$ranks"
     code=$?
+    ranks=''
   fi
 
-  mapfile -t verdict < <(agent decide "$run" "$code")
+  mapfile -t verdict < <(retry agent decide "$attempt" "$code")
   case ${verdict[0]:-} in
-    end) exit 0 ;;
+    end) over 0 ;;
     restart)
       sleep "${verdict[3]}" &
-      if [ -z "$stopped" ]; then wait_for $!; fi
+      if [ -z "$stopped" ]; then wait $!; fi # a signal cuts it short
       if [ -z "$stopped" ]; then continue; fi
       ;;
     requeue | resubmit) ;;
-    *) exit 1 ;;
+    *) over 1 ;;
   esac
   # this allocation ends here; a job that was cancelled is not brought back
-  if [ "$(job_state)" != JobState=RUNNING ]; then exit 1; fi
+  if [ -e "$cancelled" ]; then over 0; fi
+  if [ "$(retry job_state)" = JobState=CANCELLED ]; then over 1; fi
   if [ "${verdict[0]}" = resubmit ]; then
     submit_again --exclude="${verdict[2]}"
-    exit
+    over 0
   fi
 {%- if requeue %}
-  scontrol requeue "$SLURM_JOB_ID" # ends this script
-{%- else %}
-  submit_again --dependency=singleton
+  retry scontrol requeue "$SLURM_JOB_ID" # ends this script
 {%- endif %}
   exit
 done

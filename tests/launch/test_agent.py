@@ -5,13 +5,12 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from bitlm_dist.launch import agent, attempts
 from bitlm_dist.launch.attempts import BAD_NODES, LAUNCH, REFUSED, Limits
 from bitlm_dist.launch.cluster import Preflight
-
-from bitlm_dist.errors import UserError
 
 GOOD = {"error": "", "disk_gb": 100.0, "clock": 1000.0, "gemm": 600.0, "bandwidth": 40.0}
 
@@ -19,13 +18,8 @@ GOOD = {"error": "", "disk_gb": 100.0, "clock": 1000.0, "gemm": 600.0, "bandwidt
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / LAUNCH).mkdir()
-    settings = {
-        "max_restarts": 1,
-        "pause": 20,
-        "limits": asdict(Limits()),
-        "preflight": Preflight().model_dump(),
-        "gpus_per_node": 0,
-    }
+    settings: dict[str, object] = {"submission": "1", "exclude": ["n9"], "max_restarts": 1, "pause": 20, "gpus_per_node": 0}
+    settings |= {"limits": asdict(Limits()), "preflight": Preflight().model_dump()}
     (tmp_path / LAUNCH / agent.SETTINGS).write_text(json.dumps(settings))
     return tmp_path
 
@@ -41,70 +35,85 @@ def test_an_attempt_from_beginning_to_end(run, monkeypatch):
     assert (folder, address) == (str(attempts.folder_of(run, 1)), "localhost")
     assert 15_000 <= int(port) < 30_000
     attempts.report_failure({attempts.VARIABLE: folder}, 1, "RuntimeError: x", lost_peer=False, refused=False)
-    answer = ask("decide", run, 1)
+    answer = ask("decide", folder, 1)
     assert answer.stdout.splitlines()[::3] == ["restart", "20"]
     assert "attempt 1: failed: rank 1 on " in answer.stderr
     again = ask("begin", run, "localhost").stdout.splitlines()
     assert again[0].endswith("0002")
     assert again[2] != port, "sockets of the first may linger"
-    answer = ask("decide", run, 1)
+    answer = ask("decide", again[0], 1)
     assert answer.stdout.splitlines()[0] == "give up"
     assert "2 attempts in a row made no new checkpoint" in answer.stderr
+    settings = json.loads((run / LAUNCH / agent.SETTINGS).read_text())
+    (run / LAUNCH / agent.SETTINGS).write_text(json.dumps({**settings, "submission": "2", "pause": 200, "max_restarts": 9}))
+    for wait in ("200", "300", "300"):  # counted from the new submission on
+        folder = ask("begin", run, "localhost").stdout.splitlines()[0]
+        assert ask("decide", folder, 1).stdout.splitlines()[::3] == ["restart", wait]
+
+
+def test_a_late_launcher_decides_on_its_own_attempt(run):
+    first, second = (agent.begin(run, ["localhost"])[0] for _ in range(2))
+    attempts.report({attempts.VARIABLE: second}, "done", 5, "")
+    assert agent.decide(Path(first), 1)[0] == "restart"
+    assert agent.decide(Path(second), 1)[0] == "end"
 
 
 def test_a_first_node_whose_name_does_not_resolve_ends_the_job(run):
     answer = ask("begin", run, "no-such-node.invalid")
     assert (answer.returncode, answer.stdout) == (2, "")
     assert answer.stderr.startswith("bitlm: the name of the first node, no-such-node.invalid, does not resolve on ")
-    with pytest.raises(UserError):
-        agent.begin(run, ["no-such-node.invalid"])
     assert attempts.read_attempts(run) == []
 
 
-def write_nodes(run, number, **nodes):
-    for name, values in nodes.items():
-        (attempts.folder_of(run, number) / "nodes" / f"{name}.json").write_text(json.dumps({**GOOD, **values}))
+def begun(run, *nodes, **measured):
+    """An attempt whose nodes were measured."""
+    folder = Path(agent.begin(run, list(nodes))[0])
+    for name, values in measured.items():
+        (folder / "nodes" / f"{name}.json").write_text(json.dumps({**GOOD, **values}))
+    return folder
 
 
-def test_bad_nodes_are_excluded_and_remembered(run):
-    agent.begin(run, ["localhost", "n1", "n2"])
-    write_nodes(run, 1, localhost={}, n1={"gemm": 100.0}, n2={})
-    assert agent.judge(run) == ["bad"]
-    assert agent.decide(run, 0)[:3:2] == ["resubmit", "n1"]
-    agent.begin(run, ["localhost", "n2", "n3"])
-    write_nodes(run, 2, localhost={}, n2={}, n3={"error": "has 7 GPUs, expected 8"})
-    (run / "checkpoints" / "step-00000001").mkdir(parents=True)
-    (run / "checkpoints" / "step-00000001" / "manifest.json").touch()
-    assert agent.judge(run) == ["bad"]
-    assert agent.decide(run, 0)[:3:2] == ["resubmit", "n1,n3"]
+def test_bad_nodes_are_left_out_and_remembered(run):
+    folder = begun(run, "n0", "n1", "n2", n0={}, n1={"error": "has 7 GPUs, expected 8"}, n2={})
+    assert agent.judge(folder) == ["bad"]
+    assert agent.decide(folder, 0)[:3:2] == ["resubmit", "n1,n9"]
+    folder = begun(run, "n0", "n2", "n3", n0={}, n2={}, n3={"disk_gb": 1.0})
+    assert agent.judge(folder) == ["bad"]
+    assert agent.decide(folder, 0)[:3:2] == ["resubmit", "n1,n3,n9"], "bad nodes are no restarts"
     assert attempts.read_attempts(run)[-1].outcome == BAD_NODES
-    agent.begin(run, ["localhost"])
-    write_nodes(run, 3, localhost={})
-    assert agent.judge(run) == ["go"]
+    assert agent.judge(begun(run, "n0", n0={})) == ["go"]
+    assert ask("left_out", run).stdout == "n1,n3,n9\n"
 
 
-def test_a_folder_that_is_not_shared_is_no_fault_of_the_nodes(run):
-    agent.begin(run, ["localhost", "n1", "n2"])
-    write_nodes(run, 1, localhost={})
+def test_where_most_nodes_look_bad_none_is_left_out(run):
+    folder = begun(run, "n0", "n1", "n2", "n3", n0={}, n1={}, n2={"disk_gb": 5.0}, n3={"disk_gb": 5.0})
+    assert agent.judge(folder) == ["bad"]
+    action, reason, exclude, _ = agent.decide(folder, 0)
+    assert (action, exclude) == ("restart", "")
+    assert reason == "most nodes look bad, so none is left out: n2: 5.0 GB free for the run folder, expected 10.0; " + (
+        "n3: 5.0 GB free for the run folder, expected 10.0"
+    )
+    assert agent.left_out(run) == ["n9"]
+
+
+@pytest.mark.parametrize("nodes", [("n0", "n1"), ("n0", "n1", "n2")])
+def test_a_folder_that_is_not_shared_is_no_fault_of_the_nodes(run, nodes):
+    folder = begun(run, *nodes, n0={})
     said = f"{run} is not there on n1: choose a run.dir on a file system that all nodes share"
-    (attempts.folder_of(run, 1) / "start.log").write_text(f"bitlm: {said}\n")
-    assert agent.judge(run) == ["bad"]
+    (folder / "start.log").write_bytes(b"\xff noise\nbitlm: " + said.encode() + b"\n")
+    assert agent.judge(folder) == ["bad"]
     assert attempts.read_attempts(run)[-1].outcome == REFUSED
-    action, reason, *_ = agent.decide(run, 0)
-    assert action == "give up"
-    assert reason == said
-    assert agent.excluded(run) == []
+    action, reason, *_ = agent.decide(folder, 0)
+    assert (action, reason) == ("give up", said)
+    assert agent.left_out(run) == ["n9"]
 
 
 @pytest.mark.parametrize("module", ["rank", "preflight"])
 def test_a_rank_without_the_run_folder_says_so(module, tmp_path):
     gone = tmp_path / "none"
     environment = {**os.environ, attempts.VARIABLE: str(gone)}
-    command = [
-        sys.executable,
-        "-c",
-        f"import bitlm_dist.launch.{module} as m\nif hasattr(m, 'SHARED_WITHIN'): m.SHARED_WITHIN = 0\nm.main()",
-    ]
+    script = f"import bitlm_dist.launch.{module} as module\nmodule.SHARED_WITHIN = 0\nmodule.main()"
+    command = [sys.executable, "-c", script]
     answer = subprocess.run([*command, str(gone)], env=environment, capture_output=True, text=True, check=False)
     assert answer.returncode == 2
     assert answer.stderr.startswith(f"bitlm: {gone} is not there on ")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 from bitlm_dist.launch import attempts
@@ -31,15 +32,28 @@ def test_what_comes_after_an_attempt(last, cancelled, action):
     assert verdict.exclude == (("n3",) if action == "resubmit" else ())
 
 
-@pytest.mark.parametrize("outcome", [STOPPED, FAILED, HUNG, LOST, BAD_NODES])
+@pytest.mark.parametrize("outcome", [STOPPED, FAILED, HUNG, LOST])
 def test_no_run_goes_round_in_circles(outcome):
     idle = attempt(outcome, 5, 5)
     assert decide([idle] * 2, 2, False).action != "give up"
     verdict = decide([idle] * 3, 2, False)
     assert verdict.action == "give up"
     assert verdict.reason == "3 attempts in a row made no new checkpoint; the last: why"
-    assert decide([idle, idle, attempt(outcome, 5, 6), idle, idle], 2, False).action != "give up", "a checkpoint resets the count"
+    after = attempt(outcome, 6, 6)
+    assert decide([idle, idle, attempt(outcome, 5, 6), after, after], 2, False).action != "give up", "a checkpoint resets the count"
+    back = [attempt(outcome, 3, 6), attempt(outcome, 6, 3), attempt(outcome, 3, 6), attempt(outcome, 6, 3)]
+    assert decide(back, 2, False).action == "give up", "getting where it was before is no progress"
     assert decide([idle], 0, False).action == "give up"
+    mended = replace(idle, submission="later")
+    assert decide([idle] * 9 + [mended], 2, False).action != "give up", "what the user does begins anew"
+
+
+def test_bad_nodes_are_no_restarts():
+    assert decide([attempt(BAD_NODES, 5, 5)] * 9, 2, False, ["n3"]).action == "resubmit"
+
+
+def test_what_must_be_mended_ends_only_what_never_worked():
+    assert decide([attempt(FAILED, 0, 5), attempt(REFUSED, 5, 5)], 2, False).action == "restart"
 
 
 def test_an_attempt_without_an_end_is_given_one(tmp_path):

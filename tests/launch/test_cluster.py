@@ -24,6 +24,7 @@ def test_ranks_of_a_node():
         ({"env": {"A B": "x"}}, "'A B' is no name of a variable"),
         ({"partition": "a\nb"}, "expected one line"),
         ({"numa": [0, 1]}, "numa names 2 NUMA nodes, for 1 ranks"),
+        ({"watch": {"beat": 60, "frozen": 120}}, "watch.frozen = 120.0 must be at least three times watch.beat"),
         ({"launcher": "mpirun"}, "launcher = 'mpirun'"),
     ],
 )

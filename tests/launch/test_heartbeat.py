@@ -59,6 +59,19 @@ def test_a_stopped_process_is_named_by_the_one_before_it_and_the_others_end(star
     assert 'File "<string>", line' in processes[0].stderr.read(), "where its threads were"
 
 
+def test_a_pause_of_all_accuses_nobody(start):
+    folder, processes = start(4, [1000] * 4)
+    time.sleep(0.5)
+    for process in processes:
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    for process in reversed(processes):
+        process.send_signal(signal.SIGCONT)
+    time.sleep(1.5)
+    assert [process.poll() for process in processes] == [None] * 4
+    assert not (folder / "hung.json").exists()
+
+
 def test_ranks_that_make_no_step_are_noticed_and_the_slowest_is_named(start):
     folder, processes = start(3, [20, 19, 20])
     for process in processes:

@@ -19,7 +19,7 @@ def job(cluster, run="/shared/runs/first", nodes=16, **more):
 
 
 def preset(name, **changes):
-    return load_cluster(name, {"python": "/opt/bitlm/bin/python", **changes})
+    return load_cluster(name, {"python": "/opt/bitlm/bin/python", "host_python": "/usr/bin/python3", **changes})
 
 
 def checked(script, *options):
@@ -64,12 +64,12 @@ HOSTILE = '/tmp/it\'s $(touch pwned) `touch pwned` "x" \\ ; touch pwned # é %j'
 
 
 def test_no_name_reaches_the_shell_unquoted(tmp_path):
-    cluster = Cluster(python=HOSTILE, env={"NAME": HOSTILE}, modules=(HOSTILE,), partition="a; touch pwned")
+    cluster = Cluster(python=HOSTILE, host_python=HOSTILE, env={"NAME": HOSTILE}, modules=(HOSTILE,), partition="a; touch pwned")
     script = render(job(cluster, run=HOSTILE))
-    head = script.partition("# What asks to stop")[0]
-    shown = 'module() { printf "%s\\0" "$2"; }\n' + head + '\nprintf "%s\\0" "$run" "$python" "$NAME"\n'
+    head = "".join(line for line in script.partition("mapfile -t nodes")[0].splitlines(True) if not line.startswith("trap"))
+    shown = 'module() { printf "%s\\0" "$2"; }\n' + head + '\nprintf "%s\\0" "$run" "$python" "$host_python" "$NAME"\n'
     answer = subprocess.run(["bash", "-c", shown], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert answer.stdout.split("\0")[:-1] == [HOSTILE] * 4
+    assert answer.stdout.split("\0")[:-1] == [HOSTILE] * 5
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     assert list(tmp_path.iterdir()) == []
     options = [line for line in script.splitlines() if line.startswith("#SBATCH")]

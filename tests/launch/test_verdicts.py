@@ -35,6 +35,12 @@ def test_a_node_without_a_word_is_broken_and_no_yardstick(tmp_path):
     assert found == dict.fromkeys(("n1", "n5"), "said nothing within 60 s")
 
 
+def test_few_nodes_are_no_yardstick_for_speed(tmp_path):
+    for node, speed in (("n0", 600.0), ("n1", 600.0), ("n2", 100.0)):
+        (tmp_path / f"{node}.json").write_text(json.dumps({**GOOD, "gemm": speed}))
+    assert bad_nodes(tmp_path, ["n0", "n1", "n2"], LIMITS) == {}
+
+
 def test_one_node_alone_is_its_own_median(tmp_path):
     (tmp_path / "n0.json").write_text(json.dumps({**GOOD, "clock": None, "bandwidth": None}))
     assert bad_nodes(tmp_path, ["n0"], LIMITS) == {}

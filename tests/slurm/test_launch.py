@@ -152,9 +152,10 @@ def test_four_nodes_train_what_one_process_trains(launcher):
 
 
 def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
-    words = ("--training.steps", "160", "--checkpoint.every_steps", "0")
+    words = ("--training.steps", "320", "--checkpoint.every_steps", "0")
     launcher.submit(1, *words)
     launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=1")  # minutes; Slurm is up to one early
+    expected = launcher.whole(*words)  # on the other core meanwhile
     launcher.until(lambda: len([a for a in launcher.attempts() if a.outcome == STOPPED]) >= 2, 180)
     launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10")
     launcher.finish(seconds=180)
@@ -162,7 +163,7 @@ def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
     assert [a.outcome for a in found] == [*[STOPPED] * (len(found) - 1), DONE]
     assert [a.restart for a in found] == list(range(len(found)))
     assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found[:-1])
-    assert losses(launcher, 160) == launcher.whole(*words)
+    assert losses(launcher, 320) == expected
 
 
 def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launcher):
@@ -205,11 +206,12 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     nodes = sorted(launcher.cluster.pids(launcher.job))
     assert len(nodes) == 2
     launcher.cluster.kill_node(int(nodes[1][1:]))
+    expected = launcher.whole(*words)  # until Slurm notices
     launcher.until(lambda: launcher.cluster.show(launcher.job)["JobState"] != "RUNNING", 90)
     noticed = time.monotonic()
     launcher.until(lambda: launcher.attempts()[-1].restart == 1)
     launcher.at_step(launcher.attempts()[-1].checkpoint + 1)
-    assert time.monotonic() - noticed < 60, "it trains again"
+    assert time.monotonic() - noticed < 60, "it trains again within the minute"
     *lost, again = launcher.attempts()
     assert {a.outcome for a in lost} <= {FAILED, LOST}, "the other rank may notice before Slurm does"
     assert nodes[1] not in again.nodes
@@ -223,7 +225,7 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     assert hung.reason.startswith(f"rank 1 on {node} gave no sign of life for ")
     launcher.finish()
     assert launcher.attempts()[-1].outcome == DONE
-    assert losses(launcher, 60) == pytest.approx(launcher.whole(*words), rel=1e-5)
+    assert losses(launcher, 60) == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_run_that_fails_every_time_is_given_up(launcher):

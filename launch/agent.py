@@ -30,9 +30,12 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 def left_out(run: Path) -> list[str]:
     """Nodes that no job of the run is to use: those of the user, and those that were found bad."""
+    return sorted({*settings_of(run)["exclude"], *_found_bad(run)})
+
+
+def _found_bad(run: Path) -> list[str]:
     file = run / LAUNCH / EXCLUDED
-    bad = json.loads(file.read_text()) if file.is_file() else []
-    return sorted({*settings_of(run)["exclude"], *bad})
+    return list(json.loads(file.read_text())) if file.is_file() else []
 
 
 def begin(run: Path, nodes: list[str], job: str = "", restart: int = 0) -> list[str]:
@@ -70,9 +73,7 @@ def judge(folder: Path) -> list[str]:
     if 2 * len(bad) >= len(attempt.nodes) and (len(bad) > 1 or refused):
         attempts.end(run, attempt, outcome, words if refused else f"most nodes look bad, so none is left out: {reason}")
         return ["bad"]
-    file = run / LAUNCH / EXCLUDED
-    known = json.loads(file.read_text()) if file.is_file() else []
-    write_atomically(file, json.dumps(sorted({*known, *bad})) + "\n")
+    write_atomically(run / LAUNCH / EXCLUDED, json.dumps(sorted({*_found_bad(run), *bad})) + "\n")
     attempts.end(run, attempt, attempts.BAD_NODES, reason)
     return ["bad"]
 

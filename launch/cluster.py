@@ -18,6 +18,15 @@ TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):(?P<minutes>\d{2}):(?P
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
+def seconds_of(time: str) -> int | None:
+    """Seconds of HH:MM:SS or D-HH:MM:SS; None: it is neither."""
+    parts = TIME.fullmatch(time)
+    if parts is None:
+        return None
+    days, hours, minutes, seconds = (int(parts[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 class Container(Section):
     """An image that the ranks run in."""
 
@@ -119,7 +128,7 @@ class Cluster(Section):
     @field_validator("time")
     @classmethod
     def _is_time(cls, value: str) -> str:
-        if not TIME.fullmatch(value):
+        if seconds_of(value) is None:
             raise ValueError("expected HH:MM:SS or D-HH:MM:SS")
         return value
 
@@ -147,10 +156,9 @@ class Cluster(Section):
     @property
     def seconds(self) -> int:
         """The walltime."""
-        parts = TIME.fullmatch(self.time)
-        assert parts
-        days, hours, minutes, seconds = (int(parts[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+        seconds = seconds_of(self.time)
+        assert seconds is not None
+        return seconds
 
     def check(self) -> None:
         """Raise a UserError for values that do not go together."""

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from bitlm_dist.launch.cluster import TIME
+from bitlm_dist.launch.cluster import seconds_of
 
 from bitlm_dist.errors import UserError
 
@@ -50,13 +50,9 @@ def check_time(partition: str | None, seconds: int) -> None:
     for line in ask("scontrol", "show", "partition", "-o").splitlines():
         fields = dict(word.partition("=")[::2] for word in line.split())
         chosen = fields.get("PartitionName") == partition if partition else fields.get("Default") == "YES"
-        limit = TIME.fullmatch(fields.get("MaxTime", ""))
-        if chosen and limit:
-            days, hours, minutes, rest = (int(limit[name] or 0) for name in ("days", "hours", "minutes", "seconds"))
-            if seconds > ((days * 24 + hours) * 60 + minutes) * 60 + rest:
-                raise UserError(
-                    f"time is above the {fields['MaxTime']} that partition {fields['PartitionName']} allows: lower --time"
-                )
+        limit = seconds_of(fields.get("MaxTime", ""))
+        if chosen and limit is not None and seconds > limit:
+            raise UserError(f"time is above the {fields['MaxTime']} that partition {fields['PartitionName']} allows: lower --time")
 
 
 def submit(script: Path, *options: str) -> str:

@@ -17,7 +17,6 @@ from bitlm_dist.files import sync_folder, sync_tree, write_atomically
 
 RECORD = "remote.json"
 TRIES, TIMEOUT = 5, 60.0  # of one file, with back-off between them: 1, 2, 4, 8 seconds and a little
-SPLIT_FILES = ("index.json", "lengths.npy")
 
 
 def url_of(folder: Path) -> str | None:

@@ -23,10 +23,12 @@ from numpy.typing import NDArray
 from bitlm_dist.data import http_download, remote
 from bitlm_dist.data.leftovers import owned_name, remove_leftovers
 from bitlm_dist.data.manifest import check_file, read_manifest
-from bitlm_dist.data.remote import SPLIT_FILES, url_of
+from bitlm_dist.data.remote import url_of
 from bitlm_dist.data.streaming_import import alone, streaming
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import DISK_FULL, try_lock
+
+SPLIT_FILES = ("index.json", "lengths.npy")
 
 
 def damaged_shards(folder: Path, manifest: Mapping[str, Any], split: str) -> tuple[int, list[str]]:

@@ -47,12 +47,22 @@ def _seeing_key(at, block, keys, past, starts, ends, documents: tl.constexpr):
 
 
 @triton.jit
-def _bounds(first_low, first_high, last_low, last_high, tile: tl.constexpr):
-    """Where the tiles that need no mask begin and end, of those from ``first_low`` to ``last_high``."""
-    whole = first_low + tl.cdiv(tl.maximum(last_low - first_low, 0), tile) * tile
-    whole = tl.minimum(whole, last_high)
-    ragged = whole + tl.maximum(first_high - whole, 0) // tile * tile
-    return whole, ragged
+def _plan(first, first_high, last_low, last, tile: tl.constexpr):
+    """Tiles of the run first..last-1 of which rows of the other side need a part: masked ones at both ends, whole ones between.
+
+    Returns:
+        whole: where the whole tiles begin.
+        wholes: how many there are.
+        left: masked tiles from ``first`` on.
+        masked: masked tiles in all; those after the left ones begin ``gap`` later than if they followed at once.
+        gap: see above.
+    """
+    left = tl.cdiv(tl.maximum(last_low - first, 0), tile)
+    whole = first + left * tile
+    wholes = tl.maximum(first_high - whole, 0) // tile
+    gap = wholes * tile
+    masked = left + tl.cdiv(tl.maximum(last - whole - gap, 0), tile)
+    return whole, wholes, left, masked, gap
 
 
 @triton.jit
@@ -65,15 +75,18 @@ def _rows(pointer, first, stride, tile: tl.constexpr, width: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, acc, total, top, k, v, stride_k, stride_v, first, last, low, high, scale2,
+    q, acc, total, top, k, v, stride_k, stride_v, begin, count, left, gap, last, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Add keys first..last-1 to the running softmax: acc [queries, D] unnormalized, total of the weights, top score in powers of 2."""
     lane = tl.arange(0, tile)
-    k_rows = _rows(k, first, stride_k, tile, width)
-    v_rows = _rows(v, first, stride_v, tile, width)
-    for start in range(first, last, tile):
+    for number in range(0, count):
+        start = begin + number * tile
+        if masked:
+            start += tl.where(number >= left, gap, 0)
         at = start + lane
+        k_rows = _rows(k, start, stride_k, tile, width)
+        v_rows = _rows(v, start, stride_v, tile, width)
         if masked:
             k_tile = tl.load(k_rows, mask=(at < last)[:, None], other=0.0)
         else:
@@ -93,8 +106,6 @@ def _attend(
             v_tile = tl.load(v_rows)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         top = new_top
-        k_rows += tile * stride_k
-        v_rows += tile * stride_v
     return acc, total, top
 
 
@@ -128,22 +139,18 @@ def forward_kernel(
     low, high = _seen_by_query(tl.minimum(past + row, keys - 1), block, keys, starts, ends, documents)
     first, first_high = _seen_by_query(past + begin, block, keys, starts, ends, documents)
     last_low, last = _seen_by_query(tl.minimum(past + begin + tile_queries, keys) - 1, block, keys, starts, ends, documents)
-    whole, ragged = _bounds(first, first_high, last_low, last, tile_keys)
+    whole, wholes, left, masked, gap = _plan(first, first_high, last_low, last, tile_keys)
 
     q_tile = tl.load(_rows(q, begin, stride_qs, tile_queries, width), mask=inside, other=0.0)
     acc = tl.zeros([tile_queries, width], tl.float32)
     total = tl.zeros([tile_queries], tl.float32)
     top = tl.zeros([tile_queries], tl.float32) + LOWEST
     scale2 = scale * LOG2E
-    if documents:
-        acc, total, top = _attend(
-            q_tile, acc, total, top, k, v, stride_ks, stride_vs, first, whole, low, high, scale2, tile_keys, width, True
-        )
     acc, total, top = _attend(
-        q_tile, acc, total, top, k, v, stride_ks, stride_vs, whole, ragged, low, high, scale2, tile_keys, width, False
+        q_tile, acc, total, top, k, v, stride_ks, stride_vs, whole, wholes, 0, 0, last, low, high, scale2, tile_keys, width, False
     )
     acc, total, top = _attend(
-        q_tile, acc, total, top, k, v, stride_ks, stride_vs, ragged, last, low, high, scale2, tile_keys, width, True
+        q_tile, acc, total, top, k, v, stride_ks, stride_vs, first, masked, left, gap, last, low, high, scale2, tile_keys, width, True
     )
     acc = acc / total[:, None]
     tl.store(_rows(out, begin, stride_os, tile_queries, width), acc.to(out.dtype.element_ty), mask=inside)
@@ -153,15 +160,18 @@ def forward_kernel(
 
 @triton.jit
 def _descend(
-    dq, q, dout, lse2, delta, k, v, stride_k, stride_v, first, last, low, high, scale2,
+    dq, q, dout, lse2, delta, k, v, stride_k, stride_v, begin, count, left, gap, last, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
     """Add what keys first..last-1 contribute to dq [queries, D], the factor ``scale`` left out."""
     lane = tl.arange(0, tile)
-    k_rows = _rows(k, first, stride_k, tile, width)
-    v_rows = _rows(v, first, stride_v, tile, width)
-    for start in range(first, last, tile):
+    for number in range(0, count):
+        start = begin + number * tile
+        if masked:
+            start += tl.where(number >= left, gap, 0)
         at = start + lane
+        k_rows = _rows(k, start, stride_k, tile, width)
+        v_rows = _rows(v, start, stride_v, tile, width)
         if masked:
             k_tile = tl.load(k_rows, mask=(at < last)[:, None], other=0.0)
             v_tile = tl.load(v_rows, mask=(at < last)[:, None], other=0.0)
@@ -176,8 +186,6 @@ def _descend(
         dweights = tl.dot(dout, tl.trans(v_tile), input_precision="ieee")
         dscores = weights * (dweights - delta[:, None])
         dq = tl.dot(dscores.to(k_tile.dtype), k_tile, dq, input_precision="ieee")
-        k_rows += tile * stride_k
-        v_rows += tile * stride_v
     return dq
 
 
@@ -212,7 +220,7 @@ def dq_kernel(
     low, high = _seen_by_query(tl.minimum(past + row, keys - 1), block, keys, starts, ends, documents)
     first, first_high = _seen_by_query(past + begin, block, keys, starts, ends, documents)
     last_low, last = _seen_by_query(tl.minimum(past + begin + tile_queries, keys) - 1, block, keys, starts, ends, documents)
-    whole, ragged = _bounds(first, first_high, last_low, last, tile_keys)
+    whole, wholes, left, masked, gap = _plan(first, first_high, last_low, last, tile_keys)
 
     place = (b * heads + h) * queries + row
     dout_tile = tl.load(_rows(dout, begin, stride_gs, tile_queries, width), mask=inside, other=0.0)
@@ -226,31 +234,34 @@ def dq_kernel(
     lse2 = tl.load(lse + place, mask=row < queries, other=0.0) * LOG2E
     acc = tl.zeros([tile_queries, width], tl.float32)
     scale2 = scale * LOG2E
-    if documents:
-        acc = _descend(
-            acc, q_tile, dout_tile, lse2, slope, k, v, stride_ks, stride_vs, first, whole, low, high, scale2, tile_keys, width, True
-        )
     acc = _descend(
-        acc, q_tile, dout_tile, lse2, slope, k, v, stride_ks, stride_vs, whole, ragged, low, high, scale2, tile_keys, width, False
-    )
+        acc, q_tile, dout_tile, lse2, slope, k, v, stride_ks, stride_vs, whole, wholes, 0, 0, last, low, high, scale2,
+        tile_keys, width, False,
+    )  # fmt: skip
     acc = _descend(
-        acc, q_tile, dout_tile, lse2, slope, k, v, stride_ks, stride_vs, ragged, last, low, high, scale2, tile_keys, width, True
-    )
+        acc, q_tile, dout_tile, lse2, slope, k, v, stride_ks, stride_vs, first, masked, left, gap, last, low, high, scale2,
+        tile_keys, width, True,
+    )  # fmt: skip
     tl.store(_rows(dq, begin, stride_ds, tile_queries, width), (acc * scale).to(dq.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q, dout, lse, delta, stride_q, stride_g, first, last, past, low, high, scale2,
+    dk, dv, k, v, q, dout, lse, delta, stride_q, stride_qh, stride_g, stride_gh, queries, group, begin, count, left, gap, last, past, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Add what the queries at positions first..last-1 contribute to dk, dv [keys, D], in dk the factor ``scale`` left out."""
+    """Add what these tiles of queries of all ``group`` heads contribute to dk, dv [keys, D], in dk the factor ``scale`` left out."""
     lane = tl.arange(0, tile)
-    q_rows = _rows(q, first - past, stride_q, tile, width)
-    dout_rows = _rows(dout, first - past, stride_g, tile, width)
-    for start in range(first, last, tile):
+    for step in range(0, count * group):  # one loop, not two: the pipeline of loads runs on from head to head
+        number = step // group
+        member = (step - number * group).to(tl.int64)
+        start = begin + number * tile
+        if masked:
+            start += tl.where(number >= left, gap, 0)
         at = start + lane
-        place = at - past
+        q_rows = _rows(q + member * stride_qh, start - past, stride_q, tile, width)
+        dout_rows = _rows(dout + member * stride_gh, start - past, stride_g, tile, width)
+        place = member * queries + at - past
         if masked:
             q_tile = tl.load(q_rows, mask=(at < last)[:, None], other=0.0)
             lse2 = tl.load(lse + place, mask=at < last, other=0.0) * LOG2E
@@ -271,8 +282,6 @@ def _collect(
         dweights = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
         dscores = weights * (dweights - slope[None, :])
         dk = tl.dot(dscores.to(q_tile.dtype), q_tile, dk, input_precision="ieee")
-        q_rows += tile * stride_q
-        dout_rows += tile * stride_g
     return dk, dv
 
 
@@ -307,31 +316,24 @@ def dkv_kernel(
     first, first_high = _seeing_key(begin, block, keys, past, starts, ends, documents)
     last_low, last = _seeing_key(tl.minimum(begin + tile_keys, keys) - 1, block, keys, past, starts, ends, documents)
     last = tl.maximum(last, first)  # a document that ends before the first query
-    whole, ragged = _bounds(first, first_high, last_low, last, tile_queries)
+    whole, wholes, left, masked, gap = _plan(first, first_high, last_low, last, tile_queries)
 
     k_tile = tl.load(_rows(k, begin, stride_ks, tile_keys, width), mask=inside, other=0.0)
     v_tile = tl.load(_rows(v, begin, stride_vs, tile_keys, width), mask=inside, other=0.0)
     dk_acc = tl.zeros([tile_keys, width], tl.float32)
     dv_acc = tl.zeros([tile_keys, width], tl.float32)
     scale2 = scale * LOG2E
-    for member in range(0, group):
-        h = g * group + member
-        q_head = q + b * stride_qb + h * stride_qh
-        dout_head = dout + b * stride_gb + h * stride_gh
-        lse_head = lse + (b * heads + h) * queries
-        delta_head = delta + (b * heads + h) * queries
-        # From the diagonal on: masked tiles, whole tiles, and the rest.
-        dk_acc, dv_acc = _collect(
-            dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, stride_qs, stride_gs,
-            first, whole, past, low, high, scale2, tile_queries, width, True,
-        )  # fmt: skip
-        dk_acc, dv_acc = _collect(
-            dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, stride_qs, stride_gs,
-            whole, ragged, past, low, high, scale2, tile_queries, width, False,
-        )  # fmt: skip
-        dk_acc, dv_acc = _collect(
-            dk_acc, dv_acc, k_tile, v_tile, q_head, dout_head, lse_head, delta_head, stride_qs, stride_gs,
-            ragged, last, past, low, high, scale2, tile_queries, width, True,
-        )  # fmt: skip
+    q += b * stride_qb + g * group * stride_qh
+    dout += b * stride_gb + g * group * stride_gh
+    lse += (b * heads + g * group) * queries
+    delta += (b * heads + g * group) * queries
+    dk_acc, dv_acc = _collect(
+        dk_acc, dv_acc, k_tile, v_tile, q, dout, lse, delta, stride_qs, stride_qh, stride_gs, stride_gh, queries, group,
+        whole, wholes, 0, 0, last, past, low, high, scale2, tile_queries, width, False,
+    )  # fmt: skip
+    dk_acc, dv_acc = _collect(
+        dk_acc, dv_acc, k_tile, v_tile, q, dout, lse, delta, stride_qs, stride_qh, stride_gs, stride_gh, queries, group,
+        first, masked, left, gap, last, past, low, high, scale2, tile_queries, width, True,
+    )  # fmt: skip
     tl.store(_rows(dk, begin, stride_dks, tile_keys, width), (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(_rows(dv, begin, stride_dvs, tile_keys, width), dv_acc.to(dv.dtype.element_ty), mask=inside)

@@ -31,28 +31,16 @@ class Tiles:
 WIDTHS = (16, 32, 64, 128)
 SMALL = 86  # compute capabilities with 99 KiB of shared memory a block: 8.6, 8.9, 12.x
 
-_SMALL_WIDTH = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 64, 4, 2))
-_HOPPER_64 = Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
+_NARROW = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 3))
+_AMPERE_128 = Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2))
+_HOPPER_64 = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 _HOPPER_128 = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3))
-_AMPERE_128 = Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2))
 
-HALF: dict[tuple[int, int], Tiles] = {
-    (80, 16): _SMALL_WIDTH,
-    (80, 32): _SMALL_WIDTH,
-    (80, 64): _SMALL_WIDTH,
-    (80, 128): _AMPERE_128,
-    (SMALL, 16): _SMALL_WIDTH,
-    (SMALL, 32): _SMALL_WIDTH,
-    (SMALL, 64): _SMALL_WIDTH,
-    (SMALL, 128): _AMPERE_128,
-    (90, 16): _SMALL_WIDTH,
-    (90, 32): _SMALL_WIDTH,
-    (90, 64): _HOPPER_64,
-    (90, 128): _HOPPER_128,
-    (100, 16): _SMALL_WIDTH,
-    (100, 32): _SMALL_WIDTH,
-    (100, 64): _HOPPER_64,
-    (100, 128): _HOPPER_128,
+HALF: dict[int, dict[int, Tiles]] = {
+    80: {16: _NARROW, 32: _NARROW, 64: _NARROW, 128: _AMPERE_128},
+    SMALL: {16: _NARROW, 32: _NARROW, 64: _NARROW, 128: _AMPERE_128},
+    90: {16: _HOPPER_64, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_128},
+    100: {16: _HOPPER_64, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_128},
 }
 # fp32 multiplies without tensor cores, for comparison runs: small tiles everywhere.
 _FLOAT = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
@@ -70,7 +58,7 @@ def tiles(architecture: int, width: int, float32: bool) -> Tiles:
     """Entry of the table; ``width`` is one of WIDTHS."""
     if float32:
         return _FLOAT_128 if width == 128 else _FLOAT
-    return HALF[architecture, width]
+    return HALF[architecture][width]
 
 
 @cache

@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitlm_dist.kernels import triton_attention_kernels as attention
+from bitlm_dist.kernels import triton_in_block as in_block
 from bitlm_dist.kernels.tiles import SMALL, tiles
 
 BUDGETS = Path(__file__).with_name("budgets.json")
@@ -36,6 +37,7 @@ ARCHITECTURES = {
 NUMBERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 BIT_32 = ("lse", "dlse", "delta")
 INTEGERS = ("starts", "ends")
+SIZES = {*attention.SIZES, *in_block.SIZES}
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Case:
     stages: int
 
     def __str__(self) -> str:
-        words = [key if value is True else f"{key}={value}" for key, value in self.constants.items() if value not in (None, False)]
+        hidden = ("padded", "tile")
+        words = [key if value is True else f"{key}={value}" for key, value in self.constants.items() if value is not False and key not in hidden]
         return f"sm_{self.architecture} {self.dtype} {self.name} {' '.join(words)} warps={self.warps} stages={self.stages}"
 
 
@@ -76,6 +79,20 @@ def attention_cases(architecture: int, width: int, dtype: str = "bf16") -> Itera
             yield Case(name, kernel, architecture, dtype, constants, tile.warps, tile.stages)
 
 
+def in_block_cases(architecture: int, width: int, dtype: str = "bf16") -> Iterator[Case]:
+    """The two kernels of attention inside a block, with blocks of four tokens."""
+    kernels = {"in-block forward": in_block.forward_kernel, "in-block backward": in_block.backward_kernel}
+    for name, kernel in kernels.items():
+        constants = {"width": width, "block": 4, "causal": False, "padded": width, "tile": in_block.ROWS}
+        yield Case(name, kernel, architecture, dtype, constants, in_block.WARPS, 1)
+
+
+def cases(architecture: int, width: int) -> Iterator[Case]:
+    """All of an architecture and width of a head."""
+    yield from attention_cases(architecture, width)
+    yield from in_block_cases(architecture, width)
+
+
 def _type(name: str, case: Case) -> str:
     if name in INTEGERS:
         return "*i32" if case.constants["documents"] else "constexpr"
@@ -83,7 +100,7 @@ def _type(name: str, case: Case) -> str:
         return "*fp32"
     if name == "scale":
         return "fp32"
-    if name.startswith("stride") or name in attention.SIZES:
+    if name.startswith("stride") or name in SIZES:
         return "i32"
     return NUMBERS[case.dtype]
 
@@ -146,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
         stored = {"triton": triton.__version__, "kernels": {}}
     broken = []
     print(f"{'registers':>9} {'stack':>5} {'shared':>7} {'tensor':>6}  kernel")
-    for case in (case for arch in options.arch for width in options.width for case in attention_cases(arch, width)):
+    for case in (case for arch in options.arch for width in options.width for case in cases(arch, width)):
         used = usage(case)
         print(f"{used.registers:9} {used.stack:5} {used.shared:7} {used.tensor:6}  {case}", flush=True)
         broken += violations(case, used, None if options.update else stored["kernels"].get(str(case)))

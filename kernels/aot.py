@@ -1,7 +1,8 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and holds it against ``budgets.json``.
 
 What a GPU would not say aloud: registers that spill to memory (stack), shared memory, tensor-core instructions that are missing.
-Budgets are of one version of Triton, since every version spills differently; another one is held against the hard limits alone.
+Every version of Triton spills differently, so the file holds budgets by version; one that it does not name is held against the
+hard limits alone. ``--update`` writes those of the version at hand.
 
 Usage: ``python -m bitlm_dist.kernels.aot [--arch 90] [--width 64] [--update]``. Exit code 1 and a line for each broken budget.
 """
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 
 from bitlm_dist.kernels import triton_attention_kernels as attention
 from bitlm_dist.kernels import triton_in_block as in_block
-from bitlm_dist.kernels.tiles import SMALL, tiles
+from bitlm_dist.kernels.tiles import SMALL, WIDTHS, tiles
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -134,45 +135,65 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def violations(case: Case, used: Usage, budget: dict[str, int] | None) -> list[str]:
-    """Lines that say what is over the limits, and over the budget if there is one for this version of Triton."""
+    """Lines that say what is over the hard limits, and over the budget if there is one."""
     limit, instruction = ARCHITECTURES[case.architecture]
     found = []
     if used.stack:
         found.append(f"{case}: {used.stack} bytes of stack: registers spill")
     if used.shared > limit:
-        found.append(f"{case}: {used.shared} bytes of shared memory of {limit}")
+        found.append(f"{case}: {used.shared} bytes of shared memory, the architecture has {limit}")
     if not used.tensor and case.dtype != "fp32":
         found.append(f"{case}: no {instruction}: the products do not run on tensor cores")
-    for key in ("registers", "shared") if budget else ():
-        assert budget is not None
-        if getattr(used, key) > budget[key]:
-            found.append(f"{case}: {key} {getattr(used, key)}, budget {budget[key]}")
+    for key, most in (budget or {}).items():
+        if key in ("registers", "shared") and getattr(used, key) > most:
+            found.append(f"{case}: {key} {getattr(used, key)}, budget {most}")
     return found
+
+
+def check(chosen: list[Case], budgets: dict[str, dict[str, int]]) -> tuple[dict[str, dict[str, int]], list[str]]:
+    """Print the table of all cases -> what each uses, and the lines of broken budgets. No budgets at all: hard limits alone."""
+    print(f"{'registers':>9} {'stack':>5} {'shared':>7} {'tensor':>6}  kernel")
+    all_used, broken = {}, []
+    for case in chosen:
+        used = usage(case)
+        print(f"{used.registers:9} {used.stack:5} {used.shared:7} {used.tensor:6}  {case}", flush=True)
+        if budgets and str(case) not in budgets:
+            broken.append(f"{case}: no budget: add it with --update")
+        broken += violations(case, used, budgets.get(str(case)))
+        all_used[str(case)] = asdict(used)
+    return all_used, broken
+
+
+def write(budgets: dict[str, dict[str, dict[str, int]]], file: Path) -> None:
+    """JSON with a line a kernel, so that a change shows as one."""
+    versions = []
+    for version, kernels in sorted(budgets.items()):
+        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(used)}" for name, used in sorted(kernels.items()))
+        versions.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+    file.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 if a budget is broken."""
-    parser = argparse.ArgumentParser(prog="python -m bitlm_dist.kernels.aot", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bitlm_dist.kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=list(ARCHITECTURES))
-    parser.add_argument("--width", type=int, nargs="*", default=[64, 128])
-    parser.add_argument("--update", action="store_true", help="write what is used now as the budget")
+    parser.add_argument("--width", type=int, nargs="*", default=[64, 128], choices=list(WIDTHS), help="of a head")
+    parser.add_argument("--budgets", type=Path, default=BUDGETS, help="file to compare with")
+    parser.add_argument("--update", action="store_true", help="write what is used now as the budgets of this version of Triton")
     options = parser.parse_args(arguments)
-    stored = json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"triton": None, "kernels": {}}
-    if stored["triton"] != triton.__version__:
-        print(f"the budgets are of Triton {stored['triton']}, this is {triton.__version__}: only hard limits are checked")
-        stored = {"triton": triton.__version__, "kernels": {}}
-    broken = []
-    print(f"{'registers':>9} {'stack':>5} {'shared':>7} {'tensor':>6}  kernel")
-    for case in (case for arch in options.arch for width in options.width for case in cases(arch, width)):
-        used = usage(case)
-        print(f"{used.registers:9} {used.stack:5} {used.shared:7} {used.tensor:6}  {case}", flush=True)
-        broken += violations(case, used, None if options.update else stored["kernels"].get(str(case)))
-        stored["kernels"][str(case)] = asdict(used)
+    budgets = json.loads(options.budgets.read_text()) if options.budgets.exists() else {}
+    mine = budgets.get(triton.__version__, {})
+    if not mine and not options.update:
+        print(f"no budgets for Triton {triton.__version__}, only for {[*budgets]}: hard limits are checked")
+    chosen = [case for architecture in options.arch for width in options.width for case in cases(architecture, width)]
+    used, broken = check(chosen, {} if options.update else mine)
     if options.update:
-        BUDGETS.write_text(json.dumps(stored, indent=2) + "\n")
+        complete = set(options.arch) == set(ARCHITECTURES)
+        budgets[triton.__version__] = used if complete else mine | used  # of all: entries of kernels that are gone go too
+        write(budgets, options.budgets)
     for line in broken:
         print(line, file=sys.stderr)
-    return bool(broken)
+    return int(bool(broken))
 
 
 if __name__ == "__main__":

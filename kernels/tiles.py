@@ -42,7 +42,7 @@ HALF: dict[int, dict[int, Tiles]] = {
     90: {16: _HOPPER_64, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_128},
     100: {16: _HOPPER_64, 32: _HOPPER_64, 64: _HOPPER_64, 128: _HOPPER_128},
 }
-# fp32 multiplies without tensor cores, for comparison runs: small tiles everywhere.
+# fp32 multiplies without tensor cores and its registers spill: exact, for comparisons, not for training.
 _FLOAT = Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))
 _FLOAT_128 = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 

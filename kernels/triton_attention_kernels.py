@@ -261,23 +261,23 @@ def _collect(
         at = start + lane
         q_rows = _rows(q + member * stride_qh, start - past, stride_q, tile, width)
         dout_rows = _rows(dout + member * stride_gh, start - past, stride_g, tile, width)
-        place = member * queries + at - past
+        place = member * queries + start - past
         if masked:
             q_tile = tl.load(q_rows, mask=(at < last)[:, None], other=0.0)
-            lse2 = tl.load(lse + place, mask=at < last, other=0.0) * LOG2E
+            lse2 = tl.load(lse + place + lane, mask=at < last, other=0.0) * LOG2E
         else:
             q_tile = tl.load(q_rows)
-            lse2 = tl.load(lse + place) * LOG2E
+            lse2 = tl.load(lse + place + lane) * LOG2E
         scores = tl.dot(k, tl.trans(q_tile), input_precision="ieee")
         weights = tl.exp2(scores * scale2 - lse2[None, :])
         if masked:
             seeing = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
             weights = tl.where(seeing, weights, 0.0)
             dout_tile = tl.load(dout_rows, mask=(at < last)[:, None], other=0.0)
-            slope = tl.load(delta + place, mask=at < last, other=0.0)
+            slope = tl.load(delta + place + lane, mask=at < last, other=0.0)
         else:
             dout_tile = tl.load(dout_rows)
-            slope = tl.load(delta + place)
+            slope = tl.load(delta + place + lane)
         dv = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv, input_precision="ieee")
         dweights = tl.dot(v, tl.trans(dout_tile), input_precision="ieee")
         dscores = weights * (dweights - slope[None, :])

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from bitlm_dist.kernels import triton_attention_kernels as attention
 from bitlm_dist.kernels import triton_in_block as in_block
 from bitlm_dist.kernels.tiles import SMALL, WIDTHS, tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -54,14 +53,14 @@ class Case:
     stages: int
 
     def __str__(self) -> str:
-        hidden = ("padded", "tile")
-        words = [key if value is True else f"{key}={value}" for key, value in self.constants.items() if value is not False and key not in hidden]
+        shown = {key: value for key, value in self.constants.items() if value is not False and key not in ("padded", "tile")}
+        words = [key if value is True else f"{key}={value}" for key, value in shown.items()]
         return f"sm_{self.architecture} {self.dtype} {self.name} {' '.join(words)} warps={self.warps} stages={self.stages}"
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel needs: registers a thread, bytes of stack a thread, bytes of shared memory, tensor-core instructions."""
+    """What a kernel needs: registers and bytes of stack a thread, bytes of shared memory; its tensor-core instructions."""
 
     registers: int
     stack: int

@@ -32,7 +32,7 @@ WIDTHS = (16, 32, 64, 128)
 SMALL = 86  # compute capabilities with 99 KiB of shared memory a block: 8.6, 8.9, 12.x
 
 _NARROW = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 4, 3))
-_AMPERE_128 = Tiles(Tile(64, 64, 4, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2))
+_AMPERE_128 = Tiles(Tile(64, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 8, 2))
 _HOPPER_64 = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2))
 _HOPPER_128 = Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3))
 

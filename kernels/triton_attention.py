@@ -1,9 +1,9 @@
 """Block-causal attention by the project's own Triton kernels: forward and backward, exact, no atomics, no S x T mask.
 
-Three operators that torch.compile treats as opaque: ``bitlm::block_causal_attention`` (out and lse), its backward, and nothing else
-of the graph breaks. What a document is comes in as the bounds of :func:`bounds_of_documents`, 8 bytes a token.
+Forward and backward are operators of torch, ``bitlm::block_causal_attention`` and ``..._backward``: torch.compile keeps its graph
+whole around them. Documents reach the kernels as the bounds of :func:`bounds_of_documents`, 8 bytes a token.
 
-Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head. S <= T: the queries are the last S positions.
+Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head. S <= T: queries are the last S positions.
 """
 
 import math
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
-
 from bitlm_dist.kernels import triton_attention_kernels as kernels
 from bitlm_dist.kernels.tiles import WIDTHS, Tile, architecture_of, tiles
+from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 INTERPRETED = not isinstance(kernels.forward_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1: tensors of the CPU

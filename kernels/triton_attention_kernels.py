@@ -1,16 +1,16 @@
 """Triton kernels of block-causal attention: forward, gradient of the queries, gradient of keys and values.
 
 What a query sees is one run of keys, [low, high): from the start of its document to the end of its block or document. What sees a
-key is one run of queries: from the start of its block or document to the end of its document. Both ends never fall from one position
-to the next, so a tile knows from its first and last row which tiles of the other side it needs at all, and which of them every row
-needs in full. The former are visited, the latter without a mask; nothing is read in the loops but the operands.
+key is one run of queries: from the start of its block or document to the end of its document. Neither end ever falls from one
+position to the next, so the first and last row of a tile say which tiles of the other side it needs at all, and which of them every
+row needs in full. The former are visited, the latter without a mask; the loops read nothing but the operands.
 
-Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head; ``past`` = T - S. A position counts from the
+Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head; ``past`` = T - S. Positions count from the
 first key. ``starts`` and ``ends`` [B, T]: first position of every token's document, and the one after its last.
 """
 
 # Triton reads annotations as the types of a kernel's arguments.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 import triton
@@ -18,7 +18,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(x * LOG2E), and exp2 is one instruction
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-3.0e38)  # finite: a row that has seen nothing yet subtracts it from -inf, which -inf itself would turn into NaN
+# Finite: a row that has seen nothing yet subtracts it from -inf, and -inf - -inf would be NaN.
+LOWEST = tl.constexpr(-3.0e38)
 
 # Sizes that differ from call to call: a kernel for each of their divisors would be compiled again and again.
 SIZES = ["scale", "block", "queries", "keys", "heads", "group"]
@@ -78,7 +79,7 @@ def _attend(
     q, acc, total, top, k, v, stride_k, stride_v, begin, count, left, gap, last, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Add keys first..last-1 to the running softmax: acc [queries, D] unnormalized, total of the weights, top score in powers of 2."""
+    """Add these tiles of keys to the running softmax: acc [queries, D] unnormalized, total weight, top score in powers of 2."""
     lane = tl.arange(0, tile)
     for number in range(0, count):
         start = begin + number * tile
@@ -87,10 +88,7 @@ def _attend(
         at = start + lane
         k_rows = _rows(k, start, stride_k, tile, width)
         v_rows = _rows(v, start, stride_v, tile, width)
-        if masked:
-            k_tile = tl.load(k_rows, mask=(at < last)[:, None], other=0.0)
-        else:
-            k_tile = tl.load(k_rows)
+        k_tile = tl.load(k_rows, mask=(at < last)[:, None], other=0.0) if masked else tl.load(k_rows)
         scores = tl.dot(q, tl.trans(k_tile), input_precision="ieee")
         if masked:
             visible = (at[None, :] >= low[:, None]) & (at[None, :] < high[:, None])
@@ -100,10 +98,7 @@ def _attend(
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
-        if masked:
-            v_tile = tl.load(v_rows, mask=(at < last)[:, None], other=0.0)
-        else:
-            v_tile = tl.load(v_rows)
+        v_tile = tl.load(v_rows, mask=(at < last)[:, None], other=0.0) if masked else tl.load(v_rows)
         acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc, input_precision="ieee")
         top = new_top
     return acc, total, top
@@ -147,11 +142,13 @@ def forward_kernel(
     top = tl.zeros([tile_queries], tl.float32) + LOWEST
     scale2 = scale * LOG2E
     acc, total, top = _attend(
-        q_tile, acc, total, top, k, v, stride_ks, stride_vs, whole, wholes, 0, 0, last, low, high, scale2, tile_keys, width, False
-    )
+        q_tile, acc, total, top, k, v, stride_ks, stride_vs, whole, wholes, 0, 0, last, low, high, scale2,
+        tile_keys, width, False,
+    )  # fmt: skip
     acc, total, top = _attend(
-        q_tile, acc, total, top, k, v, stride_ks, stride_vs, first, masked, left, gap, last, low, high, scale2, tile_keys, width, True
-    )
+        q_tile, acc, total, top, k, v, stride_ks, stride_vs, first, masked, left, gap, last, low, high, scale2,
+        tile_keys, width, True,
+    )  # fmt: skip
     acc = acc / total[:, None]
     tl.store(_rows(out, begin, stride_os, tile_queries, width), acc.to(out.dtype.element_ty), mask=inside)
     place = (b * heads + h) * queries + row
@@ -163,7 +160,7 @@ def _descend(
     dq, q, dout, lse2, delta, k, v, stride_k, stride_v, begin, count, left, gap, last, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Add what keys first..last-1 contribute to dq [queries, D], the factor ``scale`` left out."""
+    """Add what these tiles of keys contribute to dq [queries, D], the factor ``scale`` left out."""
     lane = tl.arange(0, tile)
     for number in range(0, count):
         start = begin + number * tile
@@ -247,10 +244,11 @@ def dq_kernel(
 
 @triton.jit
 def _collect(
-    dk, dv, k, v, q, dout, lse, delta, stride_q, stride_qh, stride_g, stride_gh, queries, group, begin, count, left, gap, last, past, low, high, scale2,
+    dk, dv, k, v, q, dout, lse, delta, stride_q, stride_qh, stride_g, stride_gh, queries, group,
+    begin, count, left, gap, last, past, low, high, scale2,
     tile: tl.constexpr, width: tl.constexpr, masked: tl.constexpr,
 ):  # fmt: skip
-    """Add what these tiles of queries of all ``group`` heads contribute to dk, dv [keys, D], in dk the factor ``scale`` left out."""
+    """Add what these tiles of queries, of all ``group`` heads, contribute to dk, dv [keys, D]; in dk without ``scale``."""
     lane = tl.arange(0, tile)
     for step in range(0, count * group):  # one loop, not two: the pipeline of loads runs on from head to head
         number = step // group
@@ -293,7 +291,7 @@ def dkv_kernel(
     scale, block, queries, keys, heads, group,
     width: tl.constexpr, tile_queries: tl.constexpr, tile_keys: tl.constexpr, documents: tl.constexpr,
 ):  # fmt: skip
-    """One tile of keys of one key-value head, over all its query heads: dk, dv [B, G, T, D]. Nobody else adds to them: no atomics."""
+    """One tile of keys of one key-value head: dk, dv [B, G, T, D] summed over its query heads here, so without atomics."""
     tiles = tl.cdiv(keys, tile_keys)
     program = tl.program_id(0)
     tile = program % tiles  # the first keys are seen by the most queries

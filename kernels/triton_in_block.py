@@ -7,7 +7,7 @@ Legend: N blocks, M tokens a block, R = N·M rows, H heads, D width of a head.
 """
 
 # Triton reads annotations as the types of a kernel's arguments.
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 import math

@@ -5,13 +5,12 @@ import sys
 import pytest
 
 triton = pytest.importorskip("triton")
-HALF_MINUTES = 20  # of a slow machine; most of it is one assembler at a time
 
 
 def aot(*arguments):
     """In a process of its own: kernels defined under TRITON_INTERPRET cannot be compiled."""
     command = [sys.executable, "-m", "bitlm_dist.kernels.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30 * HALF_MINUTES)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
 def test_hopper_kernels_keep_their_budgets():

@@ -1,28 +1,77 @@
-"""Block-causal attention: token i attends to token j iff floor(j/m) <= floor(i/m).
+"""Block-causal attention: token i attends to token j iff floor(j/m) <= floor(i/m). One entry, several exact back ends behind it.
 
-Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head.
-
-Back ends, all exact:
+Back ends, all with a backward pass, none but the first with an S x T mask:
 
 ``reference``
-    softmax over an explicit [S, T] mask, any dtype; the truth that tests compare with.
-``sdpa``
-    torch's fused attention over tiles of queries. A tile sees only the keys up to its last block, so no S x T mask exists and
-    the work stays near the exact mask's. m = 1 without documents and decoding of one block need no mask at all.
+    softmax over an explicit mask, any dtype: the truth that tests compare with.
+``merge``
+    stock causal flash attention and the triangle of each block, merged by log-sum-exp (merge.py): the path on CPUs.
+``triton``
+    the project's own kernels (triton_attention.py).
+``flex``
+    torch's FlexAttention over an analytic BlockMask (flex.py).
+``fa4``
+    flash-attn 4 with block-sparse tiles (fa4.py).
+
+Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head.
 """
 
+import importlib
+import importlib.util
+import logging
 import math
+import os
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
+from bitlm_dist.kernels.call import Call, checked, seen_by_queries
 from torch import Tensor
 
-TILE = 256  # queries of a tile; rounded up to whole blocks
+BACKENDS = ("fa4", "triton", "merge", "flex", "reference")  # the order in which ``auto`` asks them
+_PACKAGES = {"triton": "triton", "fa4": "flash_attn.cute"}  # of back ends that need one beside torch, and a CUDA device
+_CAPABILITY = {"triton": (8, 0), "fa4": (9, 0)}
+_FILES = {"triton": "triton_attention"}  # where a back end's module has another name
+_modules: dict[str, ModuleType] = {}  # of back ends that were asked for: some take a second to load
+_log = logging.getLogger(__name__)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that ``backend=`` accepts on this machine, best first."""
-    return ("sdpa", "reference")
+    """Names that ``backend=`` accepts on this machine, in the order in which ``auto`` asks them."""
+    return tuple(name for name in BACKENDS if missing(name) is None)
+
+
+@torch.compiler.assume_constant_result  # torch.compile cannot look into imports
+def missing(name: str) -> str | None:
+    """What the back end ``name`` lacks on this machine; None if nothing, and then its module is loaded."""
+    reason = _missing(name)
+    if reason is None and name not in _modules and name != "reference":
+        _modules[name] = importlib.import_module(f"bitlm_dist.kernels.{_FILES.get(name, name)}")
+    return reason
+
+
+@cache
+def _missing(name: str) -> str | None:
+    if name not in _PACKAGES:
+        return None
+    if not _importable(_PACKAGES[name]):
+        return f"the package {_PACKAGES[name].partition('.')[0]} is not installed"
+    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability()
+    least = _CAPABILITY[name]
+    return None if (major, minor) >= least else f"the GPU has compute capability {major}.{minor}, it needs {least[0]}.{least[1]}"
+
+
+def _importable(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):  # the package around it is missing, or another project's
+        return False
 
 
 def block_causal_attention(
@@ -32,90 +81,120 @@ def block_causal_attention(
     *,
     block: int,
     document_ids: Tensor | None = None,
+    document_bounds: Tensor | None = None,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with full sight inside a block and causal sight across blocks (paper, section 3.2).
+    """Attention with full sight inside a block and causal sight across blocks (paper, section 3.2); differentiable.
 
     Args:
-        q: [B, H, S, D]. With T > S keys the queries are the last S positions (decoding with a key-value cache).
+        q: [B, H, S, D], any floating-point dtype that the back end takes. With T > S keys the queries are the last S positions.
         k: [B, G, T, D], H a multiple of G (grouped-query attention).
         v: [B, G, T, D].
-        block: m, tokens a block. T - S must be a multiple of it; the last block may be incomplete.
-        document_ids: [B, T] integers; a token sees only its own document. None: one document.
-        scale: factor on the scores, 1/sqrt(D) by default.
-        backend: ``auto`` or one of :func:`available_backends`.
+        block: m >= 1, tokens a block. T - S must be a multiple of it; the last block may be incomplete.
+        document_ids: [B, T] integers; a token sees only its own document. A document is a run of equal ids: the same id after
+            another one is another document. None: one document.
+        document_bounds: what :func:`~bitlm_dist.kernels.bounds_of_documents` makes of them, to be computed once for all layers.
+        scale: factor on the scores, positive, 1/sqrt(D) by default.
+        backend: one of :func:`available_backends`, or ``auto``: the first of them that takes these arguments.
 
     Returns:
         [B, H, S, D] in the dtype of q.
 
     Raises:
-        ValueError: a shape, the block size or the back end does not fit; the message names it.
+        ValueError: an argument does not fit, or not this back end; the message names it, its value, and which back end takes it.
     """
-    _check(q, k, v, block, document_ids)
+    call = checked(q, k, v, block, document_ids, document_bounds, scale)
+    return attend(call, backend)
+
+
+def attend(call: Call, backend: str = "auto") -> Tensor:
+    """See :func:`block_causal_attention`."""
+    name = choose(call, backend)
+    out: Tensor = _reference(call) if name == "reference" or not call.q.numel() else _modules[name].attention(call)
+    return out
+
+
+def choose(call: Call, backend: str = "auto") -> str:
+    """Name of the back end that runs this call; ValueError where a forced one is not here or does not take it."""
     if backend == "auto":
-        backend = available_backends()[0]
-    if backend not in available_backends():
-        raise ValueError(f"attention backend {backend!r} is not available here: choose from {available_backends()}")
-    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    if backend == "reference":
-        return _reference(q, k, v, block, document_ids, scale)
-    return _sdpa(q, k, v, block, document_ids, scale)
+        name = next(_takers(call))
+        _announce(name, call.q.device.type, str(call.q.dtype), call.q.shape[3])
+        return name
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} does not exist: choose from {('auto', *available_backends())}")
+    reason = missing(backend)
+    if reason is not None:
+        raise ValueError(f"attention backend {backend!r} is not available here, {reason}: choose from {available_backends()}")
+    reason = refusal(backend, call)
+    if reason is not None:
+        raise ValueError(f"attention backend {backend!r}: {reason}; {', '.join(_takers(call))} would take it")
+    return backend
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | None) -> None:
-    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4:
-        raise ValueError(f"expected q [B,H,S,D] and k, v [B,G,T,D], got {(*q.shape,)}, {(*k.shape,)}, {(*v.shape,)}")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q {(*q.shape,)} and k {(*k.shape,)} differ in batch or head width, or H is no multiple of G")
-    if block < 1:
-        raise ValueError(f"block = {block}: a block holds at least one token")
-    if k.shape[2] < q.shape[2] or (k.shape[2] - q.shape[2]) % block:
-        raise ValueError(f"{k.shape[2]} keys before {q.shape[2]} queries: T - S must be a multiple of block = {block}")
-    if document_ids is not None and document_ids.shape != (k.shape[0], k.shape[2]):
-        raise ValueError(f"document_ids {(*document_ids.shape,)}: expected [B, T] = {(k.shape[0], k.shape[2])}")
+def refusal(name: str, call: Call) -> str | None:
+    """Why a back end that is here does not take this call; None if it does."""
+    reason: str | None = None if name == "reference" else _modules[name].unsupported(call)
+    return reason
 
 
-def _visible(first: int, last: int, keys: int, block: int, document_ids: Tensor | None, like: Tensor) -> Tensor:
-    """Mask of the queries at positions first..last-1 over ``keys`` keys: [B or 1, 1, last - first, keys]."""
-    query = torch.arange(first, last, device=like.device)
-    key = torch.arange(keys, device=like.device)
-    mask = (key < (query // block * block + block)[:, None])[None, None]
-    if document_ids is not None:
-        mask = mask & (document_ids[:, None, first:last, None] == document_ids[:, None, None, :keys])
-    return mask
+def _takers(call: Call) -> Iterator[str]:
+    return (name for name in BACKENDS if missing(name) is None and refusal(name, call) is None)
 
 
-def _reference(q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | None, scale: float) -> Tensor:
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    past = k.shape[2] - q.shape[2]
-    mask = _visible(past, k.shape[2], k.shape[2], block, document_ids, q)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
+@cache  # so that every choice is said once
+def _announce(name: str, device: str, dtype: str, width: int) -> None:
+    words = f"block-causal attention on {device}, {dtype}, heads of width {width}: back end {name}"
+    if name == "reference":
+        _log.warning("%s, whose memory grows with the square of the length: no other takes such arguments", words)
+    else:
+        _log.info(words)
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block: int,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """A few new tokens of each row against its key-value cache; as :func:`block_causal_attention`, without gradient in mind.
+
+    Memory-bound, so it is torch's fused attention whatever the back end of training: without a mask where the new tokens see
+    all keys, else with one of S x T bits a row.
+
+    Args:
+        q: [B, H, S, D], the last S tokens of each row.
+        k: [B, G, T, D], the cache; that of the new tokens included.
+        v: [B, G, T, D].
+        block: m; the tokens before the new ones fill whole blocks.
+        lengths: int [B], keys of each row that count, S <= length <= T; what follows them must be finite. None: all T.
+        scale: factor on the scores, 1/sqrt(D) by default.
+
+    Returns:
+        [B, H, S, D].
+    """
+    new, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    if lengths is None:
+        checked(q, k, v, block, scale=scale)
+        if new <= block:
+            return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
+        lengths = torch.full((1,), k.shape[2], device=q.device)
+    elif lengths.shape != q.shape[:1] or lengths.device != q.device:
+        raise ValueError(f"lengths {(*lengths.shape,)} on {lengths.device}: expected [B] = {(*q.shape[:1],)} on {q.device}")
+    last = lengths.view(-1, 1)
+    place = last - new + torch.arange(new, device=q.device)  # [B or 1, S]
+    high = torch.minimum((place // block + 1) * block, last)
+    mask = torch.arange(k.shape[2], device=q.device) < high[:, None, :, None]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+
+
+def _reference(call: Call) -> Tensor:
+    group = call.q.shape[1] // call.k.shape[1]
+    k, v = call.k.repeat_interleave(group, 1), call.v.repeat_interleave(group, 1)
+    low, high = (x[:, None, :, None] for x in seen_by_queries(call))
+    at = torch.arange(k.shape[2], device=k.device)
+    scores = (call.q @ k.mT * call.scale).masked_fill((at < low) | (at >= high), -math.inf)
     return scores.softmax(-1) @ v
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, block: int, document_ids: Tensor | None, scale: float) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    past = keys - queries
-    grouped = q.shape[1] != k.shape[1]
-    if document_ids is None and queries <= block:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
-    if document_ids is None and block == 1 and past == 0:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
-    tile = -(-TILE // block) * block
-    out = []
-    for first in range(past, keys, tile):
-        last = min(first + tile, keys)
-        mask = _visible(first, last, last, block, document_ids, q)
-        out.append(
-            F.scaled_dot_product_attention(
-                q[:, :, first - past : last - past],
-                k[:, :, :last],
-                v[:, :, :last],
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=grouped,
-            )
-        )
-    return torch.cat(out, 2) if len(out) > 1 else out[0]

@@ -117,40 +117,25 @@ def backward_kernel(
 INTERPRETED = not isinstance(forward_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1: tensors of the CPU
 
 
-def in_block_attention(qkv: Tensor, block: int, causal: bool = False) -> Tensor:
-    """Attention of every token to all tokens of its own block, or to itself and those before it; differentiable.
-
-    Args:
-        qkv: [..., M, 3, H, D], queries, keys and values packed; every leading index is a block. Read without a copy where the
-            tokens of all blocks lie at equal distances and the last dimension is contiguous.
-        block: m, must equal the size of qkv's M.
-        causal: a token does not see the later ones of its block.
-
-    Returns:
-        [..., M, H, D], contiguous; at m = 1 the values themselves.
-
-    Raises:
-        ValueError: :func:`unsupported` says why.
-    """
-    reason = unsupported(qkv, block)
-    if reason is not None:
-        raise ValueError(reason)
-    return qkv.select(-3, 2) if block == 1 else _attention(qkv, causal)
-
-
-def unsupported(qkv: Tensor, block: int) -> str | None:
-    """Why these kernels do not take such arguments and what does; None if they do. Reads no numbers of the tensor."""
-    if qkv.dim() < 4 or qkv.shape[-3] != 3 or qkv.shape[-4] != block:
-        return f"qkv {(*qkv.shape,)}: expected [..., {block}, 3, heads, head_width]"
-    if block > ROWS:
-        return f"block = {block}: the Triton kernels support up to {ROWS}; in_block.py's PyTorch takes any"
+def unsupported(qkv: Tensor) -> str | None:
+    """Why these kernels do not take qkv [..., M, 3, H, D]; None if they do."""
+    if qkv.shape[-4] > ROWS:
+        return f"blocks of {qkv.shape[-4]} tokens, it supports up to {ROWS}"
     if qkv.shape[-1] > MAX_WIDTH:
-        return f"head width {qkv.shape[-1]}: the Triton kernels support up to {MAX_WIDTH}; in_block.py's PyTorch takes any"
+        return f"heads of width {qkv.shape[-1]}, it supports up to {MAX_WIDTH}"
     if qkv.dtype not in DTYPES:
-        return f"qkv is {qkv.dtype}: the Triton kernels support {DTYPES}; in_block.py's PyTorch takes any"
-    if not qkv.is_cuda and not INTERPRETED and qkv.device.type != "meta":
-        return f"qkv is on {qkv.device}: the Triton kernels need a CUDA device; in_block.py's PyTorch runs anywhere"
+        return f"qkv is {qkv.dtype}, it supports {DTYPES}"
+    if not qkv.is_cuda and not INTERPRETED:
+        return f"qkv is on {qkv.device}, it needs a CUDA device"
     return None
+
+
+def attention(qkv: Tensor, causal: bool) -> Tensor:
+    """[..., M, 3, H, D] -> [..., M, H, D], contiguous; differentiable.
+
+    Read without a copy where the tokens of all blocks lie at equal distances and the last dimension is contiguous.
+    """
+    return _attention(qkv, causal)
 
 
 @torch.library.custom_op("bitlm::in_block_attention", mutates_args=())

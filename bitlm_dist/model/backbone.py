@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlm_dist.kernels import bounds_of_documents
 from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.decoding import Decoder
 from bitlm_dist.model.plain_layer import rotary_angles
@@ -134,13 +135,6 @@ def _stages(layers_per_stage: list[int]) -> list[list[str]]:
     return stages
 
 
-def places_in_documents(document_ids: Tensor) -> Tensor:
-    """document_ids [B, L] of packed sequences -> how many tokens of its own document stand before each, [B, L]."""
-    place = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)
-    return place - torch.where(begins, place, 0).cummax(1).values
-
-
 class Backbone(nn.Module):
     """The layers of one stage: embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
 
@@ -175,11 +169,12 @@ class Backbone(nn.Module):
             assert document_ids is None, "decoding reads one document a row"
             return self._decoder(embedded.transpose(0, 1)).transpose(0, 1)
         b, mine = self._model.backbone, self._layout.positions(length).to(mesh.device())
+        bounds = None if document_ids is None else bounds_of_documents(document_ids)  # once for all layers
         positions = mine[:, None]  # of all rows
-        if b.rope_reset and document_ids is not None:
-            positions = places_in_documents(document_ids)[:, mine].T
+        if b.rope_reset and bounds is not None:
+            positions = positions - bounds[0, :, mine].T
         angles = rotary_angles(positions, b.rope_base, b.head_width)
-        hidden: Tensor = self.block(embedded, document_ids, rotary_pos_emb=angles.unsqueeze(2))
+        hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=angles.unsqueeze(2))
         return hidden
 
     @contextmanager

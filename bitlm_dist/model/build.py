@@ -8,12 +8,14 @@ from torch import nn
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.kernels import available_backends
+from bitlm_dist.kernels.attention import choose
+from bitlm_dist.kernels.call import checked
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import head_weights
 from bitlm_dist.model.language_model import LanguageModel, Place
 from bitlm_dist.model.softmax_lm import SoftmaxLM
+from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout, split_layers, stages_of
 
 
@@ -32,10 +34,15 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
 
 
 def check_machine(config: Config) -> None:
-    """Raise :class:`UserError` where the config asks for a back end that this machine does not have."""
-    wanted, there = config.model.backbone.attention, ("auto", *available_backends())
-    if wanted not in there:
-        raise UserError(f"model.backbone.attention = {wanted} is not available on this machine: choose from {', '.join(there)}")
+    """Raise :class:`UserError` where the config asks for a back end that this machine does not have, or that cannot train it."""
+    b, device = config.model.backbone, mesh.device()
+    block = config.model.block_size if config.model.attention == "block" else 1
+    shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
+    tensors = [torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes]
+    try:
+        choose(checked(*tensors, block), b.attention)
+    except ValueError as error:
+        raise UserError(f"model.backbone.attention = {b.attention}: {error}") from None
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bitlm_dist.config import ModelConfig
-from bitlm_dist.kernels import block_causal_attention
+from bitlm_dist.kernels import block_causal_attention, decode_attention
 from bitlm_dist.model.plain_layer import LayerWeights, layer, rms_norm, rotary
 
 
@@ -61,7 +61,10 @@ class Decoder:
         for weights, cache in zip(self._layers, self._caches, strict=True):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, cache: KeyValueCache = cache) -> Tensor:
-                return block_causal_attention(q, *cache.append(k, v), block=block, backend=b.attention)
+                k, v = cache.append(k, v)
+                if first == 0:
+                    return block_causal_attention(q, k, v, block=block, backend=b.attention)
+                return decode_attention(q, k, v, block=block)
 
             x = layer(x, weights, cos, sin, attend, b.kv_heads)
         return rms_norm(x, self._norm)

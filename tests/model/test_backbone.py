@@ -3,7 +3,6 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config_loading import load
-from bitlm_dist.model.backbone import places_in_documents
 from bitlm_dist.model.bitlm import BitLM
 
 
@@ -36,11 +35,6 @@ def test_documents_in_one_sequence_do_not_see_each_other(reset, tiny_model, seed
     torch.testing.assert_close(packed[:, :12], model.hidden(tokens[:, :12]), rtol=1e-4, atol=1e-5)
     # rotary positions only matter by their differences, so the second document needs no reset
     torch.testing.assert_close(packed[:, 12:], model.hidden(tokens[:, 12:]), rtol=1e-4, atol=1e-5)
-
-
-def test_places_in_documents_are_counted_from_each_documents_first_token():
-    ids = torch.tensor([[3, 3, 3, 1, 1, 3], [0, 1, 1, 1, -1, -1]])
-    assert places_in_documents(ids).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 0, 1]]
 
 
 def test_blocks_of_one_token_are_a_causal_language_model(tiny_model, seed):

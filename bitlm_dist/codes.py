@@ -7,6 +7,8 @@ Every assignment goes through :class:`BitCodes`, so the model never knows which 
 import torch
 from torch import Tensor, nn
 
+from bitlm_dist.compilation import region
+
 POWER_STEPS = 16  # of the power iteration behind `octave`
 ESTIMATE_GRID = 256  # an estimate is read to 1/256 where its signs name no token
 
@@ -14,6 +16,11 @@ ESTIMATE_GRID = 256  # an estimate is read to 1/256 where its signs name no toke
 def bits_needed(vocabulary: int) -> int:
     """B = ceil(log2 V), at least 1."""
     return max(1, (vocabulary - 1).bit_length())
+
+
+@region
+def _signed_bits(codes: Tensor, places: Tensor) -> Tensor:
+    return (2 * (codes.unsqueeze(-1) >> places & 1) - 1).float()
 
 
 class BitCodes(nn.Module):
@@ -47,8 +54,7 @@ class BitCodes(nn.Module):
 
     def encode(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> bits [..., B], float32 in {-1, +1} (paper, Eq. 4)."""
-        bits = self.code_of_token[ids].unsqueeze(-1) >> self.places & 1
-        return (2 * bits - 1).float()
+        return _signed_bits(self.code_of_token[ids], self.places)
 
     def decode(self, bits: Tensor) -> Tensor:
         """Bits [..., B], read by sign with sign(0) = +1 -> token ids [...], -1 where the code names no token."""

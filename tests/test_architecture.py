@@ -21,7 +21,9 @@ LAYERS = [
     {"config_loading"},
     {"config"},
     {"diffusion", "kernels"},
-    {"codes", "errors", "files", "processes"},
+    {"codes"},
+    {"compilation"},
+    {"errors", "files", "processes"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 

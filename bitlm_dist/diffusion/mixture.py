@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bitlm_dist.compilation import region
+
 CPU_SLICE, GPU_SLICE = 2**18, 2**27  # logits of a slice
 RAREST = 1e-30  # least probability of a pattern: it and its reciprocal are fp32 numbers
 
@@ -29,37 +31,37 @@ def _normalised(logits: Tensor) -> tuple[Tensor, Tensor]:
     return (total.log() + top).squeeze(-1), weights.div_(total)
 
 
-def _nll_slice(weights: Tensor, logits: Tensor, field: Tensor | None, index: Tensor, grad: Tensor | None) -> Tensor:
-    """-log posterior of the patterns ``index``; fills ``grad`` with its derivative by (weights, logits).
+@region
+def _nll_slice(
+    raw: Tensor, components: int, field: Tensor | None, index: Tensor, surplus: Tensor, with_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """-log posterior of the patterns ``index``, and its derivative by ``raw`` if asked for.
 
     With a and b the log-sums over patterns without and with the field f, the posterior is
     Σ_k w_k Π_g exp(l_kgy + f_gy - a_kg) / Σ_k w_k Π_g exp(b_kg - a_kg). Its derivative by l is
     r'·q' + (r - r')·q - r·[p = y], with q, q' the pattern probabilities without and with the field, r the responsibilities of the
     components for y, r' those for the evidence.
     """
+    weights, logits = split(raw, components, surplus)
     prior_sum, prior = _normalised(logits)
     base = weights - prior_sum.sum(-1)
     at = index.unsqueeze(-2).expand(logits.shape[:-1]).unsqueeze(-1)
     joint = base + logits.gather(-1, at).squeeze(-1).sum(-1)
-    given = torch.zeros(())
-    if field is None:
-        evidence, posterior = weights, prior
-    else:
+    nll, evidence, posterior = -joint.logsumexp(-1), weights, None
+    if field is not None:
         posterior_sum, posterior = _normalised(logits + field.unsqueeze(-3))
         evidence = base + posterior_sum.sum(-1)
-        given = field.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
-    if grad is not None:
-        r, r_evidence = joint.softmax(-1), evidence.softmax(-1)
-        components = weights.shape[-1]
-        torch.sub(r_evidence, r, out=grad[..., :components])
-        by_logits = grad[..., components:].view(logits.shape)
-        if field is None:
-            torch.mul(prior, r[..., None, None], out=by_logits)
-        else:
-            torch.mul(posterior, r_evidence[..., None, None], out=by_logits)
-            by_logits.addcmul_(prior, (r - r_evidence)[..., None, None])
-        by_logits.scatter_add_(-1, at, -r[..., None, None].expand(at.shape))
-    return evidence.logsumexp(-1) - joint.logsumexp(-1) - given
+        nll = nll - field.gather(-1, index.unsqueeze(-1)).squeeze(-1).sum(-1)
+    nll = nll + evidence.logsumexp(-1)
+    if not with_gradient:
+        return nll, None
+    r, r_evidence = joint.softmax(-1), evidence.softmax(-1)
+    if posterior is None:
+        by_logits = prior.mul_(r[..., None, None])
+    else:
+        by_logits = posterior.mul_(r_evidence[..., None, None]).addcmul_(prior, (r - r_evidence)[..., None, None])
+    by_logits.scatter_add_(-1, at, -r[..., None, None].expand(at.shape))
+    return nll, torch.cat((r_evidence - r, by_logits.flatten(-3)), -1)
 
 
 class _MixtureNLL(torch.autograd.Function):
@@ -71,14 +73,10 @@ class _MixtureNLL(torch.autograd.Function):
         rows = _slice_rows(raw)
         for first in range(0, raw.shape[0], rows):
             part = slice(first, first + rows)
-            weights, logits = split(raw[part], components, surplus)
-            out[part] = _nll_slice(
-                weights,
-                logits,
-                None if field is None else field[part],
-                index[part],
-                None if grad is None else grad[part],
-            )
+            its_field = None if field is None else field[part]
+            out[part], its_grad = _nll_slice(raw[part], components, its_field, index[part], surplus, grad is not None)
+            if grad is not None:
+                grad[part] = its_grad
         ctx.save_for_backward(grad)
         ctx.dtype = raw.dtype
         return out
@@ -116,6 +114,7 @@ def mixture_nll(raw: Tensor, field: Tensor | None, index: Tensor, surplus: Tenso
     return out
 
 
+@region
 def pattern_probabilities(raw: Tensor, surplus: Tensor) -> tuple[Tensor, Tensor]:
     """Raw output [T, R(1 + G·P)] -> mixture logits [T, R] and the probability of every pattern [T, G, R, P].
 
@@ -127,6 +126,7 @@ def pattern_probabilities(raw: Tensor, surplus: Tensor) -> tuple[Tensor, Tensor]
     return weights, patterns.transpose(-2, -3).contiguous()  # each of the products to come would copy it
 
 
+@region
 def posterior_marginals(weights: Tensor, patterns: Tensor, field: Tensor, surplus: Tensor) -> Tensor:
     """Posterior probability of every pattern, components summed: [T, G, P].
 

@@ -3,12 +3,13 @@
 Legend: N blocks (any leading shape), M tokens a block, K bits.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from bitlm_dist.compilation import region
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
 
@@ -22,6 +23,7 @@ def add_noise(clean: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * clean + t * eps
 
 
+@region
 def channel_field(noisy: Tensor, t: Tensor) -> Tensor:
     """lambda = (1-t)·A_t/t^2 [N, M, K]: given A_t alone, the log-odds of a bit being +1 are 2·lambda."""
     t = t.clamp_min(TIME_FLOOR).unsqueeze(-1)
@@ -53,21 +55,24 @@ class NoiseLaw:
     context_dropout: float = 0.0  # probability that a block's context is replaced by the learned null state
 
 
-@dataclass(frozen=True)
-class Draw:
-    """The noise of one draw: eps [N, M, K], t [N, M], and keep [N], False where the context is dropped."""
+class Noise(NamedTuple):
+    """The noise of a training step: eps [A, N, M, K], t [A, N, M] of A draws; keep [N], False where the context is dropped."""
 
     eps: Tensor
     t: Tensor
     keep: Tensor
 
 
-def training_draws(law: NoiseLaw, shape: tuple[int, int], source: Source) -> Iterator[Draw]:
-    """The noise of a training step for blocks of ``shape`` (M, K), a pure function of its arguments (method, section 5)."""
+def training_noise(law: NoiseLaw, shape: tuple[int, int], source: Source) -> Noise:
+    """The noise of a training step for blocks of ``shape`` (M, K), a pure function of its arguments (method, section 5).
+
+    The context is dropped per block, not per draw: the backbone's states are read once.
+    """
     tokens, bits = shape
+    eps, times, choices = [], [], []
     for number in range(law.draws):
         drawn = source.at(draw=number)
-        eps = drawn.normals(noise.NOISE, tokens * bits).unflatten(-1, shape)
+        eps.append(drawn.normals(noise.NOISE, tokens * bits).unflatten(-1, shape))
         u = drawn.uniforms(noise.CHOICES, 3)
         n = drawn.normals(noise.TIME, 1 + tokens)
         shared = u[..., 2] if law.time == "uniform" else logit_normal(n[..., 0])
@@ -75,4 +80,19 @@ def training_draws(law: NoiseLaw, shape: tuple[int, int], source: Source) -> Ite
         if law.per_token > 0:
             own = logit_normal(n[..., 1:], law.per_token_sigma)
             t = torch.where((u[..., 0] < law.per_token).unsqueeze(-1), own, t)
-        yield Draw(eps, t, u[..., 1] >= law.context_dropout)
+        times.append(t)
+        choices.append(u[..., 1])
+    return Noise(torch.stack(eps), torch.stack(times), choices[0] >= law.context_dropout)
+
+
+def noised(law: NoiseLaw, clean: Tensor, source: Source) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean bits [N, M, K] -> A_t [A, N, M, K], t and keep of :func:`training_noise`."""
+    return _noised(clean, source.sample, source.block, source.seed, source.step, law)
+
+
+@region
+def _noised(
+    clean: Tensor, sample: Tensor, block: Tensor, seed: int, step: int, law: NoiseLaw
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    drawn = training_noise(law, (clean.shape[-2], clean.shape[-1]), Source(seed, sample, block, step))
+    return add_noise(clean, drawn.eps, drawn.t), drawn.t, drawn.keep

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.compilation import compiles
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.kernels.attention import choose
@@ -36,6 +37,7 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
 def check_machine(config: Config) -> None:
     """Raise :class:`UserError` where the config asks for a back end that this machine does not have, or that cannot train it."""
     b, device = config.model.backbone, mesh.device()
+    compiles(config.training.compile, device)
     block = config.model.block_size if config.model.attention == "block" else 1
     shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
     tensors = [torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bitlm_dist.compilation import region
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, Output
 from bitlm_dist.diffusion.sampler import Denoisers, Step
@@ -61,6 +62,7 @@ class Modulation:
         return Modulation(self.y[index], [run[index] for run in self.runs], self.final[index])
 
 
+@region
 def time_features(t: Tensor) -> Tensor:
     """Sinusoids of 1000·t: [...] -> [..., 256]."""
     half = TIME_FEATURES // 2
@@ -69,10 +71,24 @@ def time_features(t: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), -1)
 
 
+@region
 def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """norm(x)·(1 + scale) + shift."""
     normed = F.layer_norm(x, x.shape[-1:])
     return torch.addcmul(normed + shift, normed, scale)
+
+
+@region
+def _added_and_modulated(x: Tensor, gate: Tensor, more: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """x + gate·more, and the same modulated."""
+    x = torch.addcmul(x, gate, more)
+    return x, _modulated(x, shift, scale)
+
+
+@region
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def finish(x: Tensor, logits: Tensor | None, readout: tuple[Tensor, Tensor]) -> Tensor:
@@ -107,9 +123,9 @@ class Block(nn.Module):
             before.append(qkv)
             qkv = torch.cat(before, 1)
         attended = in_block_attention(qkv, qkv.shape[-4], causal)
-        x = torch.addcmul(x, gate1, self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2)))
-        gate, up = self.gate_up(_modulated(x, shift2, scale2)).chunk(2, -1)
-        return torch.addcmul(x, gate2, self.down(F.silu(gate) * up))
+        more = self.attention_out(attended[..., -x.shape[-2] :, :, :].flatten(-2))
+        x, modulated = _added_and_modulated(x, gate1, more, shift2, scale2)
+        return torch.addcmul(x, gate2, self.down(_swiglu(self.gate_up(modulated))))
 
 
 def _ahead(block: int, width: int) -> nn.ModuleList:

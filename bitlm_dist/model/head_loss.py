@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.diffusion.process import NoiseLaw, add_noise, training_draws
+from bitlm_dist.diffusion.process import NoiseLaw, noised
 from bitlm_dist.model.head import DiffusionHead
 
 
@@ -35,7 +35,6 @@ class HeadLoss(nn.Module):
             diffusion.time, diffusion.draws, diffusion.per_token, diffusion.per_token_sigma, diffusion.context_dropout
         )
         self.chain, self.next_token, self.taught = diffusion.chain, diffusion.next_token, config.distillation.weight
-        self.block_size = config.model.block_size
         self.every_state = every_state(config)
 
     def forward(
@@ -72,12 +71,9 @@ class HeadLoss(nn.Module):
     def _denoising(self, context: Tensor, clean: Tensor, source: Source) -> Tensor:
         """Loss of each token [N, M]; clean [1 + R, N, M, K]."""
         head = self.head
-        draws = list(training_draws(self.noise_law, (self.block_size, self.codes.bits), source))
-        # The context is dropped per block, not per draw: the backbone's states are read once.
-        read = head.read(context, draws[0].keep)
-        t = torch.stack([draw.t for draw in draws])
-        noisy = add_noise(clean[0], torch.stack([draw.eps for draw in draws]), t)
-        raw = head(noisy, t, read.broadcast(len(draws)))
+        noisy, t, keep = noised(self.noise_law, clean[0], source)
+        read = head.read(context, keep)
+        raw = head(noisy, t, read.broadcast(len(noisy)))
         loss = head.output.loss(raw, noisy, t, clean[0].expand(noisy.shape)).mean(0)
         if read.logits is not None:
             loss = loss + self._cross_entropy(read.logits, clean)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
+from bitlm_dist.compilation import compiled_regions, compiles
 from bitlm_dist.config import Config
 from bitlm_dist.model.build import build_chunks
 from bitlm_dist.model.initialization import global_names, split_dimension
@@ -63,6 +64,7 @@ class Engine:
             else:
                 self.optimizers = Optimizers(named, config.optimizer, layout)
         self.head = ShardedHead(config, self.chunks[-1], layout) if apart else None
+        self._compiles = compiles(config.training.compile, mesh.device())
         self._left = 0  # microbatches of the step that the head has not seen
         for chunk in self.chunks:
             chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
@@ -110,7 +112,8 @@ class Engine:
 
     def step(self, batch: Batch, step: int) -> Update:
         """Update the model on this data rank's share of a global batch, the ``step``-th."""
-        loss = self._forward_backward(batch, step)
+        with compiled_regions("inductor" if self._compiles else None):
+            loss = self._forward_backward(batch, step)
         factor = schedule_factor(self.config.optimizer, step, self.config.training.steps)
         parts = [self.optimizers] if self.head is None else [self.optimizers, self.head]
         norm, made = step_together(parts, self.config.optimizer.clip_norm, factor)

@@ -5,7 +5,7 @@ import torch
 
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.diffusion.process import NoiseLaw, training_draws
+from bitlm_dist.diffusion.process import NoiseLaw, noised, training_noise
 
 # Known answers of Philox4x32-10, published with Random123.
 KNOWN = [
@@ -58,23 +58,24 @@ def test_a_seed_out_of_range_is_refused():
 def test_noise_is_identical_for_any_microbatching(pieces, seed):
     law = NoiseLaw("logit_normal", draws=3, per_token=0.5, context_dropout=0.3)
     sample, block = torch.randint(0, 2**31, (100,)), torch.randint(0, 4096, (100,))
-    whole = list(training_draws(law, (4, 12), Source(1, sample, block, 9)))
+    whole = training_noise(law, (4, 12), Source(1, sample, block, 9))
     parts = [
-        list(training_draws(law, (4, 12), Source(1, s, b, 9)))
-        for s, b in zip(sample.chunk(pieces), block.chunk(pieces), strict=True)
+        training_noise(law, (4, 12), Source(1, s, b, 9)) for s, b in zip(sample.chunk(pieces), block.chunk(pieces), strict=True)
     ]
-    for number, draw in enumerate(whole):
-        for name in ("eps", "t", "keep"):
-            joined = torch.cat([getattr(part[number], name) for part in parts])
-            assert torch.equal(joined, getattr(draw, name))
+    for name, of_blocks in (("eps", 1), ("t", 1), ("keep", 0)):
+        assert torch.equal(torch.cat([getattr(part, name) for part in parts], of_blocks), getattr(whole, name))
 
 
-def test_training_draws_follow_their_law():
+def test_training_noise_follows_its_law():
     sample = torch.arange(20_000)
     law = NoiseLaw("uniform", draws=2, per_token=0.6, context_dropout=0.1)
-    first, second = training_draws(law, (4, 3), Source(0, sample, sample % 64))
-    own = (first.t != first.t[:, :1]).any(-1)
+    eps, t, keep = training_noise(law, (4, 3), Source(0, sample, sample % 64))
+    own = (t[0] != t[0, :, :1]).any(-1)
     assert abs(own.float().mean() - 0.6) < 0.02
-    assert abs((~first.keep).float().mean() - 0.1) < 0.015
-    assert abs(first.t[~own][:, 0].mean() - 0.5) < 0.02
-    assert not torch.equal(first.eps, second.eps)
+    assert abs((~keep).float().mean() - 0.1) < 0.015
+    assert abs(t[0, ~own][:, 0].mean() - 0.5) < 0.02
+    assert not torch.equal(eps[0], eps[1])
+    clean = torch.randn(len(sample), 4, 3)
+    noisy, times, _ = noised(law, clean, Source(0, sample, sample % 64))
+    assert torch.equal(times, t)
+    torch.testing.assert_close(noisy, (1 - t[..., None]) * clean + t[..., None] * eps)

@@ -1,0 +1,71 @@
+"""Elementwise stretches that torch.compile makes one kernel of: a switch for all of them, off until someone turns it on.
+
+On a GPU such a stretch is bound by its launches, dozens of kernels of a few microseconds each; on a CPU eager is as fast. A region
+takes and returns tensors and plain values, and must compile as one graph: what would break it is an error.
+"""
+
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from bitlm_dist.errors import UserError
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+VARIANTS = 64
+
+_backend: str | None = None  # of torch.compile; None: regions run as they are written
+
+
+def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Decorator: run ``function`` compiled while :func:`compiled_regions` says so."""
+
+    @functools.cache
+    def compiled(backend: str) -> Callable[Arguments, Result]:
+        # heads differ in depth, draws, gradient or none: more variants of a region than torch allows of a function
+        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+        return torch.compile(function, fullgraph=True, backend=backend)
+
+    @functools.wraps(function)
+    def run(*arguments: Arguments.args, **names: Arguments.kwargs) -> Result:
+        if _backend is None or torch.compiler.is_compiling():
+            return function(*arguments, **names)
+        # Sizes are variables from the first call on: a run that is resumed runs the very kernels of one that never stopped.
+        for x in (*arguments, *names.values()):
+            if isinstance(x, torch.Tensor):
+                torch._dynamo.maybe_mark_dynamic(x, tuple(range(x.dim() - 1)))
+        return compiled(_backend)(*arguments, **names)
+
+    return run
+
+
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether ``training.compile`` = ``choice`` compiles on this machine: ``auto`` does on a GPU where there is a C compiler.
+
+    Raises:
+        UserError: ``on``, and there is none.
+    """
+    names = (
+        (os.environ.get("CC", "cc"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "c++"), "g++", "clang++")
+    )
+    there = any(shutil.which(name) for name in names)
+    if choice == "on" and not there:
+        raise UserError(f"training.compile = on: no compiler, looked for {', '.join(names)}: install one, or use off")
+    return there and (choice == "on" or (choice == "auto" and device.type == "cuda"))
+
+
+@contextmanager
+def compiled_regions(backend: str | None = "inductor") -> Iterator[None]:
+    """While open, regions are compiled by ``backend`` of torch.compile; None: they are not."""
+    global _backend
+    before, _backend = _backend, backend
+    try:
+        yield
+    finally:
+        _backend = before

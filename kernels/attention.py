@@ -17,7 +17,6 @@ Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of
 """
 
 import importlib
-import importlib.util
 import logging
 import math
 import os
@@ -31,8 +30,8 @@ from bitlm_dist.kernels.call import Call, checked, seen_by_queries
 from torch import Tensor
 
 BACKENDS = ("fa4", "triton", "merge", "flex", "reference")  # the order in which ``auto`` asks them
-_PACKAGES = {"triton": "triton", "fa4": "flash_attn.cute"}  # of back ends that need one beside torch, and a CUDA device
-_CAPABILITY = {"triton": (8, 0), "fa4": (9, 0)}
+# Of back ends that need more than torch: a package, and a CUDA device of at least this compute capability.
+_PACKAGES = {"triton": ("triton", (8, 0)), "fa4": ("flash_attn.cute.interface", (9, 0))}
 _FILES = {"triton": "triton_attention"}  # where a back end's module has another name
 _modules: dict[str, ModuleType] = {}  # of back ends that were asked for: some take a second to load
 _log = logging.getLogger(__name__)
@@ -43,7 +42,7 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if missing(name) is None)
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into imports
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot look into imports
 def missing(name: str) -> str | None:
     """What the back end ``name`` lacks on this machine; None if nothing, and then its module is loaded."""
     reason = _missing(name)
@@ -56,22 +55,18 @@ def missing(name: str) -> str | None:
 def _missing(name: str) -> str | None:
     if name not in _PACKAGES:
         return None
-    if not _importable(_PACKAGES[name]):
-        return f"the package {_PACKAGES[name].partition('.')[0]} is not installed"
-    if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
-        return None
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    least = _CAPABILITY[name]
-    return None if (major, minor) >= least else f"the GPU has compute capability {major}.{minor}, it needs {least[0]}.{least[1]}"
-
-
-def _importable(package: str) -> bool:
+    package, least = _PACKAGES[name]
+    if name != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) < least:
+            return f"the GPU has compute capability {major}.{minor}, it needs {least[0]}.{least[1]}"
     try:
-        return importlib.util.find_spec(package) is not None
-    except (ImportError, ValueError):  # the package around it is missing, or another project's
-        return False
+        importlib.import_module(package)
+    except Exception as error:  # of a package, whatever ails it
+        return f"{package} cannot be imported: {error}"
+    return None
 
 
 def block_causal_attention(

@@ -73,9 +73,9 @@ def _checked_bounds(k: Tensor, ids: Tensor | None, bounds: Tensor | None) -> Ten
     if ids is not None:
         if bounds is not None:
             raise ValueError("document_ids and document_bounds are both given: they say the same, give one")
-        if ids.shape != (k.shape[0], k.shape[2]) or ids.is_floating_point():
-            expected = (k.shape[0], k.shape[2])
-            raise ValueError(f"document_ids {(*ids.shape,)} {ids.dtype}: expected integers [B, T] = {expected}")
+        rows = (k.shape[0], k.shape[2])
+        if ids.shape != rows or ids.is_floating_point():
+            raise ValueError(f"document_ids {(*ids.shape,)} {ids.dtype}: expected integers [B, T] = {rows}")
         bounds = bounds_of_documents(ids)
     if bounds is None:
         return None

@@ -11,7 +11,6 @@ from bitlm_dist.kernels.attention import missing
 from torch import Tensor
 
 BACKENDS = ("triton", "torch")  # the order in which ``auto`` asks them
-FEW = 2**15  # numbers of qkv up to which one fused call is faster
 
 
 def in_block_attention(qkv: Tensor, block: int, causal: bool = False, *, backend: str = "auto") -> Tensor:
@@ -50,14 +49,12 @@ def in_block_attention(qkv: Tensor, block: int, causal: bool = False, *, backend
 
 
 def _torch_attention(qkv: Tensor, causal: bool) -> Tensor:
-    block = qkv.shape[-4]
-    q, k, v = qkv.unbind(-3)
-    if qkv.numel() <= FEW and not torch.is_grad_enabled():  # the steps cost more than the numbers
-        q, k, v = q.transpose(-2, -3), k.transpose(-2, -3), v.transpose(-2, -3)
+    q, k, v = (x.transpose(-2, -3) for x in qkv.unbind(-3))  # [..., H, M, D]
+    if not torch.is_grad_enabled():  # one call: with few blocks the steps cost more than the numbers
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(-2, -3)
-    # An m x m product is too small for a batched matrix kernel: m^2 dot products, elementwise, are faster.
-    scores = (q.unsqueeze(-3) * k.unsqueeze(-4)).sum(-1) / math.sqrt(q.shape[-1])  # [..., M, M, H]
+    # Fused attention saves memory that an m x m product does not need, and its backward is slower.
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
     if causal:
-        place = torch.arange(block, device=qkv.device)
-        scores = scores.masked_fill((place > place.unsqueeze(-1)).unsqueeze(-1), -math.inf)
-    return (scores.softmax(-2).unsqueeze(-1) * v.unsqueeze(-4)).sum(-3)
+        place = torch.arange(qkv.shape[-4], device=qkv.device)
+        scores = scores.masked_fill(place > place.unsqueeze(-1), -math.inf)
+    return (scores.softmax(-1) @ v).transpose(-2, -3)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bitlm_dist.bench.results import Results
 
 AGAINST = ("softmax", "plain")
+DTYPES = ("float32", "float16", "bfloat16")
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, side by side in one run; times are medians over repeats.")
 Against = Annotated[list[str] | None, typer.Option("--vs", metavar="|".join(AGAINST), help="Compare with; may be repeated.")]
@@ -81,6 +82,96 @@ def data_command(
 
     size, eos, _ = _vocabulary_of(config, None)
     _report(bench_data(config, Load(size, eos, True, 1), batches, repeats), out, None, as_json)
+
+
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Tokens of a row; may be repeated. Default: 1024.")]
+Batch = Annotated[int, typer.Option(help="Rows.")]
+Heads = Annotated[int, typer.Option(help="Query heads.")]
+HeadWidth = Annotated[int, typer.Option("--width", help="Width of a head.")]
+BlockSize = Annotated[int, typer.Option("--block", help="Tokens a block (m).")]
+Dtype = Annotated[str | None, typer.Option(help=f"{', '.join(DTYPES)}; default: bfloat16 on a GPU, float32 on a CPU.")]
+Backends = Annotated[list[str] | None, typer.Option("--backend", help="May be repeated; default: all that are here and can.")]
+
+
+@bench.command("attention")
+def attention_command(
+    length: Lengths = None,
+    batch: Batch = 2,
+    heads: Heads = 8,
+    kv_heads: Annotated[int | None, typer.Option(help="Key-value heads; default: as many.")] = None,
+    width: HeadWidth = 64,
+    block: BlockSize = 4,
+    documents: Annotated[int, typer.Option(help="Documents of equal length in each row.")] = 1,
+    dtype: Dtype = None,
+    backend: Backends = None,
+    repeats: Repeats = 5,
+    out: Out = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Block-causal attention, forward and backward: every back end, causal flash attention, and SDPA with a dense mask."""
+    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "width": width, "block": block, "documents": documents}
+    _kernels("attention", length, sizes, dtype, backend, repeats, out, plot, as_json)
+
+
+@bench.command("in-block")
+def in_block_command(
+    length: Lengths = None,
+    batch: Batch = 8,
+    heads: Heads = 4,
+    width: HeadWidth = 64,
+    block: BlockSize = 4,
+    dtype: Dtype = None,
+    backend: Backends = None,
+    repeats: Repeats = 5,
+    out: Out = None,
+    plot: Plot = None,
+    as_json: AsJson = False,
+) -> None:
+    """Attention inside blocks, forward and backward: every back end, SDPA over a batch of blocks, and a copy of as many bytes."""
+    sizes = {"batch": batch, "heads": heads, "kv_heads": heads, "width": width, "block": block}
+    _kernels("in-block", length, sizes, dtype, backend, repeats, out, plot, as_json)
+
+
+def _kernels(
+    kind: str,
+    lengths: list[int] | None,
+    sizes: dict[str, int],
+    dtype: str | None,
+    backends: list[str] | None,
+    repeats: int,
+    out: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    lengths = lengths or [1024]
+    for name, value in {**sizes, "length": min(lengths), "repeats": repeats}.items():
+        if value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+    if sizes["heads"] % sizes["kv_heads"]:
+        raise UserError(f"--heads {sizes['heads']} is no multiple of --kv-heads {sizes['kv_heads']}")
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
+    check_plot(plot)
+    from bitlm_dist.bench import kernels
+    from bitlm_dist.bench.results import environment_of
+    from bitlm_dist.kernels.bench import Shape, device_of
+
+    number = dtype or ("bfloat16" if device_of().type == "cuda" else "float32")
+    shapes = [Shape(length=length, dtype=number, **sizes) for length in lengths]
+    many = kernels.bench_kernels(kind, shapes, repeats, backends or [])
+    if out:
+        kernels.save(many, out)
+    if plot:
+        kernels.plot(many, plot)
+    if as_json:
+        print(kernels.to_json(many))
+        return
+    for results in many:
+        show_table(f"bench {kind}", *results.table())
+    environment = environment_of()
+    shown = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    say(f"{shown}, {number}, {repeats} repeats; {environment['device']}, {environment['threads']} threads")
 
 
 @bench.command("show")

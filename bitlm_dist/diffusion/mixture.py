@@ -75,7 +75,7 @@ class _MixtureNLL(torch.autograd.Function):
             part = slice(first, first + rows)
             its_field = None if field is None else field[part]
             out[part], its_grad = _nll_slice(raw[part], components, its_field, index[part], surplus, grad is not None)
-            if grad is not None:
+            if grad is not None and its_grad is not None:
                 grad[part] = its_grad
         ctx.save_for_backward(grad)
         ctx.dtype = raw.dtype

@@ -40,9 +40,9 @@ def check_machine(config: Config) -> None:
     compiles(config.training.compile, device)
     block = config.model.block_size if config.model.attention == "block" else 1
     shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
-    tensors = [torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes]
+    q, k, v = (torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes)
     try:
-        choose(checked(*tensors, block), b.attention)
+        choose(checked(q, k, v, block), b.attention)
     except ValueError as error:
         raise UserError(f"model.backbone.attention = {b.attention}: {error}") from None
 

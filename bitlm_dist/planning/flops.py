@@ -16,6 +16,18 @@ from bitlm_dist.model.head import TIME_FEATURES, has_tables, is_chained, make_ou
 BACKWARD = 2  # times the forward pass
 # Dense bf16 peak, FLOP/s, from the vendor's data sheets; matched against the device's name.
 PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "B200": 2250e12}
+# Of memory, byte/s, from the same sheets.
+BANDWIDTHS = {
+    "H100 PCIe": 2.0e12,
+    "H100 NVL": 3.9e12,
+    "H100": 3.35e12,
+    "H200": 4.8e12,
+    "H800": 3.35e12,
+    "A100 80GB PCIe": 1.935e12,
+    "A100 80GB": 2.039e12,
+    "A100": 1.555e12,
+    "B200": 8.0e12,
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,19 @@ class Flops:
 
 def peak_flops(device: torch.device) -> float | None:
     """bf16 peak of a CUDA device, FLOP/s; None where it is not known (a CPU, another card)."""
+    return _of_card(PEAKS, device)
+
+
+def peak_bandwidth(device: torch.device) -> float | None:
+    """Peak of a CUDA device's memory, byte/s; None where it is not known."""
+    return _of_card(BANDWIDTHS, device)
+
+
+def _of_card(table: dict[str, float], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAKS.items() if all(word in name for word in card.split())), None)
+    return next((peak for card, peak in table.items() if all(word in name for word in card.split())), None)
 
 
 def training_flops(config: Config, bits: int, vocabulary: int) -> Flops:

@@ -15,6 +15,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3} | ({torch.bfloat16: 2e-2} if ON_GPU else {})
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCE}
 TRAINING = [name for name in available_backends() if ON_GPU or name != "flex"]  # FlexAttention has no backward on a CPU
+PAIRS = [(name, dtype) for name in TRAINING for dtype in DTYPES if name != "reference" or dtype == "float32"]  # it sums in it
 worst: dict[str, float] = {}
 
 
@@ -81,15 +82,12 @@ def test_the_reference_is_the_definition(queries, keys, block, length, seed):
     torch.testing.assert_close(out, truth(q, k, v, block, ids))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("backend", TRAINING)
+@pytest.mark.parametrize(("backend", "dtype"), PAIRS)
 @pytest.mark.parametrize("block", [1, 3, 4, 8, 16])
 @pytest.mark.parametrize("width", [16, 64, 128])
 @pytest.mark.parametrize("length", [1, 5, 64, 130, 257])
 def test_forward_and_gradients(length, width, block, backend, dtype, seed):
     """Grouped heads; one row is one document, the other several."""
-    if backend == "reference" and dtype != "float32":
-        pytest.skip("sums in the dtype itself")
     inputs = tensors(length, length, 2, 1, width, DTYPES[dtype])
     ids = documents(2, length, 1 + length / 4)
     ids[0] = 0

@@ -9,10 +9,18 @@ from typing import NamedTuple
 import torch
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.kernels import available_backends
+from bitlm_dist.kernels.attention import missing
 from bitlm_dist.parallel.zero_head import check_deepspeed
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.run_folder import PACKAGES, package_version
+
+ATTENTION = {  # back ends of model.backbone.attention
+    "fa4": "flash-attn 4 with tile lists",
+    "triton": "the project's own kernels",
+    "merge": "torch's flash attention and the triangles of the blocks; on CPUs too",
+    "flex": "torch's FlexAttention with tile lists; on a CPU without gradients",
+    "reference": "a dense mask, for comparison",
+}
 
 
 class Finding(NamedTuple):
@@ -76,7 +84,7 @@ def examine() -> dict[str, list[Finding]]:
     return {
         "machine": [Finding("python", True, platform.python_version()), device],
         "packages": packages,
-        "attention": [Finding(name, True, "block-causal back end") for name in available_backends()],
+        "attention, first choice first": [Finding(n, missing(n) is None, missing(n) or note) for n, note in ATTENTION.items()],
         "optimizers": [
             Finding("AdamW", True, f"{fused_adam.find('auto')[0]}, fused"),
             Finding("Muon", True, "torch's, orthogonalised in " + ("bf16" if torch.cuda.is_available() else "fp32")),

@@ -67,7 +67,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, block: in
 
 
 @_attention.register_fake
-def _empty_results(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, block: int, scale: float) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return _empty(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -87,17 +87,7 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _empty_gradients(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _empty_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _empty(q), _empty(k), _empty(v)
 
 

@@ -48,7 +48,7 @@ def attention_with_lse(call: Call) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("bitlm::block_causal_attention", mutates_args=())
 def _attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, block: int, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_results(q, k, v, bounds, block, scale)
+    out, lse = _empty_results(q)
     if q.numel():
         tile = tiles(architecture_of(q.device), q.shape[3], q.dtype == torch.float32).forward
         arguments = (q, k, v, out, lse, *_rows_of(bounds), *_strides(q, k, v, out), *_sizes(q, k, block, scale))
@@ -57,7 +57,7 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, block: in
 
 
 @_attention.register_fake
-def _empty_results(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor | None, block: int, scale: float) -> tuple[Tensor, Tensor]:
+def _empty_results(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -74,7 +74,7 @@ def _attention_backward(
     block: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _empty_gradients(dout, dlse, q, k, v, out, lse, bounds, block, scale)
+    dq, dk, dv = _empty_gradients(dout, dlse, q, k, v)
     if not q.numel():
         return dq, dk.zero_(), dv.zero_()
     dout = dout if dout.stride(3) == 1 else dout.contiguous()
@@ -92,17 +92,8 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _empty_gradients(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bounds: Tensor | None,
-    block: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

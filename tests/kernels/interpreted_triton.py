@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bitlm_dist.kernels import block_causal_attention, bounds_of_documents, in_block_attention, triton_attention
+from bitlm_dist.kernels import block_causal_attention, bounds_of_documents, in_block_attention, triton_attention, triton_in_block
 from bitlm_dist.kernels.call import checked, seen_by_queries
 from torch.library import opcheck
 
@@ -62,6 +62,7 @@ def test_operators_obey_torch():
     q, k, v = tensors(8, 2, 1, 16, batch=1)
     bounds = bounds_of_documents(documents(1, 8, 3))
     opcheck(torch.ops.bitlm.block_causal_attention.default, (q[:, :, 2:], k, v, bounds, 2, 0.25))
+    assert triton_in_block.INTERPRETED
     opcheck(torch.ops.bitlm.in_block_attention.default, (torch.randn(3, 4, 3, 2, 16, requires_grad=True), True))
 
 

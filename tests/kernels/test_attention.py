@@ -259,3 +259,11 @@ def test_the_choice_is_said_once(caplog):
             block_causal_attention(q, k, v, block=2)
     assert len(caplog.messages) == 1
     assert "float32, heads of width 24: back end" in caplog.messages[0]
+
+
+def test_doctor_knows_every_back_end():
+    from bitlm_dist.doctor import ATTENTION, examine
+
+    assert tuple(ATTENTION) == attention.BACKENDS
+    found = {finding.name for finding in examine()["attention, first choice first"] if finding.found}
+    assert found == set(available_backends())

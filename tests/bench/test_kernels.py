@@ -1,0 +1,65 @@
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from bitlm_dist.cli import app
+from bitlm_dist.errors import UserError
+
+FEW = ("--length", 32, "--length", 64, "--batch", 2, "--heads", 2, "--width", 16, "--block", 4, "--repeats", 2)
+
+
+def run(*words):
+    result = CliRunner().invoke(app, ["bench", *(str(word) for word in words)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_attention_is_measured_on_the_exact_mask(tmp_path):
+    out, plot = tmp_path / "r.json", tmp_path / "r.svg"
+    words = ("attention", *FEW, "--kv-heads", 1, "--documents", 2, "--dtype", "float32")
+    found = json.loads(run(*words, "--json", "--out", out, "--plot", plot))
+    assert json.loads(out.read_text()) == found
+    assert plot.read_text().startswith("<?xml")
+    for results, length in zip(found["results"], (32, 64), strict=True):
+        half = length // 2
+        pairs = {
+            "causal flash": 2 * sum(i + 1 for i in range(length)),
+            "SDPA, dense mask": 2 * sum(j // 4 <= i // 4 and i // half == j // half for i in range(length) for j in range(length)),
+        }
+        assert {"merge", "reference", *pairs} <= results["sides"].keys()
+        for name, side in results["sides"].items():
+            seen = pairs.get(name, pairs["SDPA, dense mask"])
+            assert side["forward_work"] == 4 * 2 * 16 * seen, name  # 2 heads of width 16
+            assert side["backward_work"] == 10 * 2 * 16 * seen
+            assert len(side["forward"]) == len(side["backward"]) == 2
+            assert min(side["forward"] + side["backward"]) > 0
+            assert side["peak_bytes"] >= 0
+    table = run("attention", *FEW, "--backend", "merge")
+    assert "64 tokens" in table
+    assert "reference" not in table
+    assert "batch 2, heads 2, kv_heads 2" in table
+
+
+def test_attention_inside_blocks_is_measured_in_bytes():
+    found = json.loads(run("in-block", *FEW, "--dtype", "float32", "--json"))["results"][1]
+    assert {"torch", "SDPA of blocks", "copy"} <= found["sides"].keys()
+    column = 2 * 64 * 2 * 16 * 4  # rows, tokens, heads, width, bytes of a number
+    for side in found["sides"].values():
+        assert (side["forward_work"], side["backward_work"]) == (4 * column, 7 * column)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("attention", "--backend", "fax"), "backend 'fax' does not exist: choose from"),
+        (("attention", "--block", "0"), "--block 0: must be at least 1"),
+        (("attention", "--kv-heads", "3"), "--heads 8 is no multiple of --kv-heads 3"),
+        (("in-block", "--dtype", "int8"), "--dtype int8: choose from float32, float16, bfloat16"),
+        (("in-block", "--plot", "x.txt"), "--plot x.txt"),
+        (("in-block", "--backend", "dense"), "in-block attention backend 'dense' does not exist"),
+    ],
+)
+def test_wrong_options_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        run(*words)

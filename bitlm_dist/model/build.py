@@ -34,15 +34,19 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
     return rounded(BitLM(config, codes, eos, place), config)
 
 
-def check_machine(config: Config) -> None:
-    """Raise :class:`UserError` where the config asks for a back end that this machine does not have, or that cannot train it."""
+def check_machine(config: Config) -> str:
+    """Name of the attention back end that trains this config here.
+
+    Raises:
+        UserError: the config asks for one that is not here or cannot train it, or for a compiler that is missing.
+    """
     b, device = config.model.backbone, mesh.device()
     compiles(config.training.compile, device)
     block = config.model.block_size if config.model.attention == "block" else 1
     shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
     q, k, v = (torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes)
     try:
-        choose(checked(q, k, v, block), b.attention)
+        return choose(checked(q, k, v, block), b.attention)
     except ValueError as error:
         raise UserError(f"model.backbone.attention = {b.attention}: {error}") from None
 

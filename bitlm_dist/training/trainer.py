@@ -55,7 +55,7 @@ class Trainer:
         self.config, self.layout = config, layout
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
-        check_machine(config)
+        self.attention = check_machine(config)
         check_batch(config, layout)
         check_engine(config, layout)
         if config.evaluation.every_steps and layout.model > 1:

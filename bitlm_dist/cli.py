@@ -145,7 +145,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         trainer.close()
         return
     if speaks:
-        say(f"{config.run.dir}: {trainer.engine.parameters:,} parameters, step {begun} of {steps}; attention by {trainer.attention}")
+        parameters = f"{trainer.engine.parameters:,} parameters"
+        say(f"{config.run.dir}: {parameters}, step {begun} of {steps}; attention by {trainer.attention}")
         say(trainer.feed.summary())
     with ExitStack() as stack:
         stack.callback(trainer.close)

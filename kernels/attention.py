@@ -34,6 +34,7 @@ BACKENDS = ("fa4", "triton", "merge", "flex", "reference")  # the order in which
 _PACKAGES = {"triton": ("triton", (8, 0)), "fa4": ("flash_attn.cute.interface", (9, 0))}
 _FILES = {"triton": "triton_attention"}  # where a back end's module has another name
 _modules: dict[str, ModuleType] = {}  # of back ends that were asked for: some take a second to load
+_distrusted: dict[str, str] = {}  # back ends that failed a trial, and how
 _log = logging.getLogger(__name__)
 
 
@@ -45,10 +46,16 @@ def available_backends() -> tuple[str, ...]:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot look into imports
 def missing(name: str) -> str | None:
     """What the back end ``name`` lacks on this machine; None if nothing, and then its module is loaded."""
-    reason = _missing(name)
+    reason = _distrusted.get(name) or _missing(name)
     if reason is None and name not in _modules and name != "reference":
         _modules[name] = importlib.import_module(f"bitlm_dist.kernels.{_FILES.get(name, name)}")
     return reason
+
+
+def distrust(name: str, reason: str) -> None:
+    """Let this process use the back end ``name`` no more."""
+    _log.warning("attention back end %s is not used, %s", name, reason)
+    _distrusted[name] = reason
 
 
 @cache
@@ -120,7 +127,7 @@ def choose(call: Call, backend: str = "auto") -> str:
         raise ValueError(f"attention backend {backend!r} does not exist: choose from {('auto', *available_backends())}")
     reason = missing(backend)
     if reason is not None:
-        raise ValueError(f"attention backend {backend!r} is not available here, {reason}: choose from {available_backends()}")
+        raise ValueError(f"attention backend {backend!r} is not available here: {reason}; choose from {available_backends()}")
     reason = refusal(backend, call)
     if reason is not None:
         raise ValueError(f"attention backend {backend!r}: {reason}; {', '.join(_takers(call))} would take it")

@@ -9,8 +9,8 @@ from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.compilation import compiles
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.kernels.attention import choose
 from bitlm_dist.kernels.call import checked
+from bitlm_dist.kernels.trial import prove_in_block, proven
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import head_weights
@@ -35,7 +35,7 @@ def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None =
 
 
 def check_machine(config: Config) -> str:
-    """Name of the attention back end that trains this config here.
+    """Name of the attention back end that trains this config here, after a small trial on this machine.
 
     Raises:
         UserError: the config asks for one that is not here or cannot train it, or for a compiler that is missing.
@@ -46,9 +46,12 @@ def check_machine(config: Config) -> str:
     shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
     q, k, v = (torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes)
     try:
-        return choose(checked(q, k, v, block), b.attention)
+        name = proven(checked(q, k, v, block), b.attention)
     except ValueError as error:
         raise UserError(f"model.backbone.attention = {b.attention}: {error}") from None
+    head, m = config.head, config.model.block_size
+    prove_in_block(torch.empty(1, m, 3, head.heads, head.width // head.heads, dtype=q.dtype, device=device))
+    return name
 
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -244,7 +244,7 @@ def test_wrong_arguments_are_named():
 def test_a_back_end_that_does_not_fit_says_which_does():
     q, k, v = tensors(8, 8, width=8)
     for name in set(attention.BACKENDS) - set(available_backends()):
-        with pytest.raises(ValueError, match=rf"backend '{name}' is not available here, .*: choose from \(.*'reference'\)"):
+        with pytest.raises(ValueError, match=rf"backend '{name}' is not available here: .*; choose from \(.*'reference'\)"):
             block_causal_attention(q, k, v, block=2, backend=name)
     if not ON_GPU:
         with pytest.raises(ValueError, match="backend 'flex': .* backward .*; .*merge, reference would take it"):

@@ -128,7 +128,7 @@ def test_prep_reports_in_words_and_in_json(corpus, tmp_path):
 
 def test_doctor_names_what_is_missing():
     output = run("doctor")
-    for name in ("torch", "megatron-core", "sdpa", "Muon", "Transformer Engine", "NVIDIA apex", "flash-attn"):
+    for name in ("torch", "megatron-core", "merge", "Muon", "Transformer Engine", "NVIDIA apex", "flash-attn"):
         assert name in output
     assert "bitlm-dist[te]" in output
 

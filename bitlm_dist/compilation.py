@@ -49,15 +49,15 @@ def compiles(choice: str, device: torch.device) -> bool:
     """Whether ``training.compile`` = ``choice`` compiles on this machine: ``auto`` does on a GPU where there is a C compiler.
 
     Raises:
-        UserError: ``on``, and there is none.
+        UserError: ``always``, and there is none.
     """
     names = (
         (os.environ.get("CC", "cc"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "c++"), "g++", "clang++")
     )
     there = any(shutil.which(name) for name in names)
-    if choice == "on" and not there:
-        raise UserError(f"training.compile = on: no compiler, looked for {', '.join(names)}: install one, or use off")
-    return there and (choice == "on" or (choice == "auto" and device.type == "cuda"))
+    if choice == "always" and not there:
+        raise UserError(f"training.compile = always: no compiler, looked for {', '.join(names)}: install one, or use never")
+    return there and (choice == "always" or (choice == "auto" and device.type == "cuda"))
 
 
 @contextmanager

@@ -241,7 +241,7 @@ class TrainingConfig(Section):
     """Tokens a step, over all ranks; a multiple of data.sequence_length."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: of weights, activations and products; the optimizer keeps fp32 weights, noise, posteriors and loss are fp32 too."""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
     """Compile what the head does element by element (bits, noise, modulation, loss) with torch.compile; auto: on a GPU."""
 
 

@@ -62,8 +62,8 @@ def test_the_switch(monkeypatch):
 
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr("shutil.which", lambda name: name)
-    assert [compiles(choice, device) for choice in ("auto", "on", "off") for device in (cpu, gpu)] == [0, 1, 1, 1, 0, 0]
+    assert [compiles(choice, device) for choice in ("auto", "always", "never") for device in (cpu, gpu)] == [0, 1, 1, 1, 0, 0]
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiles("auto", gpu)
-    with pytest.raises(UserError, match="training.compile = on: no compiler, looked for .*clang"):
-        compiles("on", gpu)
+    with pytest.raises(UserError, match="training.compile = always: no compiler, looked for .*clang"):
+        compiles("always", gpu)

@@ -30,6 +30,9 @@ class Runner(ABC):
     def __call__(self) -> int:
         """Do one repeat -> tokens."""
 
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Give back files and threads, after the last repeat."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -125,6 +128,7 @@ def _receive(name: str, connection: Connection) -> Any:
 def _serve(connection: Connection, contender: Contender) -> None:
     """The child: build, then answer until the parent hangs up."""
     silence_announcements()
+    runner = None
     try:
         runner = contender.build(*contender.arguments)
         connection.send(True)
@@ -137,6 +141,9 @@ def _serve(connection: Connection, contender: Contender) -> None:
         return
     except Exception as error:
         connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    finally:
+        if runner is not None:
+            runner.close()
 
 
 def _timed(runner: Runner) -> Sample:

@@ -73,6 +73,11 @@ class StackRunner(Runner):
             self.log.write({"step": self.step, "loss": float(update.loss), "grad_norm": update.norm})
         return self.load.steps * self.config.training.global_batch_tokens
 
+    def close(self) -> None:
+        """See :class:`~bitlm_dist.bench.contest.Runner`."""
+        self.log.close()  # its threads write, so before the folder goes
+        self.folder.cleanup()
+
 
 class PlainRunner(Runner):
     """The same steps in plain PyTorch on one batch that lies ready."""

@@ -1,7 +1,8 @@
 """Elementwise stretches that torch.compile makes one kernel of: a switch for all of them, off until someone turns it on.
 
-On a GPU such a stretch is bound by its launches, dozens of kernels of a few microseconds each; on a CPU eager is as fast. A region
-takes and returns tensors and plain values, and must compile as one graph: what would break it is an error.
+On a GPU such a stretch is bound by its launches, dozens of kernels of a few microseconds each; on a CPU it is as fast as written
+(docs/kernels.md). A region takes and returns tensors and plain values, and must compile as one graph: what would break it is an
+error.
 """
 
 import functools

@@ -6,7 +6,9 @@ Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of
 """
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,6 +87,11 @@ def _checked_bounds(k: Tensor, ids: Tensor | None, bounds: Tensor | None) -> Ten
     if bounds.device != k.device:
         raise ValueError(f"documents are on {bounds.device}, k on {k.device}: all tensors must be on one device")
     return bounds
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Where to launch kernels: on the current device, which need not be x's. Without any (fake tensors) they are only compiled."""
+    return torch.cuda.device(x.device) if x.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def bounds_of_documents(document_ids: Tensor) -> Tensor:

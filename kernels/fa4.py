@@ -8,13 +8,12 @@ package's own autograd function: torch.compile keeps its graph whole, and the ba
 """
 
 import functools
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from bitlm_dist.kernels.block_sparse import TileLists, once_per_mask, tile_lists, transposed_tile_lists
-from bitlm_dist.kernels.call import Call, seen_by_queries
+from bitlm_dist.kernels.call import Call, on_device_of, seen_by_queries
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -113,7 +112,7 @@ def forward(call: Call, major: int) -> tuple[Tensor, Tensor]:
 
     tile = tiles(major, call.q.shape[3]).forward
     out, lse = _empty(call.q), call.q.new_empty(call.q.shape[:3], dtype=torch.float32)
-    with _on(call.q):
+    with on_device_of(call.q):
         _flash_attn_fwd(
             *_by_position(call.q, call.k, call.v),
             softmax_scale=call.scale,
@@ -134,7 +133,7 @@ def backward(call: Call, out: Tensor, lse: Tensor, dout: Tensor, major: int) -> 
     tile = tiles(major, call.q.shape[3]).backward
     gradients = _empty(call.q), _empty(call.k), _empty(call.v)
     dq, dk, dv = _by_position(*gradients)
-    with _on(call.q):
+    with on_device_of(call.q):
         _flash_attn_bwd(
             *_by_position(call.q, call.k, call.v, out, dout),
             lse,
@@ -157,11 +156,6 @@ def _by_position(*tensors: Tensor) -> list[Tensor]:
 def _empty(like: Tensor) -> Tensor:
     """[B, heads, positions, D] in the memory order of [B, positions, heads, D]."""
     return like.new_empty(like.transpose(1, 2).shape).transpose(1, 2)
-
-
-def _on(q: Tensor) -> AbstractContextManager[Any]:
-    # Kernels start on the current device, which need not be the tensors'. Without any (fake tensors) they are only compiled.
-    return torch.cuda.device(q.device) if q.is_cuda and torch.cuda.is_available() else nullcontext()
 
 
 def _sparse(lists: TileLists, tile: tuple[int, int]) -> Any:

@@ -6,13 +6,12 @@ whole around them. Documents reach the kernels as the bounds of their tokens, 8 
 Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head. S <= T: queries are the last S positions.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 from bitlm_dist.kernels import triton_attention_kernels as kernels
-from bitlm_dist.kernels.call import Call
+from bitlm_dist.kernels.call import Call, on_device_of
 from bitlm_dist.kernels.tiles import WIDTHS, Tile, architecture_of, tiles
 from torch import Tensor
 
@@ -130,9 +129,7 @@ def _sizes(q: Tensor, k: Tensor, block: int, scale: float) -> tuple[float, int, 
 
 
 def _launch(kernel: Any, q: Tensor, programs: int, arguments: tuple[Any, ...], tile: Tile, bounds: Tensor | None) -> None:
-    # Triton starts kernels on the current device, which need not be the tensors'.
-    device: AbstractContextManager[Any] = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
-    with device:
+    with on_device_of(q):
         kernel[(programs,)](
             *arguments,
             width=q.shape[3],

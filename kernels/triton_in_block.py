@@ -11,12 +11,12 @@ Legend: N blocks, M tokens a block, R = N·M rows, H heads, D width of a head.
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from bitlm_dist.kernels.call import on_device_of
 from torch import Tensor
 
 ROWS = 64  # of a tile: the fewest that Hopper's tensor cores multiply at once
@@ -192,9 +192,7 @@ def _launch(kernel: Any, arguments: tuple[Any, ...], qkv: Tensor, causal: bool) 
     block, _, heads, width = qkv.shape[-4:]
     rows = qkv.numel() // (3 * heads * width)
     programs = triton.cdiv(rows, ROWS // block * block) * heads
-    # Triton starts kernels on the current device, which need not be the tensor's.
-    device: AbstractContextManager[Any] = torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext()
-    with device:
+    with on_device_of(qkv):
         kernel[(programs,)](
             *arguments,
             1 / math.sqrt(width),

@@ -110,7 +110,8 @@ def attention_command(
     as_json: AsJson = False,
 ) -> None:
     """Block-causal attention, forward and backward: every back end, causal flash attention, and SDPA with a dense mask."""
-    sizes = {"batch": batch, "heads": heads, "kv_heads": kv_heads or heads, "width": width, "block": block, "documents": documents}
+    groups = heads if kv_heads is None else kv_heads
+    sizes = {"batch": batch, "heads": heads, "kv_heads": groups, "width": width, "block": block, "documents": documents}
     _kernels("attention", length, sizes, dtype, backend, repeats, out, plot, as_json)
 
 
@@ -150,6 +151,8 @@ def _kernels(
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if sizes["heads"] % sizes["kv_heads"]:
         raise UserError(f"--heads {sizes['heads']} is no multiple of --kv-heads {sizes['kv_heads']}")
+    if kind == "in-block" and (odd := [length for length in lengths if length % sizes["block"]]):
+        raise UserError(f"--length {odd[0]} is no multiple of --block {sizes['block']}")
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
     check_plot(plot)

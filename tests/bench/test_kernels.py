@@ -55,6 +55,8 @@ def test_attention_inside_blocks_is_measured_in_bytes():
         (("attention", "--backend", "fax"), "backend 'fax' does not exist: choose from"),
         (("attention", "--block", "0"), "--block 0: must be at least 1"),
         (("attention", "--kv-heads", "3"), "--heads 8 is no multiple of --kv-heads 3"),
+        (("attention", "--kv-heads", "0"), "--kv-heads 0: must be at least 1"),
+        (("in-block", "--length", "1022"), "--length 1022 is no multiple of --block 4"),
         (("in-block", "--dtype", "int8"), "--dtype int8: choose from float32, float16, bfloat16"),
         (("in-block", "--plot", "x.txt"), "--plot x.txt"),
         (("in-block", "--backend", "dense"), "in-block attention backend 'dense' does not exist"),

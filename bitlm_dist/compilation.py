@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -70,3 +70,22 @@ def compiled_regions(backend: str | None = "inductor") -> Iterator[None]:
         yield
     finally:
         _backend = before
+
+
+@contextmanager
+def no_torch_compile() -> Iterator[None]:
+    """While open, ``torch.compile`` returns functions as they are.
+
+    For imports of libraries that decorate functions which we never call: the first decorator loads the whole compiler, which takes
+    seconds in every process.
+    """
+
+    def plain(function: Callable[..., Any] | None = None, **options: Any) -> Any:
+        return plain if function is None else function
+
+    torch_compile = torch.compile
+    torch.compile = plain  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = torch_compile

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from bitlm_dist.compilation import no_torch_compile
+
 MEGATRON_TESTED = ((0, 16, 1), (0, 20, 0))  # first tested version, first version not tested
 
 # Megatron imports these inside functions: they must be loaded before the stand-in is installed.
@@ -103,8 +105,11 @@ def enable_megatron_on_cpu() -> bool:
     if torch.cuda.is_available():
         return False
     _check_version()
-    for name in _MODULES:
-        importlib.import_module(name)
+    # Megatron's fused functions, which nothing calls on a CPU, would load the compiler when they are decorated.
+    with no_torch_compile():
+        for name in _MODULES:
+            importlib.import_module(name)
+
     stand_in = _torch_stand_in()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:

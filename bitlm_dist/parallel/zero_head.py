@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from bitlm_dist.compilation import no_torch_compile
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel import mesh
@@ -166,7 +167,9 @@ class ZeroHead:
     def __init__(self, config: Config, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if mesh.device().type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every rank says that it found no other
-        import deepspeed
+        with no_torch_compile():
+            import deepspeed
+            import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed loads its Muon unasked; ours is another
         from deepspeed.comm import comm
         from deepspeed.ops import __compatible_ops__
 

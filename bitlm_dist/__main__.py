@@ -6,8 +6,10 @@ import sys
 
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
+    from bitlm_dist.cpu_threads import set_cpu_threads
     from bitlm_dist.errors import UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
+    set_cpu_threads(os.environ)
     silence_announcements()
     import typer
 

@@ -20,6 +20,7 @@ from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
 
 if TYPE_CHECKING:
+    from bitlm_dist.cpu_threads import BusyCores
     from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.model.language_model import LanguageModel
     from bitlm_dist.parallel.layout import Layout
@@ -119,18 +120,22 @@ def train(
     if dry_run:
         _dry_run(loaded.config)
         return
+    from bitlm_dist.cpu_threads import BusyCores
     from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.launch.ranks import read_ranks
 
-    ranks = read_ranks(os.environ)
+    ranks, busy_cores = read_ranks(os.environ), BusyCores()
     with Heartbeat.of_environment(os.environ, ranks.rank, ranks.world) as heartbeat:
         from bitlm_dist.parallel.layout import layout_of
 
-        _train(loaded.config, resume, layout_of(loaded.config.parallel, ranks.world, ranks.rank), heartbeat)
+        layout = layout_of(loaded.config.parallel, ranks.world, ranks.rank)
+        _train(loaded.config, resume, layout, heartbeat, busy_cores)
 
 
-def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat") -> None:
-    from bitlm_dist.display import training_progress
+def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat", busy_cores: "BusyCores") -> None:
+    import torch
+
+    from bitlm_dist.display import loss_chart, training_progress
     from bitlm_dist.launch import attempts
     from bitlm_dist.training.trainer import Trainer
 
@@ -148,6 +153,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         parameters = f"{trainer.engine.parameters:,} parameters"
         say(f"{config.run.dir}: {parameters}, step {begun} of {steps}; attention by {trainer.attention}")
         say(trainer.feed.summary())
+        if trainer.device.type == "cpu" and (warning := busy_cores.warning(torch.get_num_threads())):
+            say(f"warning: {warning}")
     with ExitStack() as stack:
         stack.callback(trainer.close)
         evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
@@ -156,6 +163,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     if speaks:
         outcome = attempts.DONE if trainer.done else attempts.STOPPED
         attempts.report(os.environ, outcome, trainer.step, trainer.stopped_by or "")
+    if trainer.done and speaks:
+        say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
         raise typer.Exit(0)

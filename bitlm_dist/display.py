@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
 from rich.console import Console
@@ -55,6 +56,38 @@ def training_progress(console: Console, begun: int, steps: int) -> Iterator[Call
             bar.update(task, completed=metrics["step"], loss=metrics["loss"], rate=metrics["tokens_per_second"])
 
         yield update
+
+
+def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
+    """A run's loss over its steps, drawn in characters.
+
+    Args:
+        losses: of each step; those that are not finite are left out.
+        width: columns at most, each the mean of its steps.
+        height: rows.
+    """
+    finite = [(step, loss) for step, loss in enumerate(losses) if isfinite(loss)]
+    if len(finite) < 2:
+        return ""
+
+    # Columns without a finite loss repeat the one before.
+    width = min(width, len(losses))
+    columns: list[float] = []
+    for column in range(width):
+        first, end = column * len(losses) // width, (column + 1) * len(losses) // width
+        inside = [loss for step, loss in finite if first <= step < end]
+        columns.append(sum(inside) / len(inside) if inside else (columns or [finite[0][1]])[-1])
+
+    # Each row holds eight levels, the levels of its partial blocks; the lowest column shows one of them.
+    low, high = min(columns), max(columns)
+    levels = [1 + round((loss - low) / (high - low or 1.0) * (8 * height - 1)) for loss in columns]
+    rows = []
+    for row in reversed(range(height)):
+        label = {height - 1: f"{high:.3f}", 0: f"{low:.3f}"}.get(row, "")
+        rows.append(f"{label:>9} ┤" + "".join(" ▁▂▃▄▅▆▇█"[max(0, min(8, level - 8 * row))] for level in levels))
+    axis = f"{'loss':>9} └" + "─" * width
+    steps = f"{'':>11}1{len(losses):>{max(width - 1, 1)},}"
+    return "\n".join([*rows, axis, steps])
 
 
 class Preparing(Protocol):

@@ -4,10 +4,12 @@ import importlib
 import importlib.util
 import os
 import platform
+import time
 from typing import NamedTuple
 
 import torch
 
+from bitlm_dist.cpu_threads import NUM_THREADS, SPIN_COUNT, WAIT_POLICY, BusyCores
 from bitlm_dist.errors import UserError
 from bitlm_dist.kernels.attention import missing
 from bitlm_dist.parallel.zero_head import check_deepspeed
@@ -21,6 +23,7 @@ ATTENTION = {  # back ends of model.backbone.attention
     "flex": "torch's FlexAttention with tile lists; on a CPU without gradients",
     "reference": "a dense mask, for comparison",
 }
+WATCHED = 0.5  # seconds
 
 
 class Finding(NamedTuple):
@@ -73,6 +76,20 @@ def _wandb() -> Finding:
     return Finding("Weights & Biases", found, package_version("wandb") or "logging.wandb_project: pip install 'bitlm-dist[wandb]'")
 
 
+def _free_cores() -> Finding:
+    """Watches for a moment what other programs do."""
+    busy_cores = BusyCores()
+    time.sleep(WATCHED)
+    cores = len(os.sched_getaffinity(0))
+    warning = busy_cores.warning(torch.get_num_threads())
+    return Finding("free cores", warning is None, warning or f"{max(0.0, cores - busy_cores.by_others()):.1f} of {cores}")
+
+
+def _waiting() -> Finding:
+    variables = [f"{name}={os.environ[name]}" for name in (NUM_THREADS, WAIT_POLICY, SPIN_COUNT) if name in os.environ]
+    return Finding("OpenMP", bool(variables), " ".join(variables) or "as its library chooses")
+
+
 def examine() -> dict[str, list[Finding]]:
     """Findings by heading."""
     if torch.cuda.is_available():
@@ -82,7 +99,7 @@ def examine() -> dict[str, list[Finding]]:
         device = Finding("device", True, f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo")
     packages = [Finding(name, bool(package_version(name)), package_version(name) or "missing") for name in PACKAGES]
     return {
-        "machine": [Finding("python", True, platform.python_version()), device],
+        "machine": [Finding("python", True, platform.python_version()), device, _waiting(), _free_cores()],
         "packages": packages,
         "attention, first choice first": [Finding(n, missing(n) is None, missing(n) or note) for n, note in ATTENTION.items()],
         "optimizers": [

@@ -81,7 +81,8 @@ class _Ranks:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         place = {**os.environ, **env, VARIABLE: str(folder), PARENT: str(os.getpid())}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        place |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
         with (folder / "start.log").open("ab") as early:
             self._processes = [
                 subprocess.Popen(

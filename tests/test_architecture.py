@@ -23,7 +23,7 @@ LAYERS = [
     {"diffusion", "kernels"},
     {"codes"},
     {"compilation"},
-    {"errors", "files", "processes"},
+    {"cpu_threads", "errors", "files", "processes"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 

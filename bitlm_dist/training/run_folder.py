@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -196,6 +197,12 @@ class RunFolder:
             kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(line + "\n" for line in kept))
+
+    def losses(self) -> list[float]:
+        """Loss of every step on record, in order."""
+        file = self.path / METRICS
+        lines = file.read_text().splitlines() if file.is_file() else []
+        return [float(json.loads(line)["loss"]) for line in lines if isfinite(_step_of(line))]
 
     def last_evaluation(self, step: int) -> int:
         """The last step up to ``step`` that an evaluation is on record for; 0: none."""

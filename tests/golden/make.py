@@ -1,0 +1,44 @@
+"""Rewrite the golden losses, or write those of this commit elsewhere: `make golden`, `make golden OUT=folder`.
+
+To prove that a change keeps every number, bit by bit: run it on the commit before and on the commit after, on one machine, and
+compare the two folders with compare.py.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
+
+import golden
+from bitlm_dist.data_prep.prepare import prepare
+
+SAMPLE = Path(__file__).parents[2] / "data_prep" / "sample" / "kjv.jsonl.zst"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=golden.HERE, help="folder for the files")
+    out = parser.parse_args().out
+
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data"
+        prepare([SAMPLE], "bpe:4096", data)
+        for case in golden.CASES:
+            file = out / f"{case}.json"
+            found = golden.measure(case, data)
+            if file.is_file():
+                old = golden.read(file)
+                if other := golden.other_machine(old, found):
+                    print(f"{file.name}: ANOTHER MACHINE TYPE ({other}): its diff proves nothing; compare commits on one machine")
+                lines = golden.differences(old, found)
+                print(f"{file.name}: {'; '.join(lines) or 'as before'}")
+            else:
+                print(f"{file.name}: new")
+            golden.write(found, file)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 DATA := data/kjv
 
-.PHONY: quickstart test faults lint setup clean
+.PHONY: quickstart compare test-fast test test-all test-long mutants golden lint setup clean
 
 setup: $(STAMP)
 
@@ -24,9 +24,15 @@ $(DATA)/manifest.json: $(STAMP)
 quickstart: $(DATA)/manifest.json
 	$(BIN)/bitlm train quickstart
 	$(BIN)/bitlm eval runs/quickstart
-	$(BIN)/bitlm train quickstart --run.dir runs/quickstart-m1 --model.block_size 1
-	$(BIN)/bitlm eval runs/quickstart-m1
 	$(BIN)/bitlm generate runs/quickstart --prompt "And God said" --blocks 48
+
+# The same model one token at a time, and as a softmax, on the same data; one table and one plot
+COMPARED := --evaluation.every_steps 100
+compare: $(DATA)/manifest.json
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/softmax --model.output softmax $(COMPARED)
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/m1 --model.block_size 1 $(COMPARED)
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/m4 $(COMPARED)
+	$(BIN)/bitlm compare runs/compare/softmax runs/compare/m1 runs/compare/m4 --plot runs/compare/compare.svg
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -36,12 +42,38 @@ lint: $(STAMP)
 	@cp -r kernels data_prep launch build/typed/bitlm_dist/
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml bitlm_dist
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+# Three rings of tests, each about ten times as dear as the one before; what is longer still is test-long
+PYTEST := $(BIN)/python -m pytest
+MEGATRON := 0.19.2  # the newest that the CPU support is tested with, beside the pinned one
 
-# kill -9 at 30 random moments; the table of docs/reliability.md
-faults: $(STAMP)
-	FAULT_KILLS=30 $(BIN)/python -m pytest -s tests/faults
+test-fast: $(STAMP)
+	$(PYTEST) -n 2 -m "not (slow or long or integration or distributed or slurm or gpu)"
+
+test: $(STAMP)
+	$(PYTEST) -n 3 -m "not (slow or long)"
+
+test-all: $(STAMP) build/megatron-core/.installed
+	$(PYTEST) -n 3 -m "slow and not long"
+	PYTHONPATH=build/megatron-core $(PYTEST) -m "not slow" tests/parallel/test_parity.py
+
+build/megatron-core/.installed: $(STAMP) Makefile
+	@rm -rf $(@D)
+	@# it asks for a newer Python than it needs
+	$(BIN)/pip install --quiet --progress-bar off --no-deps --ignore-requires-python --target $(@D) megatron-core==$(MEGATRON)
+	@touch $@
+
+# Kills: 30 of a training run (the table of docs/reliability.md), 10 of a preparation
+test-long: $(STAMP)
+	$(PYTEST) -s -m long
+
+# Plants faults, one after the other, and runs the test that must see each
+mutants: $(STAMP)
+	$(BIN)/python tests/mutants/run.py $(MUTANTS)
+
+# Losses of 20 steps on file: a diff is a change of numbers. OUT=folder writes them elsewhere, for tests/golden/compare.py
+OUT ?= tests/golden
+golden: $(STAMP)
+	$(BIN)/python tests/golden/make.py --out $(OUT)
 
 clean:
 	rm -rf $(VENV) data runs build *.egg-info

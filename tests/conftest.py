@@ -1,13 +1,37 @@
+import difflib
+import fcntl
 import json
+import os
 import random
+import re
 import subprocess
+import sys
+import tempfile
+import uuid
 from pathlib import Path
 
+import hypothesis
 import pytest
-import torch
+from janitor import VARIABLE as RUN
 
 from bitlm_dist.config_loading import load
+from bitlm_dist.cpu_threads import set_cpu_threads
 
+HERE = Path(__file__).parent
+SAMPLE = HERE.parent / "data_prep" / "sample" / "kjv.jsonl.zst"
+# Modules that take longest start first, so that no worker is left alone with one of them at the end.
+LONGEST_FIRST = (
+    "slurm/test_launch.py",
+    "kernels/test_triton.py",
+    "parallel/test_zero_head.py",
+    "parallel/test_jobs.py",
+    "parallel/test_parity.py",
+    "faults/test_kills.py",
+    "launch/test_local.py",
+    "slurm/test_cluster.py",
+    "kernels/test_aot.py",
+    "training/test_trainer.py",
+)
 WORDS = [
     "the",
     "of",
@@ -42,9 +66,52 @@ def text_of(seed: int, words: int) -> str:
     return " ".join(out) + ".\n"
 
 
+def pytest_configure(config):
+    """Refuse markers that do not exist; have a janitor clean up after the run, in a folder that is the run's own."""
+    _check_markers(config)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+    set_cpu_threads(os.environ)  # before torch is loaded
+    os.environ["COLUMNS"] = "240"  # tables are wide enough for the paths of temporary folders
+    hypothesis.settings.register_profile("suite", deadline=None)  # speed is the bench's business
+    hypothesis.settings.load_profile("suite")
+    if hasattr(config, "workerinput") or RUN in os.environ or config.option.basetemp or config.option.collectonly:
+        return  # another process of the run did so, or the user keeps the folder
+
+    folder = tempfile.mkdtemp(prefix="bitlm-tests-")
+    os.environ[RUN] = str(uuid.uuid4())
+    janitor = [sys.executable, str(HERE / "janitor.py"), os.environ[RUN], folder]
+    environment = {name: value for name, value in os.environ.items() if name != RUN}
+    # The pipe closes when this process ends, however it does: children that are executed do not inherit it.
+    config.janitor = subprocess.Popen(janitor, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+    config.option.basetemp = os.path.join(folder, "t")
+    os.environ["TMPDIR"] = folder
+    tempfile.tempdir = None
+
+
+def _check_markers(config):
+    """`-m slwo` would select nothing, and `-m "not slwo"` everything, without a word."""
+    known = {line.partition(":")[0].partition("(")[0].strip() for line in config.getini("markers")}
+    for word in re.findall(r"[^\W\d]\w*", config.option.markexpr or ""):
+        if word not in known | {"and", "or", "not", "True", "False"}:
+            near = difflib.get_close_matches(word, known, 1)
+            meant = f": did you mean {near[0]}?" if near else f": choose from {', '.join(sorted(known))}"
+            raise pytest.UsageError(f"-m {config.option.markexpr}: no test has the marker {word!r}{meant}")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.relative_to(HERE).as_posix()
+        return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def seed(request):
     """A fresh seed, printed so that a failure can be repeated (pytest shows it)."""
+    import torch
+
     value = random.SystemRandom().randrange(2**31)
     print(f"seed = {value}")
     torch.manual_seed(value)
@@ -77,6 +144,21 @@ def prepared(corpus, tmp_path_factory) -> Path:
 
     out = tmp_path_factory.mktemp("prepared") / "data"
     prepare([corpus], "bpe:300", out, validation=0.1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sample_data(tmp_path_factory) -> Path:
+    """What the quickstart trains on, prepared once for all workers of a run."""
+    from bitlm_dist.data_prep.prepare import prepare
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    out = shared / "sample"
+    with (shared / "sample.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        prepare([SAMPLE], "bpe:4096", out)  # the second time it is there already
     return out
 
 
@@ -114,6 +196,8 @@ def tiny(tmp_path, prepared, tiny_file):
 @pytest.fixture
 def tiny_model(tiny):
     """(overrides) -> an untrained model of the tiny config, its final layers random instead of zero."""
+    import torch
+
     from bitlm_dist.codes import BitCodes, natural
     from bitlm_dist.model.bitlm import BitLM
 

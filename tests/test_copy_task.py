@@ -3,6 +3,7 @@
 import math
 import time
 
+import pytest
 import torch
 
 from bitlm_dist.codes import BitCodes, natural
@@ -23,6 +24,7 @@ def batch_of(step):
     return Batch(tokens, torch.zeros_like(tokens), torch.arange(16) + 16 * step)
 
 
+@pytest.mark.slow
 def test_copying_costs_less_than_a_tenth_of_free_bits():
     began = time.perf_counter()
     torch.manual_seed(0)

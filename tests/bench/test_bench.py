@@ -24,6 +24,7 @@ def contenders(monkeypatch):
     return importlib.import_module("contenders")
 
 
+@pytest.mark.distributed
 def test_contenders_take_turns_and_warm_up_unseen(tmp_path, contenders):
     order = tmp_path / "order"
     timings = contest({n: Contender(contenders.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2)
@@ -31,11 +32,13 @@ def test_contenders_take_turns_and_warm_up_unseen(tmp_path, contenders):
     assert all(len(t.rates) == 3 and t.spread[0] <= t.median <= t.spread[1] and t.peak_bytes > 2**20 for t in timings.values())
 
 
+@pytest.mark.distributed
 def test_a_failure_in_a_child_is_one_line(contenders):
     with pytest.raises(UserError, match="^b failed: RuntimeError: no luck today$"):
         contest({"b": Contender(contenders.broken, ())}, repeats=1, warmup=0)
 
 
+@pytest.mark.distributed
 def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, prepared, tmp_path):
     out, plot = tmp_path / "r.json", tmp_path / "r.svg"
     words = ("bench", "train", tiny.file, "--data.path", prepared, "--vs", "softmax", "--vs", "plain")
@@ -57,6 +60,7 @@ def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, pr
         read_results(out)
 
 
+@pytest.mark.slow
 def test_generate_bench_takes_several_samplers(tiny):
     words = ("bench", "generate", tiny.file, "--vocabulary", "300", "--vs", "softmax", "--batch", "2", "--tokens", "8")
     found = json.loads(run(*words, "--sampler", "sequential", "--sampler", "ode:3", "--repeats", "1", "--json"))
@@ -108,6 +112,7 @@ def test_files_that_are_no_results_are_named(content, message, tmp_path):
         run("bench", "show", file)
 
 
+@pytest.mark.slow
 def test_data_bench_times_reading_cold_and_warm_beside_training(tiny_file, prepared):
     found = run("bench", "data", tiny_file, "--data.path", prepared, "--repeats", "2", "--batches", "4", "--json")
     results = json.loads(found)

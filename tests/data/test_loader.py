@@ -16,6 +16,8 @@ from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 
 
@@ -172,11 +174,11 @@ def test_workers_die_with_their_parent_and_the_next_start_clears_up(tiny, tmp_pa
         family = psutil.Process(parent.pid).children(recursive=True)
         workers = [p for p in family if "spawn_main" in " ".join(p.cmdline())]
         assert len(workers) == 2
+        places = [SHARED_MEMORY, Path(tempfile.gettempdir())]
+        made = [path for place in places for path in place.glob(f"{PREFIX}*")]
+        theirs = [path for path in made if any(f"-{worker.pid}-" in path.name for worker in workers)]
+        assert theirs
         parent.kill()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-    places = [SHARED_MEMORY, Path(tempfile.gettempdir())]
-    made = [path for place in places for path in place.glob(f"{PREFIX}*")]
-    left = [path for path in made if any(f"-{worker.pid}-" in path.name for worker in workers)]
-    assert left
     remove_leftovers()
-    assert not [path for path in left if path.exists()]
+    assert not [path for path in theirs if path.exists()]

@@ -10,6 +10,8 @@ from bitlm_dist.data.mixed_feed import names_of, training_feed
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 
 

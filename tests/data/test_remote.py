@@ -16,6 +16,8 @@ from bitlm_dist.data.remote import mirror, url_of
 from bitlm_dist.data.streaming_import import streaming
 from bitlm_dist.errors import UserError
 
+pytestmark = pytest.mark.integration
+
 CPU = torch.device("cpu")
 
 

@@ -23,7 +23,8 @@ from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.shards import Shards
 from bitlm_dist.errors import UserError
 
-KILLS = int(os.environ.get("PREP_KILLS", "3"))
+pytestmark = pytest.mark.integration
+
 SMALL = 3000  # bytes of a unit and of a chunk
 
 
@@ -165,8 +166,12 @@ def units_there(out):
     return len(list(out.glob("units/*-*.json")))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path, small, seed, workers):
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("workers", "kills"),
+    [(2, 2), pytest.param(1, 2, marks=pytest.mark.slow), *(pytest.param(n, 10, marks=pytest.mark.long) for n in (1, 2))],
+)
+def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path, small, seed, workers, kills):
     pytest.importorskip("rensa")
     rng = random.Random(seed)
     whole, out = tmp_path / "whole", tmp_path / "killed"
@@ -174,7 +179,7 @@ def test_killed_at_random_moments_and_rerun_gives_the_same_tree(messy, tmp_path,
     assert start(messy, whole, workers, tmp_path).wait() == 0
     took = time.monotonic() - began
     records = []
-    for kill in range(KILLS):
+    for kill in range(kills):
         if units_there(out) == units_there(whole):  # nothing is left to be killed
             shutil.rmtree(out)
             records.append(0)

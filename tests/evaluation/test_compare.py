@@ -8,6 +8,8 @@ from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.compare import read_record
 
+pytestmark = pytest.mark.integration
+
 
 def run(*words):
     result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)

@@ -9,6 +9,8 @@ from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.shards import Shards
 from bitlm_dist.evaluation.likelihood import _cluster_error, evaluate
 
+pytestmark = pytest.mark.integration
+
 STRATA = 12
 
 

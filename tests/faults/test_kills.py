@@ -1,27 +1,25 @@
 """kill -9 at random moments: what a run has lost when it ends, compared with one that nobody disturbed.
 
-``make faults`` kills 30 times and prints the table that docs/reliability.md shows; `FAULT_KILLS` sets the number.
+`make test-long` kills 30 times and prints the table that docs/reliability.md shows.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-import psutil
 import pytest
+from ranks import start_job
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint.diff import compare, compare_states
 
-KILLS = int(os.environ.get("FAULT_KILLS", "6"))
+pytestmark = pytest.mark.distributed
 RANKS = 2
-STEPS = 4 * KILLS + 4
+BATCH = 4  # sequences
 TIMEOUT = 120  # seconds that anything may take
 # what is going on when the kill comes, and whom it hits; rank 0 completes and removes, which takes milliseconds
 MOMENTS = [
@@ -37,7 +35,38 @@ MOMENTS = [
     ("removing", "job"),
 ]
 SIGNS = {"saving": ".step-*.partial", "completing": ".step-*.partial/state.json", "removing": ".step-*.removed"}
-ROOT = Path(__file__).parent.parent.parent
+GRACE = 10.0  # seconds that the ranks left over have once the launcher asked them to end
+
+
+@dataclass
+class Job:
+    """The ranks of one start, ended by its launcher once one of them is gone."""
+
+    ranks: list[ForkServerProcess]
+
+    def ended(self) -> bool:
+        """Whether a rank is gone, by itself or killed."""
+        return any(rank.exitcode is not None for rank in self.ranks)
+
+    def wait(self) -> list[int | None]:
+        """Exit codes, once all have ended; the first that fails ends the others, as a launcher does it."""
+        end = time.monotonic() + 10 * TIMEOUT
+        while any(rank.exitcode is None for rank in self.ranks) and time.monotonic() < end:
+            if any(rank.exitcode for rank in self.ranks):
+                for rank in self.ranks:
+                    rank.terminate()
+                for rank in self.ranks:
+                    rank.join(GRACE)
+                self.kill()
+            time.sleep(0.01)
+        return [rank.exitcode for rank in self.ranks]
+
+    def kill(self) -> None:
+        """End all at once."""
+        for rank in self.ranks:
+            rank.kill()
+        for rank in self.ranks:
+            rank.join()
 
 
 @dataclass
@@ -46,21 +75,25 @@ class Run:
 
     folder: Path
     data: Path
-    jobs: list[subprocess.Popen] = field(default_factory=list)
+    steps: int
+    jobs: list[Job] = field(default_factory=list)
 
-    def start(self) -> subprocess.Popen:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--standalone"]
-        command += ["-m", "bitlm_dist", "train", "quickstart", "--data.path", str(self.data), "--run.dir", str(self.folder)]
-        command += ["--training.steps", str(STEPS), "--checkpoint.every_steps", "1", "--logging.tensorboard", "false"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.data.parent)}
-        with (self.folder.parent / f"{self.folder.name}.log").open("a") as log:
-            job = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
-        self.jobs.append(job)
-        return job
+    def start(self) -> Job:
+        words = ["train", "quickstart", "--data.path", str(self.data), "--run.dir", str(self.folder)]
+        words += ["--training.steps", str(self.steps), "--training.global_batch_tokens", str(256 * BATCH)]
+        words += ["--checkpoint.every_steps", "1", "--logging.tensorboard", "false"]
+        self.logs.mkdir(exist_ok=True)
+        self.jobs.append(Job(start_job(RANKS, "ranks.command", words, folder=self.logs)))
+        return self.jobs[-1]
+
+    @property
+    def logs(self) -> Path:
+        return self.folder.parent / f"{self.folder.name}-logs"
 
     @property
     def log(self) -> str:
-        file = self.folder.parent / f"{self.folder.name}.log"
+        """What rank 0 said, of all starts."""
+        file = self.logs / "log.0"
         return file.read_text() if file.is_file() else ""
 
     @property
@@ -72,19 +105,12 @@ class Run:
         file = self.folder / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.is_file() else []
 
-    def wait(self, ready: Callable[[], object], job: subprocess.Popen, poll: float = 0.001) -> None:
+    def wait(self, ready: Callable[[], object], job: Job, poll: float = 0.001) -> None:
         end = time.monotonic() + TIMEOUT
         while not ready():
-            assert job.poll() is None, f"the job ended by itself:\n{self.log[-3000:]}"
+            assert not job.ended(), f"the job ended by itself:\n{self.log[-3000:]}"
             assert time.monotonic() < end, "timed out"
             time.sleep(poll)
-
-    def end(self) -> None:
-        for job in self.jobs:
-            if job.poll() is None:
-                for process in [*psutil.Process(job.pid).children(recursive=True), job]:  # each rank has a session of its own
-                    process.kill()
-                job.wait()
 
 
 @dataclass
@@ -99,36 +125,23 @@ class Kill:
     whole: int  # step of the newest checkpoint
 
 
-def rank_of(job: subprocess.Popen, rank: int) -> psutil.Process | None:
-    for process in psutil.Process(job.pid).children():
-        try:
-            if process.environ().get("LOCAL_RANK") == str(rank):
-                return process
-        except psutil.Error:
-            continue
-    return None
-
-
 def strike(run: Run, moment: str, target: str, rng: random.Random) -> Kill:
     """Start the job, wait for the moment, kill the target, wait until all of the job is gone."""
     before, said = newest(run), len(run.log)
     job = run.start()
-    run.wait(lambda: rank_of(job, RANKS - 1), job)
     if moment == "starting":
         time.sleep(rng.uniform(0.0, 3.0))
     else:
         run.wait(lambda: newest(run) > before, job)
-    victim = None if target == "job" else rank_of(job, int(target[-1]))
+    victims = job.ranks if target == "job" else [job.ranks[int(target[-1])]]
     if moment == "stepping":
         time.sleep(rng.uniform(0.0, 1.2))
     elif moment in SIGNS:
-        run.wait(lambda: list(run.checkpoints.glob(SIGNS[moment])), job, poll=0.0)
+        run.wait(lambda: list(run.checkpoints.glob(SIGNS[moment])), job, poll=0.0002)
         time.sleep(rng.uniform(0.0, 0.05 if moment == "saving" else 0.001))
-    whole = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
-    for process in whole if victim is None else [victim]:
-        process.kill()
-    job.wait(TIMEOUT)
-    assert not psutil.wait_procs(whole, TIMEOUT)[1]
+    for rank in victims:
+        rank.kill()
+    job.wait()
     lines = run.lines()
     step = lines[-1]["step"] if lines else 0
     return Kill(moment, target, begun(run.log[said:]), step, left_in(run.checkpoints) or "nothing", newest(run))
@@ -150,41 +163,38 @@ def newest(run: Run) -> int:
     return max(store.complete_steps(run.checkpoints), default=0)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    root = tmp_path_factory.mktemp("faults")
-    data = root / "data"
-    corpus = ROOT / "data_prep" / "sample" / "kjv.jsonl.zst"
-    command = [sys.executable, "-m", "bitlm_dist", "prep", str(corpus), "--tokenizer", "bpe:4096", "--out", str(data)]
-    subprocess.run(command, check=True, capture_output=True)
-    made = Run(root / "undisturbed", data), Run(root / "killed", data)
+@pytest.fixture
+def runs(tmp_path, sample_data, kills):
+    made = [Run(tmp_path / name, sample_data, steps=4 * kills + 4) for name in ("undisturbed", "killed")]
     yield made
     for run in made:
-        run.end()
+        for job in run.jobs:
+            job.kill()
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(runs, seed):
-    undisturbed, killed = runs
+@pytest.mark.parametrize("kills", [2, pytest.param(6, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.long)])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_never_was(kills, runs, seed):
+    (undisturbed, killed), steps = runs, runs[0].steps
     job = undisturbed.start()
-    assert job.wait(10 * TIMEOUT) == 0, undisturbed.log[-3000:]
-    rng, kills = random.Random(seed), []
-    for number in range(KILLS):
-        kills.append(strike(killed, *MOMENTS[number % len(MOMENTS)], rng))
+    assert job.wait() == [0] * RANKS, undisturbed.log[-3000:]
+    rng, struck = random.Random(seed), []
+    for number in range(kills):
+        struck.append(strike(killed, *MOMENTS[number % len(MOMENTS)], rng))
         for step in store.complete_steps(killed.checkpoints):
             store.verify(store.folder_of(killed.checkpoints, step))  # whatever is there is whole
     said = len(killed.log)
     job = killed.start()
-    assert job.wait(10 * TIMEOUT) == 0, killed.log[-3000:]
+    assert job.wait() == [0] * RANKS, killed.log[-3000:]
     began = begun(killed.log[said:])
-    show(kills, undisturbed, killed)
-    for kill, before in zip(kills, [0, *(kill.whole for kill in kills)], strict=False):
+    show(struck, undisturbed, killed)
+    for kill, before in zip(struck, [0, *(kill.whole for kill in struck)], strict=False):
         assert kill.began in (None, before), "every start goes on from the newest checkpoint"
-    assert began == kills[-1].whole
+    assert began == struck[-1].whole
     for run in runs:
-        assert [line["step"] for line in run.lines()] == list(range(1, STEPS + 1))
-        assert [line["sequences"] for line in run.lines()] == [8 * step for step in range(1, STEPS + 1)], "each sequence once"
+        assert [line["step"] for line in run.lines()] == list(range(1, steps + 1))
+        assert [line["sequences"] for line in run.lines()] == [BATCH * step for step in range(1, steps + 1)], "each sequence once"
     assert [line["loss"] for line in killed.lines()] == [line["loss"] for line in undisturbed.lines()], "bitwise"
-    ends = [store.folder_of(run.checkpoints, STEPS) for run in runs]
+    ends = [store.folder_of(run.checkpoints, steps) for run in runs]
     assert compare(*ends)[1] == []
     assert compare_states(*ends).keys() <= {"run.dir"}
     assert not [path for path in killed.checkpoints.glob(".*") if path.name != ".latest"]
@@ -196,4 +206,4 @@ def show(kills: list[Kill], undisturbed: Run, killed: Run) -> None:
     for number, kill in enumerate(kills, 1):
         print(f"| {number} | {kill.moment} | {kill.target} | {kill.step} | {kill.left} | {kill.whole} |")
     losses = [run.lines()[-1]["loss"] for run in (undisturbed, killed)]
-    print(f"\nloss of the last step ({STEPS}): undisturbed {losses[0]!r}, killed {losses[1]!r}")
+    print(f"\nloss of the last step ({undisturbed.steps}): undisturbed {losses[0]!r}, killed {losses[1]!r}")

@@ -5,6 +5,8 @@ from bitlm_dist.config import SamplingConfig
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.inference.generate import Progress, generate_batch, generate_blocks, sample_block
 
+pytestmark = pytest.mark.integration
+
 SAMPLERS = {
     "sequential": SamplingConfig(sampler="sequential", temperature=1.0),
     "ode": SamplingConfig(sampler="ode", steps=5, temperature=1.0),

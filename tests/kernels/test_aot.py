@@ -13,6 +13,7 @@ def aot(*arguments):
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
 
+@pytest.mark.slow
 def test_hopper_kernels_keep_their_budgets():
     done = aot("--arch", "90")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -20,6 +21,7 @@ def test_hopper_kernels_keep_their_budgets():
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_broken_budget_is_named(tmp_path):
     from bitlm_dist.kernels.aot import BUDGETS
 

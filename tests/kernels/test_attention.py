@@ -1,6 +1,7 @@
 """Every back end of this machine against fp64; test_triton.py runs this file again, for the Triton kernels in the interpreter."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -82,10 +83,20 @@ def test_the_reference_is_the_definition(queries, keys, block, length, seed):
     torch.testing.assert_close(out, truth(q, k, v, block, ids))
 
 
-@pytest.mark.parametrize(("backend", "dtype"), PAIRS)
-@pytest.mark.parametrize("block", [1, 3, 4, 8, 16])
-@pytest.mark.parametrize("width", [16, 64, 128])
-@pytest.mark.parametrize("length", [1, 5, 64, 130, 257])
+BLOCKS, WIDTHS, LENGTHS = [1, 3, 4, 8, 16], [16, 64, 128], [1, 5, 64, 130, 257]
+
+
+def grid():
+    """All combinations. Quick are those in which every pair of a length and a block comes once, and with it every pair of either
+    and a width.
+    """
+    for (i, length), (j, block), (k, width) in product(*map(enumerate, (LENGTHS, BLOCKS, WIDTHS))):
+        for backend, dtype in PAIRS:
+            quick = k == (i + j) % len(WIDTHS)
+            yield pytest.param(backend, dtype, block, width, length, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("backend", "dtype", "block", "width", "length"), grid())
 def test_forward_and_gradients(length, width, block, backend, dtype, seed):
     """Grouped heads; one row is one document, the other several."""
     inputs = tensors(length, length, 2, 1, width, DTYPES[dtype])
@@ -156,6 +167,7 @@ def test_an_empty_batch(backend):
     assert torch.autograd.grad(out.sum(), k)[0].shape == k.shape
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(ON_GPU, reason="of the operator for CPUs")
 def test_memory_grows_with_the_length_not_its_square(seed):
     """Bytes that forward and backward allocate, by torch's profiler: 2k more tokens cost twice what 1k more cost."""

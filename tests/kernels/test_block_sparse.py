@@ -138,6 +138,7 @@ def test_lists_of_an_evaluation_serve_training():
     assert block_sparse.tile_lists(call_of(112, 112, 4), 64, 64).full_count.tolist() == [[[0, 0]]]  # not the fake ones
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 @pytest.mark.parametrize(("queries", "keys", "block", "several"), [(300, 300, 4, False), (257, 407, 3, True)])
 @torch.no_grad()
@@ -146,6 +147,7 @@ def test_flex_forward_equals_the_definition(queries, keys, block, several, seed)
     torch.testing.assert_close(flex.attention(call).double(), truth(call), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
 @torch.no_grad()
 def test_blocks_and_documents_are_no_constants_of_a_flex_kernel(seed):

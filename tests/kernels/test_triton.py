@@ -10,6 +10,7 @@ HERE = Path(__file__).parent
 FILES = [str(HERE / name) for name in ("test_attention.py", "test_in_block.py", "interpreted_triton.py")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs inside")
 def test_kernels_in_the_interpreter():
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined."""

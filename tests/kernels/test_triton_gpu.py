@@ -5,7 +5,7 @@ import torch
 from bitlm_dist.kernels import block_causal_attention, in_block_attention
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
 def test_two_backward_passes_are_the_same_bits(seed):

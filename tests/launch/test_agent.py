@@ -12,6 +12,8 @@ from bitlm_dist.launch import agent, attempts
 from bitlm_dist.launch.attempts import BAD_NODES, LAUNCH, REFUSED, Limits
 from bitlm_dist.launch.cluster import Preflight
 
+pytestmark = pytest.mark.integration
+
 GOOD = {"error": "", "disk_gb": 100.0, "clock": 1000.0, "gemm": 600.0, "bandwidth": 40.0}
 
 

@@ -12,6 +12,8 @@ import pytest
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Limits
 
+pytestmark = pytest.mark.integration
+
 QUICK = Limits(beat=0.1, frozen=1.0, stalled=1.5, start=3.0)
 RANK = """
 import os, sys, time

@@ -15,6 +15,7 @@ from bitlm_dist.launch.status import log_of, status_of
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
 
+pytestmark = pytest.mark.distributed
 CLUSTER = "watch: {beat: 0.2, frozen: 6, stalled: 120, start: 120}\nmax_restarts: 1\npause: 1\nenv: {OMP_NUM_THREADS: '1'}\n"
 
 
@@ -38,7 +39,7 @@ def launch(tiny, prepared, tmp_path):
         process.communicate()
 
 
-def until(what, process, seconds=120):
+def until(what, process, seconds=300):
     """Wait for ``what()``, as long as the launcher lives -> it."""
     end = time.monotonic() + seconds
     while not (found := what()):
@@ -66,7 +67,7 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
     process = launch(2, *words)
     os.kill(until(lambda: beat_of(run, 1, 1, 7), process)["process"], signal.SIGKILL)
     os.kill(until(lambda: beat_of(run, 2, 0, 12), process)["process"], signal.SIGSTOP)
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     first, second, third = attempts.read_attempts(run)
     assert (first.outcome, second.outcome, third.outcome) == (FAILED, HUNG, DONE)
@@ -83,10 +84,11 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
     assert (status.state, status.attempts, status.step, status.checkpoint, status.seconds_left) == ("ended", 3, 60, 60, 0.0)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_every_time_is_given_up_with_the_first_error(launch, tmp_path):
     run = tmp_path / "run"
     process = launch(1, "--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
-    output = process.communicate(timeout=120)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     said = "2 attempts in a row made no new checkpoint; the last: rank 0 on "
     assert said in output
@@ -106,22 +108,23 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
     process = launch(1, *words)
     until(lambda: beat_of(run, 1, 0, 3), process)
     process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     assert "SIGINT: saving; once more ends it at once" in output
     (only,) = attempts.read_attempts(run)
     assert only.outcome == STOPPED
     assert only.reason == f"SIGINT, saved at step {only.reached}"
-    assert launch(1, *words).communicate(timeout=120)[0].count("step 120/120") == 1
+    assert launch(1, *words).communicate(timeout=300)[0].count("step 120/120") == 1
     assert attempts.read_attempts(run)[-1].checkpoint == only.reached
 
 
+@pytest.mark.slow
 def test_what_the_user_must_mend_is_not_tried_again(launch, tmp_path):
     process = launch(2, "--head.zero_stage", "3", "--optimizer.sharded", "false", "--checkpoint.fallback", "nonsense")
-    assert process.wait(60) == 2
+    assert process.wait(300) == 2
     assert not (tmp_path / "run").exists()
     process = launch(1, "--model.bits", "8")
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
     assert "model.bits = 8 gives 256 codes, too few" in output
     assert len(attempts.read_attempts(tmp_path / "run")) == 1

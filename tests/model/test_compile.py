@@ -26,6 +26,7 @@ def gradients(model, rows, step):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "backend"), RECIPES)
 def test_loss_and_gradients_are_those_of_the_code_as_written(recipe, backend, tiny_model, seed):
     model = tiny_model(*recipe).to("cuda" if ON_GPU else "cpu")

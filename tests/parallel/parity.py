@@ -1,17 +1,20 @@
 """What the ranks of test_parity.py do: train a few steps under a layout and report losses, norms and whole parameters."""
 
+import gc
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from ranks import command
 from torch import Tensor
 
 from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.config_loading import load
 from bitlm_dist.model.initialization import global_names, join
 from bitlm_dist.model.language_model import Batch
+from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import layout_of
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.engine import Engine
@@ -35,8 +38,6 @@ def batch_of(step: int, first: int, count: int) -> Batch:
 
 def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Tensor], tuple[int, ...]]:
     """-> losses and norms of each step; whole parameters after the last, on rank 0 (elsewhere: none); bytes that a rank holds."""
-    from megatron.core import parallel_state
-
     config = load(None, [*TINY, *overrides]).config
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     layout = layout_of(config.parallel, world, rank)
@@ -52,7 +53,7 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
     torch.distributed.all_gather_object(every, (layout, own))
     sizes: list[Any] = [None] * world
     torch.distributed.all_gather_object(sizes, _held(engine))
-    parallel_state.destroy_model_parallel()
+    done()
     return found, _whole(every) if rank == 0 else {}, tuple(map(max, zip(*sizes, strict=True)))
 
 
@@ -87,8 +88,6 @@ def _whole(every: list[Any]) -> dict[str, Tensor]:
 
 def reach(overrides: list[str], queries: list[int]) -> dict[int, list[int]]:
     """Which input positions have a gradient of the state at each of ``queries``, over all ranks."""
-    from megatron.core import parallel_state
-
     config = load(None, [*TINY, *overrides]).config
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     layout = layout_of(config.parallel, world, rank)
@@ -103,7 +102,7 @@ def reach(overrides: list[str], queries: list[int]) -> dict[int, list[int]]:
         every: list[Any] = [None] * world
         torch.distributed.all_gather_object(every, mine[(embedded.grad != 0).any(-1).any(-1)].tolist())
         found[query] = sorted({position for part in every for position in part})
-    parallel_state.destroy_model_parallel()
+    done()
     return found
 
 
@@ -118,7 +117,7 @@ def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def done() -> None:
-    """Let the next case in this process have another layout."""
+    """Let the next case in this process have another layout, without the threads of this one's groups."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
@@ -127,6 +126,15 @@ def done() -> None:
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[-1][0] = 0
+        _kept_groups.add(mesh._head_group)  # DeepSpeed goes on with the first that it met
+
+    gc.collect()  # an engine is a circle, and it has groups
+    for group in [*torch.distributed.distributed_c10d._world.pg_map]:
+        if group not in _kept_groups | {torch.distributed.group.WORLD}:
+            torch.distributed.destroy_process_group(group)
+
+
+_kept_groups: set[Any] = set()
 
 
 def fit_in_turn(file: str, jobs: list[tuple[list[str], int]]) -> None:
@@ -141,3 +149,26 @@ def fit_in_turn(file: str, jobs: list[tuple[list[str], int]]) -> None:
         trainer.close()
         torch.distributed.barrier()  # the folder is free when the next one begins
         done()
+
+
+def fail(failed: int, where: str, words: list[str]) -> None:
+    """`bitlm` with a rank that fails while the others wait for it: in a collective, or where the head takes a microbatch."""
+
+    def burn(*ignored: Any) -> None:
+        if torch.distributed.get_rank() == failed:
+            raise RuntimeError(f"{where} on fire")
+
+    def app(**settings: Any) -> None:
+        torch.distributed.init_process_group("gloo")
+        burn()
+        torch.distributed.all_reduce(torch.zeros(1))
+
+    if where == "head":
+        from bitlm_dist.parallel.zero_head import ZeroHead
+
+        ZeroHead.begin = burn  # type: ignore[method-assign]
+    else:
+        import bitlm_dist.cli
+
+        bitlm_dist.cli.app = app  # type: ignore[assignment]
+    command(words)

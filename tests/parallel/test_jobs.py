@@ -1,18 +1,17 @@
 """Whole jobs of several processes: a run that changes its layout, and one of which a rank dies."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import chosen, run_ranks, start_job, with_slow
 
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained
+
+pytestmark = pytest.mark.distributed
 
 
 def losses(run: Path) -> list[float]:
@@ -46,11 +45,14 @@ CHANGES = {
     "bf16, FSDP2 to ZeRO 3": ([*ADAMW, *BF16], (2, FSDP_3), (2, ZERO_3)),
 }
 HALF, END = 5, 10
+# Between axes of parallelism, between engines of the head, and from many ranks to one.
+QUICK = {"TP2 to PP2", "ZeRO 3 to FSDP2", "PP2 DP2, ZeRO 3 to one"}
 
 
 @pytest.fixture(scope="module")
-def changed(prepared, tiny_file, tmp_path_factory):
+def changed(prepared, tiny_file, tmp_path_factory, request):
     """Every change of layout, in as few launches as it takes -> folder of runs, by the names of changes and settings."""
+    changes = chosen(request, CHANGES)
     root = tmp_path_factory.mktemp("changes")
     common = [
         "--data.path",
@@ -66,11 +68,11 @@ def changed(prepared, tiny_file, tmp_path_factory):
     def jobs(ranks, half):
         return [
             ([*common, *settings, *places[half][1], "--run.dir", str(root / name)], (HALF, END)[half])
-            for name, (settings, *places) in CHANGES.items()
+            for name, (settings, *places) in changes.items()
             if places[half][0] == ranks
         ]
 
-    settings = {" ".join(settings): settings for settings, *_ in CHANGES.values()}
+    settings = {" ".join(settings): settings for settings, *_ in changes.values()}
     wholes = [([*common, *words, "--run.dir", str(root / name)], END) for name, words in settings.items()]
     launches = [
         (1, [*wholes, *jobs(1, 0)]),
@@ -82,18 +84,19 @@ def changed(prepared, tiny_file, tmp_path_factory):
     for number, (ranks, part) in enumerate(launches):
         folder = root / f"launch {number}"
         folder.mkdir()
-        run_ranks(ranks, "parity", "fit_in_turn", str(tiny_file), part, folder=folder, timeout=300)
+        if part:
+            run_ranks(ranks, "parity", "fit_in_turn", str(tiny_file), part, folder=folder, timeout=300)
     return root
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_run_goes_on_under_another_layout(name, changed, tiny):
+@pytest.mark.parametrize("case", with_slow(CHANGES, QUICK))
+def test_a_run_goes_on_under_another_layout(case, changed, tiny):
     """The losses of one process that was never stopped, up to rounding; the moving average goes on too."""
-    settings = CHANGES[name][0]
-    whole, run = changed / " ".join(settings), changed / name
+    settings = CHANGES[case][0]
+    whole, run = changed / " ".join(settings), changed / case
     near, close = (1e-3, 2e-2) if "bf16" in settings else (1e-5, 1e-4)
     found, expected = losses(run), losses(whole)
-    print(f"{name}: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.0e} relative")
+    print(f"{case}: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.0e} relative")
     assert len(found) == END
     assert found == pytest.approx(expected, rel=near)
     for averaged in ("false", "true"):
@@ -118,54 +121,24 @@ def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_p
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
-JOB = """
-import sys, torch
-import bitlm_dist.cli
-from bitlm_dist.__main__ import main
-
-def app(**settings):
-    torch.distributed.init_process_group("gloo")
-    if torch.distributed.get_rank() == 1:
-        raise RuntimeError("disk on fire")
-    torch.distributed.all_reduce(torch.zeros(1))
-
-bitlm_dist.cli.app = app
-main()
-"""
-
-
-HEAD_JOB = """
-import torch
-from bitlm_dist.__main__ import main
-from bitlm_dist.parallel.zero_head import ZeroHead
-
-def begin(self, last):
-    if torch.distributed.get_rank() == 3:
-        raise RuntimeError("head on fire")
-
-ZeroHead.begin = begin
-main()
-"""
-
-
-def run_job(script: Path, ranks: int, words: list[str], timeout: float) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--standalone", str(script), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    began = time.monotonic()
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
-    print(f"{time.monotonic() - began:.0f} s\n{result.stderr}")
-    return result
-
-
-@pytest.mark.parametrize(("job", "ranks", "failed"), [(JOB, 3, "1"), (HEAD_JOB, 4, "3")], ids=["any", "head"])
-def test_a_rank_that_dies_is_named_once_and_ends_the_job(job, ranks, failed, tiny, tmp_path):
+@pytest.mark.parametrize(("where", "ranks", "failed"), [("collective", 3, 1), ("head", 4, 3)])
+def test_a_rank_that_dies_is_named_once_and_ends_the_job(where, ranks, failed, tiny, tmp_path):
     """The second is a rank of the sharded head: ranks of the first stage wait for its gradients."""
-    script = tmp_path / "job.py"
-    script.write_text(job)
     words = ["train", str(tiny.file), "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
-    result = run_job(script, ranks, [*words, "--parallel.pipeline", "2"], timeout=90)
-    assert result.returncode != 0
-    said = [line for line in result.stderr.splitlines() if line.startswith("bitlm:")]
+    words += ["--parallel.pipeline", "2"] if where == "head" else []
+    (tmp_path / "ranks").mkdir()
+    processes = start_job(ranks, "parity.fail", failed, where, words, folder=tmp_path / "ranks")
+    try:
+        processes[failed].join(90)
+        assert processes[failed].exitcode == 1
+        time.sleep(2)  # the others must leave it the word until the launcher ends them, at once
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+    lines = [line for log in (tmp_path / "ranks").glob("log.*") for line in log.read_text().splitlines()]
+    said = [line for line in lines if line.startswith("bitlm:")]
     assert len(said) == 1
     assert said[0].startswith(f"bitlm: rank {failed} on ")
     assert said[0].endswith("on fire")

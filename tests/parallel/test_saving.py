@@ -6,6 +6,7 @@ from ranks import run_ranks
 from bitlm_dist.checkpoint import store
 
 RANKS = 3
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

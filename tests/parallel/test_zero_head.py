@@ -3,13 +3,14 @@
 import importlib.metadata
 
 import pytest
-from ranks import run_ranks
+from ranks import chosen, run_ranks, with_slow
 
 from bitlm_dist.config_loading import load
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.sharded_head import check_engine
 
+pytestmark = pytest.mark.distributed
 # AdamW divides by the root of a mean square: where a gradient is rounding alone, so is its update, of the size of lr.
 COMMON = ["--optimizer.lr", "5e-4", "--optimizer.clip_norm", "0.3", "--optimizer.weight_decay", "0.1"]
 # every part by a rule of its own
@@ -53,7 +54,7 @@ FOUR_CASES = cases_of({"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "
 
 LOOKS = {name: words for name, words in ENGINES.items() if name[-1].isdigit()}
 BF16 = ["--training.precision", "bf16"]
-MICRO = ["--parallel.microbatch", "1", "--optimizer.matrices", "adamw"]
+MICRO = ["--parallel.microbatch", "2", "--optimizer.matrices", "adamw"]
 LOOKS = {f"{name} {kind}": [*words, *more] for name, words in LOOKS.items() for kind, more in (("fp32", []), ("bf16", BF16))}
 del LOOKS["ZeRO 0 bf16"], LOOKS["ZeRO 1 bf16"]
 LOOK_TWO = {f"2 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
@@ -61,37 +62,50 @@ LOOK_STAGES = {f"PP2 DP2 | {name}": [*words, *STAGES["PP2 DP2"]] for name, words
 LOOK_FOUR = {f"4 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
 
 
+STAGED = "PP2 DP2, ZeRO 3, AdamW"  # looked into by a test without a case
+# Each engine that splits, each optimizer, and pipeline stages once; what a rank holds in both precisions.
+QUICK = {"DP2, ZeRO 2, AdamW", "DP2, ZeRO 3, Muon", "DP2, FSDP2 2, AdamW", STAGED}
+QUICK_LOOKS = {"2 ranks | ZeRO 2 bf16", "2 ranks | ZeRO 3 fp32"}
+TRAINED = {**TWO_CASES, **STAGES_CASES, **FOUR_CASES}
+LOOKED_AT = {**LOOK_TWO, **LOOK_STAGES, **LOOK_FOUR}
+by_look = pytest.mark.parametrize("case", with_slow(LOOKED_AT, QUICK_LOOKS))
+
+
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory):
-    """What every rank of the jobs saw.
+def ran(tmp_path_factory, request):
+    """What every rank of the jobs saw, by the name of the job.
 
     A rank that entered a collective which the others don't know of would wait for ever: the time limit says so.
     """
-    folder = tmp_path_factory.mktemp
-    one = run_ranks(1, "zero", "run", {kind: [*COMMON, *words] for kind, words in KINDS.items()}, {}, folder=folder("one"))
-    two = run_ranks(2, "zero", "run", TWO_CASES, LOOK_TWO, folder=folder("two"))
-    stages = run_ranks(4, "zero", "run", STAGES_CASES, LOOK_STAGES, folder=folder("stages"))
-    four = run_ranks(4, "zero", "run", FOUR_CASES, LOOK_FOUR, folder=folder("four"))  # a process can have one world of DeepSpeed
-    return one, two, stages, four
+    stages = {STAGED: STAGES_CASES[STAGED], **chosen(request, STAGES_CASES)}
+    kinds = {case.rpartition(", ")[2] for case in [STAGED, *chosen(request, TRAINED)]}
+    jobs = {
+        "one": (1, {kind: [*COMMON, *KINDS[kind]] for kind in kinds}, {}),
+        "two": (2, chosen(request, TWO_CASES), chosen(request, LOOK_TWO)),
+        "stages": (4, stages, chosen(request, LOOK_STAGES)),
+        "four": (4, chosen(request, FOUR_CASES), chosen(request, LOOK_FOUR)),  # a process can have one world of DeepSpeed
+    }
+    return {
+        name: run_ranks(ranks, "zero", "run", trained, looked_at, folder=tmp_path_factory.mktemp(name))
+        for name, (ranks, trained, looked_at) in jobs.items()
+        if trained or looked_at
+    }
 
 
 @pytest.fixture(scope="module")
 def found(ran):
-    one, *others = ran
-    return one[0], {case: seen for ranks in others for case, seen in ranks[0].items()}
+    one = ran["one"][0]
+    return one, {case: seen for ranks in ran.values() for case, seen in ranks[0].items()}
 
 
-@pytest.fixture(scope="module")
-def looks(ran):
-    return [
-        (case, [rank[case] for rank in ranks])
-        for ranks in ran
-        for case in (*LOOK_TWO, *LOOK_STAGES, *LOOK_FOUR)
-        if case in ranks[0]
-    ]
+@pytest.fixture
+def looks(ran, case):
+    """What every rank saw of a case."""
+    ranks = next(ranks for ranks in ran.values() if case in ranks[0])
+    return [rank[case] for rank in ranks]
 
 
-@pytest.mark.parametrize("case", [*TWO_CASES, *STAGES_CASES, *FOUR_CASES])
+@pytest.mark.parametrize("case", with_slow(TRAINED, QUICK))
 def test_a_sharded_head_trains_what_one_process_trains(case, found):
     one, many = found
     losses, parameters = many[case]
@@ -108,46 +122,46 @@ def test_a_sharded_head_trains_what_one_process_trains(case, found):
     assert min(norm for _, norm in losses) > 0
 
 
-def test_every_block_is_denoised_once(looks):
-    for case, ranks in looks:
-        assert sum(rank["blocks"][0] for rank in ranks) == ranks[0]["blocks"][1] > 0, case
+@by_look
+def test_every_block_is_denoised_once(case, looks):
+    assert sum(rank["blocks"][0] for rank in looks) == looks[0]["blocks"][1] > 0
 
 
-def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(looks):
-    for case, ranks in looks:
-        assert all(rank["skipped"] for rank in ranks), case
-        for rank in ranks:  # the next step is as if the skipped one had not been: nothing of its gradients is left
-            assert rank["went on"] == pytest.approx(rank["expected"], rel=1e-6), case
-            assert rank["went on"] == ranks[0]["went on"], case
-        assert any(rank["moved"] for rank in ranks), case
-        assert all(rank["poisoned"] == (True, True) for rank in ranks), case
+@by_look
+def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(case, looks):
+    assert all(rank["skipped"] for rank in looks)
+    for rank in looks:  # the next step is as if the skipped one had not been: nothing of its gradients is left
+        assert rank["went on"] == pytest.approx(rank["expected"], rel=1e-6)
+        assert rank["went on"] == looks[0]["went on"]
+    assert any(rank["moved"] for rank in looks)
+    assert all(rank["poisoned"] == (True, True) for rank in looks)
 
 
-def test_the_partition_is_real(looks):
+@by_look
+def test_the_partition_is_real(case, looks):
     """Bytes a number of the head: stage 1 splits AdamW's two and the fp32 weights, stage 2 gradients too, stage 3 weights too."""
-    for case, ranks in looks:
-        held = [rank["bytes"] for rank in ranks if rank["bytes"]]
-        group, number = len(held), held[0]["numbers"]
-        weights, gradients, state = (max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state"))
-        print(f"{case} | {group} | {weights:.2f} | {gradients:.2f} | {state:.2f}")
-        _, name, stage, precision = case.rsplit(" ", 3)
-        if stage == "0":
-            continue
-        level, zero, width = int(stage), name == "ZeRO", 2 if precision == "bf16" and name == "ZeRO" else 4
-        slack = 1.05 if zero else 1.1  # padding; FSDP2 deals whole rows
-        small = 0.15 * width if zero else 0.0  # small tensors, which ZeRO-3 leaves whole
-        assert weights <= (width / group * slack + small if level == 3 or not zero else width)
-        # ZeRO-2 in fp32 keeps a tensor that lies on two ranks whole on both until the update
-        split = level == 3 or not zero or (level == 2 and precision == "bf16")
-        assert gradients <= (4 / group * slack if split else 4)
-        assert 8 / group <= state <= 12 / group * slack
+    held = [rank["bytes"] for rank in looks if rank["bytes"]]
+    group, number = len(held), held[0]["numbers"]
+    weights, gradients, state = (max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state"))
+    print(f"{case} | {group} | {weights:.2f} | {gradients:.2f} | {state:.2f}")
+    _, name, stage, precision = case.rsplit(" ", 3)
+    if stage == "0":
+        return
+    level, zero, width = int(stage), name == "ZeRO", 2 if precision == "bf16" and name == "ZeRO" else 4
+    slack = 1.05 if zero else 1.1  # padding; FSDP2 deals whole rows
+    small = 0.15 * width if zero else 0.0  # small tensors, which ZeRO-3 leaves whole
+    assert weights <= (width / group * slack + small if level == 3 or not zero else width)
+    # ZeRO-2 in fp32 keeps a tensor that lies on two ranks whole on both until the update
+    split = level == 3 or not zero or (level == 2 and precision == "bf16")
+    assert gradients <= (4 / group * slack if split else 4)
+    assert 8 / group <= state <= 12 / group * slack
 
 
 def test_no_rank_of_another_stage_knows_of_deepspeed(ran):
     """With the head on the ranks of the last stage the others never import it, and it never addresses the whole job."""
-    for case in (*STAGES_CASES, *LOOK_STAGES):
-        assert [rank["met"][case] for rank in ran[2]] == [False, False, True, True], case
-    assert all(rank["world calls"] == [] for ranks in ran for rank in ranks)
+    for case in ran["stages"][0]["met"]:
+        assert [rank["met"][case] for rank in ran["stages"]] == [False, False, True, True], case
+    assert all(rank["world calls"] == [] for ranks in ran.values() for rank in ranks)
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch):

@@ -36,7 +36,12 @@ POLICY = Path("/usr/sbin/policy-rc.d")  # Debian asks it before a package starts
 # Mounts that the machine gets later are seen by the nodes (slave), never the reverse.
 NAMESPACES = ["setpriv", "--pdeathsig=KILL", "unshare", "--uts", "--pid", "--kill-child", "--mount-proc", "--propagation=slave"]
 # The shell stays, as the first process must reap orphans. Not in the background: a job would inherit SIGINT as ignored.
-INSIDE = ["sh", "-c", 'set -e; mount --bind "$1" /etc/hosts; hostname "$2"; shift 2; "$@"; exit', "sh"]
+# Shared memory is the node's own, as on a machine: what killed jobs leave there goes with it.
+INSIDE = [
+    *("sh", "-c"),
+    'set -e; mount --bind "$1" /etc/hosts; mount -t tmpfs shm /dev/shm; hostname "$2"; shift 2; "$@"; exit',
+    "sh",
+]
 FINAL = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT"}  # unless requeued
 
 CONFIG = """\

@@ -12,6 +12,7 @@ import pytest
 
 from .cluster import free_ports
 
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 # Each task waits for the others on the first node, found by its name; all print what all sent.
 MEET = """
 import os, socket, sys

@@ -1,26 +1,30 @@
 """Whole runs on a real Slurm: `bitlm launch slurm`, as a user calls it, and what a cluster does to jobs."""
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import BAD_NODES, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
 
+from bitlm_dist.__main__ import main
 from bitlm_dist.config_loading import load
 from bitlm_dist.training.trainer import Trainer
 
-SAMPLE = Path(__file__).parents[2] / "data_prep" / "sample" / "kjv.jsonl.zst"
+pytestmark = pytest.mark.slurm
+SIGNAL_LEAD = 25
 CLUSTER = """
 python: {python}
-signal_lead: 25
+signal_lead: {lead}
 save_seconds: 5
 max_restarts: 2
 pause: 2
@@ -28,16 +32,6 @@ env: {{OMP_NUM_THREADS: "1"}}
 preflight: {{enabled: {preflight}, disk_gb: 0.01, gemm: 0, bandwidth: 0, seconds: 15}}
 watch: {{beat: 0.5, frozen: 6, stalled: 100, start: 100}}
 """
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory):
-    """What the quickstart trains on."""
-    from bitlm_dist.data_prep.prepare import prepare
-
-    out = tmp_path_factory.mktemp("kjv") / "data"
-    prepare([SAMPLE], "bpe:4096", out)
-    return out
 
 
 class Launcher:
@@ -49,11 +43,19 @@ class Launcher:
         self.job = ""
 
     def ask(self, *words, code=0, **environment):
-        command = [sys.executable, "-m", "bitlm_dist", "launch", *map(str, words)]
-        environment = {**self.cluster.environment, "COLUMNS": "200", **environment}
-        answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert answer.returncode == code, answer.stdout + answer.stderr
-        return answer.stdout + answer.stderr
+        """What the command says; it runs in this process, as only its jobs need processes of their own."""
+        said, argv = io.StringIO(), ["bitlm", "launch", *map(str, words)]
+        environment = {**self.cluster.environment, **environment}
+        with (
+            redirect_stdout(said),
+            redirect_stderr(said),
+            mock.patch("sys.argv", argv),
+            mock.patch.dict(os.environ, environment),
+            pytest.raises(SystemExit) as exit,
+        ):
+            main()
+        assert exit.value.code == code, said.getvalue()
+        return said.getvalue()
 
     def words(self, *overrides):
         small = ("--training.global_batch_tokens", "512")  # a step is a fraction of a second
@@ -61,7 +63,8 @@ class Launcher:
 
     def file(self, preflight=False, more=""):
         file = self.folder / "cluster.yaml"
-        file.write_text(CLUSTER.format(python=sys.executable, preflight=str(preflight).lower()) + more)
+        settings = {"python": sys.executable, "lead": SIGNAL_LEAD, "preflight": str(preflight).lower()}
+        file.write_text(CLUSTER.format(**settings) + more)
         return file
 
     def submit(self, nodes, *overrides, preflight=False):
@@ -100,6 +103,11 @@ class Launcher:
         """What Slurm does before the time limit, at once."""
         self.cluster.run("scancel", "--batch", "--signal=USR2", self.job)
 
+    def let_time_run_out(self):
+        """Have the time limit come as soon as the controller can notice, which looks every 30 s."""
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + SIGNAL_LEAD + 31))
+        self.cluster.run("scontrol", "update", f"JobId={self.job}", f"EndTime={end}")
+
     def attempts(self):
         return attempts.read_attempts(self.run)
 
@@ -125,8 +133,8 @@ def _job_in(said):
 
 
 @pytest.fixture
-def launcher(cluster, tmp_path, data):
-    return Launcher(cluster, tmp_path, data)
+def launcher(cluster, tmp_path, sample_data):
+    return Launcher(cluster, tmp_path, sample_data)
 
 
 def losses(launcher, count):
@@ -134,38 +142,42 @@ def losses(launcher, count):
     return [entry["loss"] for entry in launcher.steps()]
 
 
-def test_four_nodes_train_what_one_process_trains(launcher):
+@pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_nodes_train_what_one_process_trains(nodes, launcher):
     words = ("--training.steps", "12", "--checkpoint.every_steps", "5", "--training.global_batch_tokens", "1024")
-    launcher.submit(4, *words, preflight=True)
+    launcher.submit(nodes, *words, preflight=True)
     launcher.finish()
     assert losses(launcher, 12) == pytest.approx(launcher.whole(*words), rel=1e-5)
     (only,) = launcher.attempts()
-    assert (only.outcome, only.nodes, only.job) == (DONE, ("n0", "n1", "n2", "n3"), launcher.job)
+    assert (only.outcome, only.nodes, only.job) == (DONE, tuple(launcher.cluster.names[:nodes]), launcher.job)
     measured = [json.loads(file.read_text()) for file in (launcher.run / "launch/attempts/0001/nodes").glob("n?.json")]
-    assert len(measured) == 4
+    assert len(measured) == nodes
     assert all(node["error"] == "" and node["clock"] and node["bandwidth"] and node["gemm"] for node in measured)
-    assert len(list((launcher.run / "launch/attempts/0001/logs").iterdir())) == 4
+    assert len(list((launcher.run / "launch/attempts/0001/logs").iterdir())) == nodes
     status = json.loads(launcher.ask("status", launcher.run, "--json"))
     assert (status["state"], status["step"], status["checkpoint"]) == ("COMPLETED", 12, 12)
     assert "step 12/12" in launcher.ask("logs", launcher.run, "--rank", "0")
     assert json.loads((launcher.run / "launch" / "code.json").read_text())["version"]
 
 
+@pytest.mark.slow
 def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
-    words = ("--training.steps", "320", "--checkpoint.every_steps", "0")
+    words = ("--training.steps", "200", "--checkpoint.every_steps", "0")
     launcher.submit(1, *words)
-    launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=1")  # minutes; Slurm is up to one early
-    expected = launcher.whole(*words)  # on the other core meanwhile
-    launcher.until(lambda: len([a for a in launcher.attempts() if a.outcome == STOPPED]) >= 2, 180)
-    launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10")
+    for number in (1, 2):
+        launcher.begun(number)
+        launcher.at_step(20 * number)
+        launcher.let_time_run_out()
+        launcher.until(lambda number=number: len([a for a in launcher.attempts() if a.outcome == STOPPED]) == number, 90)
     launcher.finish(seconds=180)
     found = launcher.attempts()
-    assert [a.outcome for a in found] == [*[STOPPED] * (len(found) - 1), DONE]
-    assert [a.restart for a in found] == list(range(len(found)))
+    assert [a.outcome for a in found] == [STOPPED, STOPPED, DONE]
+    assert [a.restart for a in found] == [0, 1, 2]
     assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found[:-1])
-    assert losses(launcher, 320) == expected
+    assert losses(launcher, 200) == launcher.whole(*words)
 
 
+@pytest.mark.slow
 def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launcher):
     words = ("--training.steps", "30", "--checkpoint.every_steps", "1", "--evaluation.every_steps", "10")
     words = (*words, "--evaluation.sequences", "16", "--evaluation.strata", "2")
@@ -199,6 +211,7 @@ def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launch
     assert [json.loads(line)["step"] for line in evaluations] == [10, 20, 30]
 
 
+@pytest.mark.slow
 def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     words = ("--training.steps", "60", "--checkpoint.every_steps", "2")
     launcher.submit(2, *words)
@@ -228,6 +241,7 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     assert losses(launcher, 60) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_every_time_is_given_up(launcher):
     words = ("--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
     launcher.submit(1, *words, "--max-restarts", "1")
@@ -269,6 +283,7 @@ def hidden_from(name, launcher):
         subprocess.run([*inside, "umount", str(launcher.folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_broken_node_is_named_and_left_out_from_then_on(launcher):
     words = ("--training.steps", "5", "--training.global_batch_tokens", "1536")
     with hidden_from("n1", launcher):
@@ -283,6 +298,7 @@ def test_a_broken_node_is_named_and_left_out_from_then_on(launcher):
     assert launcher.attempts()[-1].nodes == ("n0", "n2", "n3")
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_not_shared_ends_the_job(launcher):
     with hidden_from("n1", launcher):
         launcher.submit(2, "--training.steps", "5")

@@ -10,6 +10,8 @@ from bitlm_dist.training.export import export, import_
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained, model_tensors
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def run(tiny, tmp_path):

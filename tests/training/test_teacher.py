@@ -11,6 +11,8 @@ from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.trainer import Trainer
 
+pytestmark = pytest.mark.integration
+
 SOFTMAX = ("--model.output", "softmax", "--training.steps", "4")
 
 

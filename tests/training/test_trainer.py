@@ -20,6 +20,8 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained, model_tensors
 
+pytestmark = pytest.mark.integration
+
 HARD = (
     "--diffusion.draws", "2", "--diffusion.context_dropout", "0.2", "--diffusion.input_bit_flips", "0.05",
     "--training.steps", "40", "--parallel.microbatch", "2",
@@ -495,7 +497,8 @@ def test_a_constant_schedule_may_be_lengthened(tiny):
     Trainer(tiny("--optimizer.schedule", "constant", "--training.steps", "9")).close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_a_killed_process_goes_on_where_it_was_saved(tiny, tmp_path, prepared, number):
     """The real command, killed; SIGTERM saves first, SIGKILL falls back to the last checkpoint. The losses stay the same."""
     run = tmp_path / "run"

@@ -72,7 +72,6 @@ def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
     set_cpu_threads(os.environ)  # before torch is loaded
-    os.environ["COLUMNS"] = "240"  # tables are wide enough for the paths of temporary folders
     if hypothesis.settings.get_current_profile_name() != "mutants":  # their runner stops at the first example
         hypothesis.settings.register_profile("suite", deadline=None)  # speed is the bench's business
         hypothesis.settings.load_profile("suite")

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
 
-runner = CliRunner()
+runner = CliRunner(env={"COLUMNS": "240"})  # tables wide enough for the paths of temporary folders
 
 
 def run(*words, code=0):

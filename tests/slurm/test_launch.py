@@ -45,7 +45,7 @@ class Launcher:
     def ask(self, *words, code=0, **environment):
         """What the command says; it runs in this process, as only its jobs need processes of their own."""
         said, argv = io.StringIO(), ["bitlm", "launch", *map(str, words)]
-        environment = {**self.cluster.environment, **environment}
+        environment = {**self.cluster.environment, "COLUMNS": "200", **environment}
         with (
             redirect_stdout(said),
             redirect_stderr(said),

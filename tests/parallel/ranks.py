@@ -53,7 +53,7 @@ def start_rank(
     return process
 
 
-def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path, timeout: float = 300) -> list[Any]:
+def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path, timeout: float = 900) -> list[Any]:
     """Call ``module.name(*arguments)`` in ``world`` ranks of one job.
 
     Args:

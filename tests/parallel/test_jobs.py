@@ -85,7 +85,7 @@ def changed(prepared, tiny_file, tmp_path_factory, request):
         folder = root / f"launch {number}"
         folder.mkdir()
         if part:
-            run_ranks(ranks, "parity", "fit_in_turn", str(tiny_file), part, folder=folder, timeout=300)
+            run_ranks(ranks, "parity", "fit_in_turn", str(tiny_file), part, folder=folder)
     return root
 
 
@@ -117,7 +117,7 @@ def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_p
     whole.close()
     common = [*settings, "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
     (tmp_path / "ranks").mkdir()
-    run_ranks(2, "parity", "fit_in_turn", str(tiny.file), [(common, 4)], folder=tmp_path / "ranks", timeout=100)
+    run_ranks(2, "parity", "fit_in_turn", str(tiny.file), [(common, 4)], folder=tmp_path / "ranks")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
@@ -129,7 +129,7 @@ def test_a_rank_that_dies_is_named_once_and_ends_the_job(where, ranks, failed, t
     (tmp_path / "ranks").mkdir()
     processes = start_job(ranks, "parity.fail", failed, where, words, folder=tmp_path / "ranks")
     try:
-        processes[failed].join(90)
+        processes[failed].join(300)
         assert processes[failed].exitcode == 1
         time.sleep(2)  # the others must leave it the word until the launcher ends them, at once
     finally:

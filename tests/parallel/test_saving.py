@@ -13,7 +13,7 @@ pytestmark = pytest.mark.distributed
 def found(tmp_path_factory):
     root, folder = tmp_path_factory.mktemp("run") / "checkpoints", tmp_path_factory.mktemp("ranks")
     root.mkdir()
-    return root, run_ranks(RANKS, "saving", "together", str(root), folder=folder, timeout=60)
+    return root, run_ranks(RANKS, "saving", "together", str(root), folder=folder)
 
 
 def test_a_rank_that_cannot_write_fails_the_save_on_all_and_only_that_save(found):

@@ -59,11 +59,17 @@ def test_a_run_that_is_cut_short_leaves_nothing(number, tmp_path):
     module.write_text(BUSY)  # beside the suite's conftest.py
     try:
         words = pytest_command(str(module))
-        run = subprocess.Popen(words, env={**outside(), "TOLD": str(told)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        run = subprocess.Popen(
+            words,
+            env={**outside(), "TOLD": str(told)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+        )
         until(lambda: told.exists() and told.read_text())
         found = json.loads(told.read_text())
         run.send_signal(number)
-        assert run.wait(30) != 0
+        assert run.wait(120) != 0
         until(lambda: not list(processes_of(found["run"])))
         until(lambda: not Path(found["folder"]).parents[1].exists())
         until(lambda: not Path("/dev/shm", found["memory"]).exists())
@@ -71,7 +77,7 @@ def test_a_run_that_is_cut_short_leaves_nothing(number, tmp_path):
         module.unlink()
 
 
-def until(condition, seconds=30):
+def until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end

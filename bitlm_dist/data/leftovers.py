@@ -21,7 +21,8 @@ def _started(process: int) -> int | None:
     """When a process started, in clock ticks since the machine did; None: it is gone."""
     try:
         # the name in parentheses may hold anything
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])  # a zombie waits for its parent, and has nothing any more
     except (OSError, IndexError, ValueError):
         return None
 

@@ -66,7 +66,7 @@ def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8) -> str
         width: columns at most, each the mean of its steps.
         height: rows.
     """
-    finite = [(step, loss) for step, loss in enumerate(losses) if isfinite(loss)]
+    finite = [loss for loss in losses if isfinite(loss)]
     if len(finite) < 2:
         return ""
 
@@ -75,8 +75,8 @@ def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8) -> str
     columns: list[float] = []
     for column in range(width):
         first, end = column * len(losses) // width, (column + 1) * len(losses) // width
-        inside = [loss for step, loss in finite if first <= step < end]
-        columns.append(sum(inside) / len(inside) if inside else (columns or [finite[0][1]])[-1])
+        inside = [loss for loss in losses[first:end] if isfinite(loss)]
+        columns.append(sum(inside) / len(inside) if inside else (columns or finite)[-1 if columns else 0])
 
     # Each row holds eight levels, the levels of its partial blocks; the lowest column shows one of them.
     low, high = min(columns), max(columns)

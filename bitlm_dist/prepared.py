@@ -21,9 +21,13 @@ def verify_command(folder: Folder) -> None:
     found = {"tokenizer, indices, statistics": (len(manifest["files"]), damaged_files(folder, manifest))}
     for split in (split for split in SPLITS if manifest["splits"][split]["documents"]):
         found[f"shards, {split}"] = damaged_shards(folder, manifest, split)
-    rows = ((what, count, "; ".join(problems) or "whole") for what, (count, problems) in found.items())
+    rows = ((what, count, f"{len(problems)} not whole" if problems else "whole") for what, (count, problems) in found.items())
     show_table(str(folder), ("files", "number", "are"), rows)
-    if any(problems for _, problems in found.values()):
+
+    damage = [problem for _, problems in found.values() for problem in problems]
+    for problem in damage:
+        say(problem)  # a line each: a path that a narrow table folds can be neither copied nor searched for
+    if damage:
         raise typer.Exit(1)
 
 

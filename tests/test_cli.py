@@ -94,7 +94,7 @@ def test_prepared_folders_are_verified(prepared, tmp_path):
     assert "missing" in run("data", "verify", folder, code=1)
     lengths = folder / "validation" / "lengths.npy"
     lengths.write_bytes(lengths.read_bytes() + b"!")
-    assert "lengths.npy is damaged" in " ".join(run("data", "verify", folder, code=1).split())
+    assert "lengths.npy is damaged" in run("data", "verify", folder, code=1)
     with pytest.raises(UserError, match="cannot be opened"):
         run("data", "mirror", "ftp://x/y", tmp_path / "copy")
 

@@ -4,7 +4,7 @@ from bitlm_dist.data_prep.prepare import Progress
 from rich.console import Console
 
 from bitlm_dist import display
-from bitlm_dist.display import preparation_progress
+from bitlm_dist.display import loss_chart, preparation_progress
 
 STEPS = [Progress("training bpe:300", 50, 100, 2_000_000, 5), *(Progress("preparing", i, 100, 10**6 * i, i) for i in (10, 50, 100))]
 
@@ -30,3 +30,16 @@ def test_elsewhere_a_line_now_and_then(monkeypatch):
     assert len(lines) == 4
     assert lines[2].startswith("preparing  50%  50 documents  50.0 MB of text  ")
     assert shown(False, [Progress("preparing", 5, 0, 5, 1)]).startswith("preparing  1 documents")
+
+
+def test_a_chart_shows_where_the_loss_was():
+    rows = loss_chart([4.0, 3.0, 2.0, 1.0], width=4, height=4).splitlines()
+    assert [row.partition("┤")[2] for row in rows[:4]] == ["█   ", "█▆  ", "██▃ ", "███▁"]
+    assert rows[0].startswith("    4.000")
+    assert rows[3].startswith("    1.000")
+    assert rows[-1].split() == ["1", "4"]
+
+
+def test_a_chart_leaves_out_what_is_not_finite():
+    assert loss_chart([float("nan"), 2.0, float("inf"), 1.0], 4, 2).splitlines()[0] == "    2.000 ┤███ "
+    assert loss_chart([float("nan"), 1.0]) == ""

@@ -109,11 +109,12 @@ def chosen(request: pytest.FixtureRequest, cases: Mapping[str, Any]) -> dict[str
     return {name: case for name, case in cases.items() if name in names}
 
 
-def with_slow(cases: Iterable[str], quick: Collection[str]) -> list[Any]:
-    """Parameters of a test: all cases, of which those that are not quick bear the mark `slow`."""
+def in_rings(cases: Iterable[str], quick: Collection[str], slow: Collection[str]) -> list[Any]:
+    """Parameters of a test: all cases, those in ``slow`` with the mark of that name, those in neither with the mark `long`."""
     cases = list(cases)
-    assert set(quick) <= set(cases), f"no such case: {set(quick) - set(cases)}"
-    return [pytest.param(case, marks=[] if case in quick else pytest.mark.slow) for case in cases]
+    assert {*quick, *slow} <= {*cases}, f"no such case: {({*quick, *slow}) - {*cases}}"
+    marks = {case: [] if case in quick else [pytest.mark.slow if case in slow else pytest.mark.long] for case in cases}
+    return [pytest.param(case, marks=marks[case]) for case in cases]
 
 
 def command(words: list[str]) -> None:

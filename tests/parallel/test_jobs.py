@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import chosen, run_ranks, start_job, with_slow
+from ranks import chosen, in_rings, run_ranks, start_job
 
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained
@@ -89,7 +89,7 @@ def changed(prepared, tiny_file, tmp_path_factory, request):
     return root
 
 
-@pytest.mark.parametrize("case", with_slow(CHANGES, QUICK))
+@pytest.mark.parametrize("case", in_rings(CHANGES, QUICK, CHANGES))
 def test_a_run_goes_on_under_another_layout(case, changed, tiny):
     """The losses of one process that was never stopped, up to rounding; the moving average goes on too."""
     settings = CHANGES[case][0]

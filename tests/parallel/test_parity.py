@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import chosen, run_ranks, with_slow
+from ranks import chosen, in_rings, run_ranks
 
 pytestmark = pytest.mark.distributed
 ADAMW = ["--optimizer.matrices", "adamw", "--optimizer.weight_decay", "0.1"]
@@ -51,6 +51,15 @@ TWO_CASES = {**cases_of(TWO), **BASELINE, **cases_of({name: TWO[name] for name i
 EIGHT_CASES = cases_of(EIGHT)
 # Each axis of parallelism, each optimizer and each output of the model once.
 QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, softmax"}
+# With them every layout once, and with each optimizer the layouts that own parts of its state: data ranks and pipeline stages.
+SLOW = {
+    *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, positions reset, AdamW"),
+    *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
+    *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
+    *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
+    *("TP2+SP, tied", "PP2, softmax", "CP2, softmax"),
+    *("TP2 PP2 DP2, Muon", "CP2 TP2+SP DP2, AdamW"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +74,7 @@ def found(tmp_path_factory, request):
     return one, {case: seen for ranks in many for case, seen in ranks[0].items()}, many
 
 
-@pytest.mark.parametrize("case", with_slow([*TWO_CASES, *EIGHT_CASES], QUICK))
+@pytest.mark.parametrize("case", in_rings([*TWO_CASES, *EIGHT_CASES], QUICK, SLOW))
 def test_a_layout_trains_what_one_process_trains(case, found):
     one, many, ranks = found
     losses, parameters, held = many[case]

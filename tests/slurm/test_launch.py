@@ -123,12 +123,12 @@ class Launcher:
     def log(self):
         return "".join(log.read_text() for log in sorted((self.run / "launch").glob("job-*.log")))
 
-    def whole(self, *overrides):
-        """Losses of a run that nothing disturbs, in this process."""
+    def whole(self, *overrides, until=None):
+        """Losses of a run that nothing disturbs, to a step, in this process."""
         words = [*self.words(*overrides), "--run.dir", self.folder / "whole"]
         torch.set_num_threads(1)  # as the job: sums of other parts are other sums
         trainer = Trainer(load(Path(words[0]), list(map(str, words[1:]))).config)
-        trainer.fit()
+        trainer.fit(until)
         trainer.close()
         torch.set_num_threads(os.cpu_count() or 1)
         return [json.loads(line)["loss"] for line in (self.folder / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -166,23 +166,26 @@ def test_several_nodes_train_what_one_process_trains(nodes, launcher):
     assert json.loads((launcher.run / "launch" / "code.json").read_text())["version"]
 
 
-@pytest.mark.slow
-def test_the_time_limit_is_met_twice_and_no_step_is_lost(launcher):
-    words = ("--training.steps", "200", "--checkpoint.every_steps", "0")
+@pytest.mark.parametrize("limits", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)])
+def test_the_time_limit_is_met_and_no_step_is_lost(limits, launcher):
+    words = ("--training.steps", "100000", "--checkpoint.every_steps", "0")  # it must not end before its time does
     launcher.submit(1, *words)
-    stopped = 0
-    while stopped < 2:
+    for stopped in range(limits):
+        launcher.begun(stopped + 1)
         launcher.at_step(launcher.steps_done() + 5)
         launcher.let_time_run_out()
         launcher.until(lambda before=stopped: launcher.times_stopped() > before)
         launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10")  # minutes
-        stopped = launcher.times_stopped()
+    launcher.begun(limits + 1)
+    launcher.at_step(launcher.steps_done() + 3)
+    launcher.ask("cancel", launcher.run)
     launcher.finish()
-    found = launcher.attempts()
-    assert [a.outcome for a in found] == [*[STOPPED] * (len(found) - 1), DONE]
-    assert [a.restart for a in found] == list(range(len(found)))
-    assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found[:-1])
-    assert losses(launcher, 200) == launcher.whole(*words)
+    *found, last = launcher.attempts()
+    assert [a.outcome for a in found] == [STOPPED] * limits
+    assert [a.restart for a in (*found, last)] == list(range(limits + 1))
+    assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found)
+    assert [a.checkpoint for a in (*found[1:], last)] == [a.reached for a in found]
+    assert losses(launcher, last.reached) == launcher.whole(*words, until=last.reached)
 
 
 @pytest.mark.slow

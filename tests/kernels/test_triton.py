@@ -10,9 +10,8 @@ HERE = Path(__file__).parent
 FILES = [str(HERE / name) for name in ("test_attention.py", "test_in_block.py", "interpreted_triton.py")]
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param("not slow", marks=pytest.mark.slow), pytest.param("slow", marks=pytest.mark.long)], ids=["pairs", "rest"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["not slow", "slow"], ids=["pairs", "rest"])
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="runs inside")
 def test_kernels_in_the_interpreter(part):
     """In a process of its own: Triton reads TRITON_INTERPRET when the kernels are defined. The rest is that of the grid."""

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 DATA := data/kjv
 
-.PHONY: quickstart compare test-fast test test-all test-long mutants golden lint setup clean
+.PHONY: quickstart compare test-fast test test-all test-long test-gpu mutants golden traces lint setup clean
 
 setup: $(STAMP)
 
@@ -74,6 +74,14 @@ mutants: $(STAMP)
 OUT ?= tests/golden
 golden: $(STAMP)
 	$(BIN)/python tests/golden/make.py --out $(OUT)
+
+# What a training step waits for, sends and holds on fake GPUs, on file
+traces: $(STAMP)
+	$(BIN)/python tests/planning/traces.py
+
+# On a machine with GPUs
+test-gpu: $(STAMP)
+	$(PYTEST) -m gpu
 
 clean:
 	rm -rf $(VENV) data runs build *.egg-info

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -122,9 +123,16 @@ def train(
         return
     from bitlm_dist.cpu_threads import BusyCores
     from bitlm_dist.launch.heartbeat import Heartbeat
-    from bitlm_dist.launch.ranks import read_ranks
+    from bitlm_dist.launch.ranks import export_ranks, read_ranks
 
     ranks, busy_cores = read_ranks(os.environ), BusyCores()
+    if ranks.world > 1:
+        export_ranks(ranks, os.environ)
+    if loaded.config.parallel.tensor > 1:
+        # Read when CUDA starts: with one queue, collectives of tensor ranks start before the product that hides them.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if loaded.config.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or sums depend on which stream was free
     with Heartbeat.of_environment(os.environ, ranks.rank, ranks.world) as heartbeat:
         from bitlm_dist.parallel.layout import layout_of
 
@@ -137,6 +145,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
 
     from bitlm_dist.display import loss_chart, training_progress
     from bitlm_dist.launch import attempts
+    from bitlm_dist.parallel import mesh
+    from bitlm_dist.parallel.device import warning_of_unused_gpus
     from bitlm_dist.training.trainer import Trainer
 
     trainer = Trainer(config, resume, layout)
@@ -153,8 +163,12 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         parameters = f"{trainer.engine.parameters:,} parameters"
         say(f"{config.run.dir}: {parameters}, step {begun} of {steps}; attention by {trainer.attention}")
         say(trainer.feed.summary())
-        if trainer.device.type == "cpu" and (warning := busy_cores.warning(torch.get_num_threads())):
-            say(f"warning: {warning}")
+        if trainer.device.type == "cpu":
+            for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
+                if warning:
+                    say(f"warning: {warning}")
+    if trainer.device.type == "cuda":
+        say(f"rank {layout.rank} on {socket.gethostname()}: {trainer.device}, {torch.cuda.get_device_name(trainer.device)}")
     with ExitStack() as stack:
         stack.callback(trainer.close)
         evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
@@ -167,7 +181,7 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
-        raise typer.Exit(0)
+    mesh.close()
 
 
 @contextmanager

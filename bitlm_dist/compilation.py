@@ -6,6 +6,7 @@ error.
 """
 
 import functools
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from bitlm_dist.errors import UserError
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
+log = logging.getLogger(__name__)
 VARIANTS = 64
 
 _backend: str | None = None  # of torch.compile; None: regions run as they are written
@@ -47,10 +49,10 @@ def region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]
 
 
 def compiles(choice: str, device: torch.device) -> bool:
-    """Whether ``training.compile`` = ``choice`` compiles on this machine: ``auto`` does on a GPU where there is a C compiler.
+    """Whether ``training.compile`` = ``choice`` compiles on this machine: ``auto`` does on a GPU where compiling works.
 
     Raises:
-        UserError: ``always``, and there is none.
+        UserError: ``always``, and there is no compiler, or it fails.
     """
     names = (
         (os.environ.get("CC", "cc"), "gcc", "clang") if device.type == "cuda" else (os.environ.get("CXX", "c++"), "g++", "clang++")
@@ -58,7 +60,31 @@ def compiles(choice: str, device: torch.device) -> bool:
     there = any(shutil.which(name) for name in names)
     if choice == "always" and not there:
         raise UserError(f"training.compile = always: no compiler, looked for {', '.join(names)}: install one, or use never")
-    return there and (choice == "always" or (choice == "auto" and device.type == "cuda"))
+    if not there or not (choice == "always" or (choice == "auto" and device.type == "cuda")):
+        return False
+
+    problem = _trial(device)
+    if problem is None:
+        return True
+    if choice == "always":
+        raise UserError(f"training.compile = always: {problem}: mend it, or use never")
+    log.warning("regions of the head run as they are written, which is slower: %s", problem)
+    return False
+
+
+@functools.cache
+def _trial(device: torch.device) -> str | None:
+    """Why nothing can be compiled here: a compiler may lack headers, a driver may be too old; None: it works."""
+
+    def curve(x: torch.Tensor) -> torch.Tensor:
+        return x.tanh().square() + 1
+
+    try:
+        x = torch.linspace(-1, 1, 64, device=device, requires_grad=True)
+        torch.compile(curve, fullgraph=True)(x).sum().backward()
+    except Exception as error:  # whatever ails the compiler
+        return f"torch.compile fails on {device.type} ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    return None
 
 
 @contextmanager

@@ -243,6 +243,8 @@ class TrainingConfig(Section):
     """bf16: of weights, activations and products; the optimizer keeps fp32 weights, noise, posteriors and loss are fp32 too."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Compile what the head does element by element (bits, noise, modulation, loss) with torch.compile; auto: on a GPU."""
+    deterministic: bool = False
+    """On a GPU: only kernels whose results repeat bit by bit, which are slower; torch warns of an operator that has none."""
 
 
 class CheckpointConfig(Section):

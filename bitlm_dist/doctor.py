@@ -12,6 +12,7 @@ import torch
 from bitlm_dist.cpu_threads import NUM_THREADS, SPIN_COUNT, WAIT_POLICY, BusyCores
 from bitlm_dist.errors import UserError
 from bitlm_dist.kernels.attention import missing
+from bitlm_dist.parallel.device import find_device, warning_of_unused_gpus
 from bitlm_dist.parallel.zero_head import check_deepspeed
 from bitlm_dist.training import fused_adam
 from bitlm_dist.training.run_folder import PACKAGES, package_version
@@ -90,16 +91,23 @@ def _waiting() -> Finding:
     return Finding("OpenMP", bool(variables), " ".join(variables) or "as its library chooses")
 
 
-def examine() -> dict[str, list[Finding]]:
-    """Findings by heading."""
+def _device() -> Finding:
+    try:
+        find_device(os.environ)
+    except UserError as error:
+        return Finding("device", False, str(error))
     if torch.cuda.is_available():
         gpu = torch.cuda.get_device_properties(0)
-        device = Finding("device", True, f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, NCCL")
-    else:
-        device = Finding("device", True, f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo")
+        return Finding("device", True, f"{torch.cuda.device_count()} x {gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, NCCL")
+    warning = warning_of_unused_gpus()
+    return Finding("device", warning is None, warning or f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo")
+
+
+def examine() -> dict[str, list[Finding]]:
+    """Findings by heading."""
     packages = [Finding(name, bool(package_version(name)), package_version(name) or "missing") for name in PACKAGES]
     return {
-        "machine": [Finding("python", True, platform.python_version()), device, _waiting(), _free_cores()],
+        "machine": [Finding("python", True, platform.python_version()), _device(), _waiting(), _free_cores()],
         "packages": packages,
         "attention, first choice first": [Finding(n, missing(n) is None, missing(n) or note) for n, note in ATTENTION.items()],
         "optimizers": [

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from bitlm_dist.launch.attempts import VARIABLE
-from bitlm_dist.launch.ranks import read_ranks
+from bitlm_dist.launch.ranks import export_ranks, read_ranks
 
 from bitlm_dist.processes import die_with
 
@@ -37,7 +37,7 @@ def main() -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local))
+    export_ranks(ranks, os.environ)
     os.execv(sys.executable, [sys.executable, "-u", "-m", "bitlm_dist", *sys.argv[1:]])
 
 

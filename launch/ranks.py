@@ -1,6 +1,6 @@
 """Where this process stands in its job, from the variables that torchrun or Slurm set."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import NamedTuple
 
 from bitlm_dist.errors import UserError
@@ -28,3 +28,8 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
                 shown = ", ".join(f"{name}={environment[name]}" for name in names)
                 raise UserError(f"the launcher set {shown}: these must be numbers") from None
     return Ranks(0, 1, 0)
+
+
+def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
+    """Say it in the words that torch and DeepSpeed read, which a plain `srun` does not set."""
+    environment.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local))

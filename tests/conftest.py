@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from _pytest.mark.expression import Expression
 from janitor import VARIABLE as RUN
 
 from bitlm_dist.config_loading import load
@@ -19,6 +20,7 @@ from bitlm_dist.cpu_threads import set_cpu_threads
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parent / "data_prep" / "sample" / "kjv.jsonl.zst"
+SEE_GPUS = "BITLM_TESTS_SEE_GPUS"  # =1: tests without the mark `gpu` see GPUs too
 # Modules that take longest start first, so that no worker is left alone with one of them at the end.
 LONGEST_FIRST = (
     "slurm/test_launch.py",
@@ -69,6 +71,8 @@ def text_of(seed: int, words: int) -> str:
 def pytest_configure(config):
     """Refuse markers that do not exist; have a janitor clean up after the run, in a folder that is the run's own."""
     _check_markers(config)
+    if not _wants_gpus(config) and os.environ.get(SEE_GPUS) != "1":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with what a CPU computes, bit by bit
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
     set_cpu_threads(os.environ)  # before torch is loaded
@@ -87,6 +91,13 @@ def pytest_configure(config):
     config.option.basetemp = os.path.join(folder, "t")
     os.environ["TMPDIR"] = folder
     tempfile.tempdir = None
+
+
+def _wants_gpus(config):
+    """Whether `-m` selects tests that have the mark `gpu` and none that do not."""
+    expression = Expression.compile(config.option.markexpr or "True")
+    with_gpu, without = (expression.evaluate(lambda word, gpu=gpu, **named: gpu and word == "gpu") for gpu in (True, False))
+    return with_gpu and not without
 
 
 def _check_markers(config):

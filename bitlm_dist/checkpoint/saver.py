@@ -4,8 +4,10 @@ Every rank copies what it is to write into host memory and goes on; a thread of 
 talk to no other rank: the ranks agree between two steps that all files are there, and rank 0 completes the folder.
 """
 
+import logging
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
 
+log = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes
 
 
@@ -65,8 +68,8 @@ class _Copy:
         for entry in entries:
             ends.append(ends[-1] + -(-entry.bytes // ALIGNMENT) * ALIGNMENT)
         self._memory = torch.empty(ends[-1], dtype=torch.uint8)
-        if mesh.device().type == "cuda" and ends[-1]:  # torch's own pinned memory comes in powers of two
-            torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), ends[-1], 0)  # unpinned where this fails: slower
+        if mesh.device().type == "cuda" and ends[-1]:
+            _pin(self._memory)
         parts = ((self._memory[a : a + e.bytes], e) for a, e in zip(ends, entries, strict=False))
         self.tensors = [part.view(NAMES[entry.dtype]).view(entry.size) for part, entry in parts]
 
@@ -79,6 +82,23 @@ class _Copy:
             own.copy_(tensor, non_blocking=True)
         if mesh.device().type == "cuda":
             torch.cuda.current_stream().synchronize()
+
+
+def _pin(memory: Tensor) -> None:
+    """Lock host memory for fast copies from the GPU; where that is not allowed, say so and go on without.
+
+    torch's own pinned memory comes in powers of two, up to twice as much as is needed.
+    """
+    cudart = torch.cuda.cudart()
+    code = int(cudart.cudaHostRegister(memory.data_ptr(), len(memory), 0))
+    if code == 0:
+        weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, memory.data_ptr())
+        return
+
+    log.warning("%.1f GiB of host memory could not be locked (CUDA error %d): saves take longer", len(memory) / 2**30, code)
+    # CUDA keeps the error for the next check of a launch, which would report it as that launch's.
+    with suppress(RuntimeError):
+        torch.zeros(1, device=mesh.device())
 
 
 class Saver:

@@ -175,7 +175,9 @@ def generate_blocks(
     known = len(prompt) % model.block_size
     prompts = torch.tensor([list(prompt)], dtype=torch.int64, device=device)
     for block in generate_batch(model, prompts, progress=progress, **settings):
-        new = block[0].tolist()[known:]
+        began = time.perf_counter()
+        new = block[0].tolist()[known:]  # waits for the device, whose time counts
+        progress.seconds += time.perf_counter() - began
         known = 0
         ended = model.eos in new
         if ended:

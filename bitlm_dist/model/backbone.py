@@ -80,7 +80,7 @@ def _transformer_config(config: "Config", layout: Layout, layers_per_stage: list
         layout: Layout = ALONE
 
     model, parallel, backbone = config.model, config.parallel, config.model.backbone
-    on_cpu = mesh.device().type == "cpu"
+    on_cpu, interleaved = mesh.device().type == "cpu", layout.virtual > 1
     dtype = DTYPES[config.training.precision]
     return BackboneConfig(
         num_layers=backbone.layers,
@@ -109,10 +109,11 @@ def _transformer_config(config: "Config", layout: Layout, layers_per_stage: list
         sequence_parallel=layout.sequence,
         context_parallel_size=layout.context,
         pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+        virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
         pipeline_model_parallel_layout=_stages(layers_per_stage) if layout.pipeline > 1 else None,
-        batch_p2p_comm=not on_cpu,  # interleaved stages exchange wrong tensors with it on gloo, silently
-        batch_p2p_sync=not on_cpu,
+        batch_p2p_comm=not on_cpu and not interleaved,  # on gloo interleaved stages exchange wrong tensors with it, silently
+        batch_p2p_sync=False,  # would wait for the whole device after every exchange, for the sake of an old PyTorch
+        overlap_p2p_comm=not on_cpu and interleaved,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -168,7 +169,9 @@ class Backbone(nn.Module):
             assert embedded is not None
             assert document_ids is None, "decoding reads one document a row"
             return self._decoder(embedded.transpose(0, 1)).transpose(0, 1)
-        b, mine = self._model.backbone, self._layout.positions(length).to(mesh.device())
+        given = document_ids if embedded is None else embedded
+        assert given is not None, "a later stage is told of the documents"
+        b, mine = self._model.backbone, self._layout.positions(length, given.device)
         bounds = None if document_ids is None else bounds_of_documents(document_ids)  # once for all layers
         positions = mine[:, None]  # of all rows
         if b.rope_reset and bounds is not None:

@@ -48,7 +48,7 @@ class BlockCausalAttention(nn.Module):
 
         layout, piece = self.layout, query.shape[0] // 2
         both = gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=get_context_parallel_group())
-        keys, values = both[layout.places(len(both)).to(both.device)].chunk(2, -1)
+        keys, values = both[layout.places(len(both), both.device)].chunk(2, -1)
         out = []
         for q, number in zip(query.split(piece), layout.pieces(), strict=True):
             end = (number + 1) * piece

@@ -9,6 +9,7 @@ from bitlm_dist.codes import BitCodes, natural
 from bitlm_dist.compilation import compiles
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.kernels.attention import distrust
 from bitlm_dist.kernels.call import checked
 from bitlm_dist.kernels.trial import prove_in_block, proven
 from bitlm_dist.model.backbone import DTYPES
@@ -40,7 +41,9 @@ def check_machine(config: Config) -> str:
     Raises:
         UserError: the config asks for one that is not here or cannot train it, or for a compiler that is missing.
     """
-    b, device = config.model.backbone, mesh.device()
+    b, device = config.model.backbone, mesh.use_device()
+    if config.training.deterministic and device.type == "cuda":
+        _repeat_bit_by_bit(config)
     compiles(config.training.compile, device)
     block = config.model.block_size if config.model.attention == "block" else 1
     shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
@@ -52,6 +55,14 @@ def check_machine(config: Config) -> str:
     head, m = config.head, config.model.block_size
     prove_in_block(torch.empty(1, m, 3, head.heads, head.width // head.heads, dtype=q.dtype, device=device))
     return name
+
+
+def _repeat_bit_by_bit(config: Config) -> None:
+    """``training.deterministic``: flash-attn 4 sums the gradient of queries in the order in which its tiles happen to end."""
+    if config.model.backbone.attention == "fa4":
+        raise UserError("training.deterministic = true: model.backbone.attention = fa4 does not repeat: use auto or triton")
+    distrust("fa4", "training.deterministic = true, and its gradient does not repeat")
+    torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 Model = TypeVar("Model", bound=nn.Module)

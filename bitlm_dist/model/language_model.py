@@ -41,9 +41,15 @@ class Batch:
     drawn: Tensor | None = None  # [R, B, S] int64, what a teacher would write at each place
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device."""
-        drawn = None if self.drawn is None else self.drawn.to(device)
-        return Batch(self.tokens.to(device), self.document_ids.to(device), self.sample.to(device), drawn)
+        """On a device. To a GPU it is copied from pinned memory, beside whatever the GPU does, and nothing waits for it."""
+
+        def moved(x: Tensor) -> Tensor:
+            if device.type == "cuda" and x.device.type == "cpu":
+                return x.pin_memory().to(device, non_blocking=True)
+            return x.to(device)
+
+        drawn = None if self.drawn is None else moved(self.drawn)
+        return Batch(moved(self.tokens), moved(self.document_ids), moved(self.sample), drawn)
 
     def part(self, rows: slice) -> "Batch":
         """Some of the sequences: a microbatch."""
@@ -134,7 +140,7 @@ class LanguageModel(nn.Module, ABC):
     def own_embedded(self, batch: Batch, *, seed: int, step: int) -> Tensor:
         """What the first layer of this rank reads: [S, B, D]."""
         layout = self.place.layout
-        mine = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
+        mine = layout.positions(batch.tokens.shape[1], batch.tokens.device)
         mine = layout.own(mine) if layout.sequence else mine
         flips = self.flips(batch, seed=seed, step=step)
         embedded = self.embed(batch.tokens[:, mine], None if flips is None else flips[:, mine])
@@ -143,7 +149,7 @@ class LanguageModel(nn.Module, ABC):
     def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The last stage's output [S, B, D] -> what this rank's head handles of it: states [B, S', D], their positions [S']."""
         layout = self.place.layout
-        positions = layout.own(layout.positions(length)).to(hidden.device)
+        positions = layout.own(layout.positions(length, hidden.device))
         if layout.tensor > 1 and not layout.sequence:
             from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 

@@ -54,7 +54,7 @@ class SoftmaxLM(LanguageModel):
             return super().own_embedded(batch, seed=seed, step=step)
         from megatron.core.tensor_parallel import mappings
 
-        positions = layout.positions(batch.tokens.shape[1]).to(batch.tokens.device)
+        positions = layout.positions(batch.tokens.shape[1], batch.tokens.device)
         embedded = self.embed(batch.tokens[:, positions], None).transpose(0, 1).contiguous()
         if layout.sequence:
             scattered: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(embedded)
@@ -75,7 +75,7 @@ class SoftmaxLM(LanguageModel):
                 # Megatron adds up a gradient in place, and one that is not contiguous it returns as it came, silently
                 if hidden.requires_grad:
                     hidden.register_hook(torch.Tensor.contiguous)
-        return hidden.transpose(0, 1), layout.positions(length).to(hidden.device)
+        return hidden.transpose(0, 1), layout.positions(length, hidden.device)
 
     def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
         """See :class:`~bitlm_dist.model.language_model.LanguageModel`: -log p in nats; nothing in it is random."""

@@ -4,6 +4,7 @@ Megatron orders ranks tensor first, then context, data and pipeline.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -76,22 +77,36 @@ class Layout:
         rank = self.context_rank if rank is None else rank
         return [0] if self.context == 1 else [rank, 2 * self.context - 1 - rank]
 
-    def positions(self, length: int) -> Tensor:
-        """Positions of a sequence that this context rank holds, int64 [length / context]."""
-        return self._of_pieces(length, self.pieces())
+    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
+        """Positions of a sequence that this context rank holds, int64 [length / context]; not to be changed."""
+        return _positions(self.context, self.context_rank, length, device)
 
-    def places(self, length: int) -> Tensor:
+    def places(self, length: int, device: torch.device | None = None) -> Tensor:
         """Where each position is found when the shares of all context ranks lie one after the other, int64 [length]."""
-        order = [piece for rank in range(self.context) for piece in self.pieces(rank)]
-        return self._of_pieces(length, order).argsort()
-
-    def _of_pieces(self, length: int, pieces: list[int]) -> Tensor:
-        count = 1 if self.context == 1 else 2 * self.context
-        return torch.arange(length).view(count, -1)[pieces].flatten()
+        return _places(self.context, length, device)
 
     def own(self, positions: Tensor) -> Tensor:
         """Those of ``positions`` whose blocks the head of this tensor rank handles."""
         return positions.chunk(self.tensor)[self.tensor_rank]
+
+
+# Every layer asks for these in every pass. Made anew, they would be copied from the host each time, and the host would wait.
+@lru_cache(maxsize=16)
+def _positions(context: int, rank: int, length: int, device: torch.device | None) -> Tensor:
+    with torch.inference_mode(False):  # a training step after an evaluation uses them too
+        return _of_pieces(context, length, Layout(context=context).pieces(rank)).to(device)
+
+
+@lru_cache(maxsize=16)
+def _places(context: int, length: int, device: torch.device | None) -> Tensor:
+    order = [piece for rank in range(context) for piece in Layout(context=context).pieces(rank)]
+    with torch.inference_mode(False):
+        return _of_pieces(context, length, order).argsort().to(device)
+
+
+def _of_pieces(context: int, length: int, pieces: list[int]) -> Tensor:
+    count = 1 if context == 1 else 2 * context
+    return torch.arange(length).view(count, -1)[pieces].flatten()
 
 
 ALONE = Layout()

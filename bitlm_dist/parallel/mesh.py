@@ -9,16 +9,23 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
+from bitlm_dist.parallel.device import find_device
 from bitlm_dist.parallel.layout import Layout
 
 _head_group: dist.ProcessGroup | None = None  # of this process's job; Megatron has no group of this kind
 
 
 def device() -> torch.device:
-    """The device this process computes on: its own GPU where CUDA exists, the CPU elsewhere."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    """The device this process computes on, see :func:`~bitlm_dist.parallel.device.find_device`."""
+    return find_device(os.environ)
+
+
+def use_device() -> torch.device:
+    """Make :func:`device` what CUDA calls the current one, on which kernels are launched -> it."""
+    found = device()
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    return found
 
 
 def initialize(layout: Layout) -> None:
@@ -31,14 +38,14 @@ def initialize(layout: Layout) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    own = use_device()
     if not dist.is_initialized():
-        if device().type == "cuda":
-            torch.cuda.set_device(device())
-        backend = "nccl" if device().type == "cuda" else "gloo"
+        # With its device named, NCCL connects at once instead of guessing the device at the first barrier.
+        settings: dict[str, Any] = {"backend": "nccl", "device_id": own} if own.type == "cuda" else {"backend": "gloo"}
         if layout.world == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(store=HashStore(), rank=0, world_size=1, **settings)
         else:
-            dist.init_process_group(backend, rank=layout.rank, world_size=layout.world)
+            dist.init_process_group(rank=layout.rank, world_size=layout.world, **settings)
     assert layout.world in (1, dist.get_world_size()), "the process group was built for another layout"
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -50,8 +57,17 @@ def initialize(layout: Layout) -> None:
         )
         _build_head_group(layout)
         # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[own] if own.type == "cuda" else []):
             model_parallel_cuda_manual_seed(0)
+
+
+def close() -> None:
+    """Take the process group down at the end of a run; a second call does nothing. Ranks that fail just end."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
 
 
 def sum_over_data(value: Tensor) -> Tensor:
@@ -119,6 +135,23 @@ def tensor_group() -> dist.ProcessGroup:
 
     group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
     return group
+
+
+def group_names() -> dict[str, str]:
+    """What the groups of this process are for, by the names that torch gives them."""
+    from megatron.core import parallel_state
+
+    groups = {
+        "tensor": tensor_group(),
+        "context": parallel_state.get_context_parallel_group(),
+        "data": parallel_state.get_data_parallel_group(),
+        "data and context": data_group(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_group(),
+        "model": model_group(),
+        "head": _head_group,
+        "all": dist.group.WORLD,
+    }
+    return {group.group_name: name for name, group in reversed(groups.items()) if isinstance(group, dist.ProcessGroup)}
 
 
 def _build_head_group(layout: Layout) -> None:

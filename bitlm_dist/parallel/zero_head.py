@@ -33,6 +33,7 @@ CALLED_BY_NAME = (
     *("reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "scatter", "barrier", "monitored_barrier"),
     *("all_reduce_coalesced", "all_to_all", "all_to_all_single"),
 )
+LARGEST_BUCKET = 5 * 10**8  # numbers; DeepSpeed's own default
 PERSISTENT = 4096  # ZeRO-3 does not split smaller tensors' gathers: they stay whole on every rank
 
 
@@ -131,10 +132,18 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def _settings(config: Config, cuda: bool) -> dict[str, Any]:
-    """DeepSpeed's own config. Accumulation, clipping and schedule are not its business here."""
+def _settings(config: Config, cuda: bool, numbers: int) -> dict[str, Any]:
+    """DeepSpeed's own config. Accumulation, clipping and schedule are not its business here.
+
+    Args:
+        config: checked.
+        cuda: whether the head computes on a GPU.
+        numbers: of the head's weights. DeepSpeed's buckets, half a billion numbers by default, need not be larger.
+    """
     head = config.head
     zero: dict[str, Any] = {"stage": head.zero_stage, "overlap_comm": cuda and head.zero_stage > 0}
+    bucket = min(numbers + numbers % 2, LARGEST_BUCKET)  # an odd one is refused
+    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if head.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSISTENT
     if head.offload != "none":
@@ -165,24 +174,28 @@ class ZeroHead:
     """
 
     def __init__(self, config: Config, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        if mesh.device().type == "cpu":
+        own = mesh.device()
+        if own.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every rank says that it found no other
+        else:
+            os.environ["LOCAL_RANK"] = str(own.index)  # DeepSpeed's number of the GPU, whichever of the node's GPUs are visible
         with no_torch_compile():
             import deepspeed
             import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed loads its Muon unasked; ours is another
+        import deepspeed.ops
         from deepspeed.comm import comm
-        from deepspeed.ops import __compatible_ops__
 
         group = mesh.head_group()
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that the optimizer is none of its own
-        __compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled, for minutes
+        # No compiled op is used. Asked for its ops, DeepSpeed would try each, with warnings, and compile one for minutes.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
         comm.cdb = _backend(group)
         self.stage, self._ranks, self._group = config.head.zero_stage, dist.get_world_size(group), group
         self._names = {p: n for n, p in module.named_parameters()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=_settings(config, mesh.device().type == "cuda"),
+            config=_settings(config, own.type == "cuda", sum(p.numel() for p in self._names)),
             mpu=_Mpu(group),
             dist_init_required=False,
         )

@@ -4,6 +4,7 @@ All take the same arguments and give the same numbers up to rounding. torch coun
 """
 
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bitlm_dist.parallel import mesh
 
+log = logging.getLogger(__name__)
 # The package `apex` of the index is not NVIDIA's: only what has this class is.
 FUSED = {"transformer_engine": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
 
@@ -28,8 +30,10 @@ def find(choice: str) -> tuple[str, Callable[..., torch.optim.Optimizer]]:
         for name, module in FUSED.items():
             try:
                 return name, partial(importlib.import_module(module).FusedAdam, adam_w_mode=True)
-            except (ImportError, AttributeError):
+            except ImportError:
                 continue
+            except Exception as error:  # one that was built for another CUDA fails in ways of its own
+                log.warning("AdamW of %s is not used: %s: %s", name, type(error).__name__, " ".join(str(error).split())[:200])
     return "torch", partial(torch.optim.AdamW, fused=True)
 
 

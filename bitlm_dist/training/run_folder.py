@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "head.offload",
     "optimizer.sharded",
     "optimizer.fused",
+    "training.deterministic",
     "data.cache",
     "data.cache_limit",
     "data.workers",
@@ -166,7 +167,7 @@ class RunFolder:
         if not (self.path / "tokenizer").is_dir():  # killed before it was saved
             return
         same = self.tokenizer().fingerprint == tokenizer.fingerprint
-        if not same or not torch.equal(self.codes().code_of_token, codes.code_of_token):
+        if not same or not torch.equal(self.codes().code_of_token, codes.code_of_token.cpu()):
             what = "codes" if same else "tokenizer"
             raise UserError(f"run.dir = {self.path} was trained with another {what} than data.path has: use its data")
 
@@ -174,7 +175,7 @@ class RunFolder:
         building = self.path / ".vocabulary"
         shutil.rmtree(building, ignore_errors=True)  # what a killed process left
         tokenizer.save(building / "tokenizer")
-        np.savez(building / CODES, codes=codes.code_of_token.numpy(), bits=codes.bits)
+        np.savez(building / CODES, codes=codes.code_of_token.cpu().numpy(), bits=codes.bits)
         sync_tree(building)
         (building / CODES).rename(self.path / CODES)
         (building / "tokenizer").rename(self.path / "tokenizer")

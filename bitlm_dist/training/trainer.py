@@ -27,6 +27,7 @@ from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.engine import Engine
+from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
 from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
@@ -85,6 +86,7 @@ class Trainer:
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
         self.step = self.tokens = self._skipped = self._sequence = 0  # ``_sequence``: the next one to be read
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
+        self._steps_here = 0  # that this process has taken
         self._finite = True  # loss and gradient norm of the last step
         self._evaluated = 0  # the last step that was
         self._stop = self._stop_requests()
@@ -201,7 +203,14 @@ class Trainer:
     def _train_on(self, batch: Batch, began: float, cpu_began: float) -> dict[str, Any]:
         if self._teacher is not None:
             batch = self._teacher.draw(batch, self.step)
-        update = self.engine.step(batch, self.step)
+        try:
+            update = self.engine.step(batch, self.step)
+        except torch.OutOfMemoryError as error:
+            advice = out_of_memory(self.config, self.layout, self.engine.microbatch, error)
+            if self._steps_here == 0:  # it never fitted
+                raise UserError(advice) from error
+            raise RuntimeError(advice) from error
+        self._steps_here += 1
         self._skipped = 0 if update.made else self._skipped + 1
         if self._skipped >= MAX_SKIPPED:
             raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")

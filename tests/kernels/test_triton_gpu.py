@@ -1,11 +1,25 @@
 """The compiled Triton kernels, where there is a GPU: what the interpreter, which runs one program after another, cannot show."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from bitlm_dist.kernels import block_causal_attention, in_block_attention
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+
+def test_every_back_end_of_the_gpu():
+    """The grids of the CPU's tests, in bf16 too; in a process of its own, as tests without the mark `gpu` see none."""
+    files = [str(Path(__file__).with_name(name)) for name in ("test_attention.py", "test_in_block.py", "test_few_rows.py")]
+    command = [sys.executable, "-m", "pytest", "-s", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, env={**os.environ, "BITLM_TESTS_SEE_GPUS": "1"}, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:])
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_two_backward_passes_are_the_same_bits(seed):

@@ -44,11 +44,11 @@ def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Te
     engine = Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout)
     share, found = SEQUENCES // layout.data, []
     for step in range(STEPS):
-        update = engine.step(batch_of(step, layout.data_rank * share, share), step)
+        update = engine.step(batch_of(step, layout.data_rank * share, share).to(mesh.device()), step)
         found.append((float(update.loss), update.norm))
-    own = {n: p.detach().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
+    own = {n: p.detach().cpu().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
     if engine.head is not None:
-        own |= engine.head.consolidated()
+        own |= {n: whole.cpu() for n, whole in engine.head.consolidated().items()}
     every: list[Any] = [None] * world
     torch.distributed.all_gather_object(every, (layout, own))
     sizes: list[Any] = [None] * world

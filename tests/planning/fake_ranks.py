@@ -1,0 +1,123 @@
+"""Runs cases on fake GPUs: `python fake_ranks.py CASES.json FOLDER`, each forked from this process, which has imported all once.
+
+A case is a name, a function of this file and its arguments; what it returned is pickled to FOLDER/NAME.pickle, and what it printed
+is in FOLDER/NAME.log.
+"""
+
+import json
+import os
+import pickle
+import sys
+import traceback
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK="0")
+
+import numpy as np
+import pytest
+import torch
+from bitlm_dist.data_prep.tokenizer import Tokenizer
+
+from bitlm_dist.config_loading import load
+from bitlm_dist.parallel import mesh
+from bitlm_dist.planning.fake_cuda import fake_gpu
+from bitlm_dist.planning.step_trace import StepTrace
+from bitlm_dist.planning.trace import trace_steps, traced
+
+VOCABULARY = 300
+
+
+def steps(
+    words: list[str], config: str | None, world: int, rank: int, vocabulary: int = VOCABULARY, count: int = 2
+) -> dict[str, Any]:
+    """Training steps; the second is like all that follow."""
+    loaded = load(Path(config) if config else None, words).config
+    return summary(trace_steps(loaded, world, rank, vocabulary, count))
+
+
+def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:
+    """`bitlm` with some words, from its command line down."""
+    from bitlm_dist.__main__ import main
+
+    sys.argv = ["bitlm", *words]
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    # Ids that are copied back are zeros, and the token of that id has no bytes.
+    lengths = mock.patch.object(Tokenizer, "byte_lengths", return_value=np.ones(VOCABULARY, dtype=np.int64))
+    with lengths, traced(world, rank, build_fake=False) as tracer, pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code, f"exit code {ended.value.code}"
+    return summary(tracer.found)
+
+
+def summary(found: StepTrace) -> dict[str, Any]:
+    """What tests compare, in plain values: without numbers of lines, which every change moves."""
+    waits = {phase: Counter({f"{p.file} {p.function}: {p.reason}": 0 for p in counted}) for phase, counted in found.waits.items()}
+    for phase, counted in found.waits.items():
+        for p, count in counted.items():
+            waits[phase][f"{p.file} {p.function}: {p.reason}"] += count
+    return {
+        "waits": {phase: dict(sorted(counted.items())) for phase, counted in waits.items()},
+        "collectives": {
+            phase: dict(sorted(Counter(f"{c.operator} over {c.group}" for c in sent).items()))
+            for phase, sent in found.collectives.items()
+        },
+        "sent": {phase: [tuple(asdict(c).values()) for c in sent] for phase, sent in found.collectives.items()},
+        "static": dict(found.static_bytes),
+        "peak": dict(found.peak_bytes),
+        "flops": dict(found.flops),
+        "parameters": found.parameters,
+        "buffers": found.buffers,
+    }
+
+
+def main() -> None:
+    """Run the cases, as many at a time as there are cores."""
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    _import_all()
+    running: set[int] = set()
+    for case in cases:
+        if len(running) >= len(os.sched_getaffinity(0)):
+            running.remove(os.wait()[0])
+        child = os.fork()
+        if child == 0:
+            _run(case, folder)
+        running.add(child)
+    while running:
+        running.remove(os.wait()[0])
+
+
+def _import_all() -> None:
+    """Megatron-core and DeepSpeed ask while they are imported whether there is CUDA."""
+    torch.set_num_threads(1)
+    with fake_gpu(1, 0):
+        import deepspeed
+        import deepspeed.runtime.zero.muon.muon_optimizer
+        from torch.distributed import fsdp  # noqa: F401
+
+        import bitlm_dist.cli
+        import bitlm_dist.display
+        import bitlm_dist.training.trainer  # noqa: F401
+
+        deepspeed.get_accelerator()
+        mesh.device()
+
+
+def _run(case: dict[str, Any], folder: Path) -> None:
+    log = os.open(folder / f"{case['name']}.log", os.O_WRONLY | os.O_CREAT, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    try:
+        found = globals()[case["function"]](*case["arguments"])
+        (folder / f"{case['name']}.pickle").write_bytes(pickle.dumps(found))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

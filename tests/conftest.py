@@ -32,6 +32,7 @@ LONGEST_FIRST = (
     "launch/test_local.py",
     "slurm/test_cluster.py",
     "kernels/test_aot.py",
+    "planning/test_trace.py",
     "training/test_trainer.py",
 )
 WORDS = [

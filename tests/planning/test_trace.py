@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -59,6 +61,8 @@ QUICK_COMMANDS = ("train, with a teacher and evaluations", "eval", "generate")
 @pytest.fixture(scope="module")
 def traced(request, tmp_path_factory):
     """What was seen of every selected case."""
+    if torch.version.cuda is None and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        (pytest.fail if os.environ.get("BITLM_FAKE_GPU") == "require" else pytest.skip)("a fake GPU needs a C++ compiler here")
     tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     names = {test.callspec.params.get("case") for test in tests}
     cases = {name: case for name, case in CASES.items() if name in names}

@@ -30,7 +30,7 @@ def find(choice: str) -> tuple[str, Callable[..., torch.optim.Optimizer]]:
         for name, module in FUSED.items():
             try:
                 return name, partial(importlib.import_module(module).FusedAdam, adam_w_mode=True)
-            except ImportError:
+            except (ImportError, AttributeError):
                 continue
             except Exception as error:  # one that was built for another CUDA fails in ways of its own
                 log.warning("AdamW of %s is not used: %s: %s", name, type(error).__name__, " ".join(str(error).split())[:200])

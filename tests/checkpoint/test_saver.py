@@ -4,6 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
+from bitlm_dist.checkpoint import saver as saver_module
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.saver import Saver
@@ -47,6 +48,23 @@ def test_a_copy_that_finds_no_memory_fails_its_save_alone(tmp_path, monkeypatch)
     monkeypatch.undo()
     saver.begin(2, of(torch.zeros(3)), {})
     assert saver.finish().step == 2
+
+
+@pytest.mark.parametrize("code", [0, 2])
+def test_memory_that_cannot_be_locked_is_used_as_it_is(code, tmp_path, monkeypatch, caplog):
+    """On a GPU; here torch.cuda is made to answer. CUDA's last error is read, so that no later launch reports it."""
+    cudart, read = mock.Mock(), mock.Mock(side_effect=RuntimeError("out of memory"))
+    cudart.cudaHostRegister.return_value = code
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    memory = torch.zeros(256, dtype=torch.uint8)
+    with mock.patch.object(torch, "zeros", read):
+        saver_module._pin(memory)
+    cudart.cudaHostRegister.assert_called_once_with(memory.data_ptr(), 256, 0)
+    assert read.called == (code != 0)
+    assert ("could not be locked (CUDA error 2): saves take longer" in caplog.text) == (code != 0)
+    address = memory.data_ptr()
+    del memory
+    assert cudart.cudaHostUnregister.call_args_list == ([mock.call(address)] if code == 0 else [])
 
 
 def test_one_save_at_a_time(tmp_path):

@@ -5,7 +5,6 @@ import torch
 from torch._dynamo.utils import counters
 
 from bitlm_dist.compilation import compiled_regions
-from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
 
 ON_GPU = torch.cuda.is_available()
@@ -56,15 +55,3 @@ def test_a_graph_that_breaks_is_an_error():
     assert broken(torch.ones(2)).eq(2).all()
     with compiled_regions("aot_eager"), pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
         broken(torch.ones(2))
-
-
-def test_the_switch(monkeypatch):
-    from bitlm_dist.compilation import compiles
-
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr("shutil.which", lambda name: name)
-    assert [compiles(choice, device) for choice in ("auto", "always", "never") for device in (cpu, gpu)] == [0, 1, 1, 1, 0, 0]
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    assert not compiles("auto", gpu)
-    with pytest.raises(UserError, match="training.compile = always: no compiler, looked for .*clang"):
-        compiles("always", gpu)

@@ -34,6 +34,22 @@ WAITS = {
     "zero/stage3.py independent_gradient_partition_epilogue: synchronize": "DeepSpeed: gradients of a microbatch",
     "zero/stage3.py __reduce_and_partition_ipg_grads: synchronize": "DeepSpeed: gradients of a microbatch",
     "zero/partitioned_param_coordinator.py _fetch_sub_module_impl: synchronize": "DeepSpeed: weights of a part of the head",
+    # of offload, which copies between host and device
+    "parallel/partition.py added: copy to the host": "Muon of offloaded partitions",
+    "parallel/partition.py table: copy of pageable memory to the device": "Muon of offloaded partitions",
+    "zero/partition_parameters.py <listcomp>: copy of pageable memory to the device": "offload",
+    "zero/partition_parameters.py _allgather_params_coalesced: copy of pageable memory to the device": "offload",
+    "zero/partition_parameters.py _allgather_params_coalesced: synchronize": "offload",
+    "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: copy of pageable memory to the device": "offload",
+    "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: copy to the host": "offload",
+    "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: item": "offload",
+    "zero/stage3.py partition_grads: copy of pageable memory to the device": "offload",
+    "zero/stage_1_and_2.py _wait_for_offload_copies: synchronize": "offload",
+    "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload: copy of pageable memory to the device": "offload",
+    "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload: item": "offload",
+    "zero/stage_1_and_2.py has_overflow: copy of pageable memory to the device": "offload",
+    "zero/stage_1_and_2.py step: copy of pageable memory to the device": "offload",
+    "zero/stage_1_and_2.py update_offload_overflow_tracker: item": "offload",
 }
 TENSOR_BYTES = 512  # what a tensor takes at least
 

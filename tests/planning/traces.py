@@ -37,6 +37,8 @@ HEADS = {
     "replicated": ["--head.engine", "replicated"],
     **{f"ZeRO {stage}": ["--head.zero_stage", str(stage)] for stage in range(4)},
     **{f"FSDP2 {stage}": ["--head.engine", "fsdp2", "--head.zero_stage", str(stage)] for stage in (2, 3)},
+    "ZeRO 2 offloaded": ["--head.zero_stage", "2", "--head.offload", "optimizer"],
+    "ZeRO 3 offloaded": ["--head.zero_stage", "3", "--head.offload", "all"],
 }
 OPTIMIZERS = {"Muon": [], "AdamW": ["--optimizer.matrices", "adamw"]}
 PRECISIONS = {"fp32": [], "bf16": ["--training.precision", "bf16"]}
@@ -69,6 +71,10 @@ SLOW_ROWS = [
     ("CP2", 0, "FSDP2 2", "AdamW", "bf16", "paper"),
     ("DP2", 1, "FSDP2 2", "Muon", "fp32", "default"),
     ("DP2", 0, "FSDP2 3", "AdamW", "bf16", "paper"),
+    ("DP2", 1, "ZeRO 2 offloaded", "Muon", "fp32", "default"),
+    ("PP2 DP2", 2, "ZeRO 2 offloaded", "AdamW", "bf16", "paper"),
+    ("DP2", 0, "ZeRO 3 offloaded", "AdamW", "fp32", "default"),
+    ("DP2", 1, "ZeRO 3 offloaded", "Muon", "bf16", "paper"),
     ("DP2", 0, "replicated", "AdamW", "fp32", "default"),
     ("PP2", 0, "replicated", "Muon", "bf16", "paper"),
     ("PP2", 1, "replicated", "AdamW", "fp32", "default"),

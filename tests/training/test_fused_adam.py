@@ -2,6 +2,7 @@
 
 import sys
 import types
+from unittest import mock
 
 import pytest
 import torch
@@ -61,6 +62,14 @@ def test_the_fastest_implementation_that_is_there_is_taken(on_gpu, monkeypatch):
     assert fused_adam.find("auto")[0] == "transformer_engine"
     monkeypatch.setattr(mesh, "device", lambda: torch.device("cpu"))
     assert fused_adam.find("auto")[0] == "torch"
+
+
+def test_one_that_was_built_for_another_cuda_is_left_out_and_said(on_gpu, monkeypatch, caplog):
+    broken = mock.Mock(side_effect=OSError("libcudart.so.12: cannot open\n shared object file"))
+    monkeypatch.setattr(fused_adam.importlib, "import_module", broken)
+    assert fused_adam.find("auto")[0] == "torch"
+    said = "AdamW of transformer_engine is not used: OSError: libcudart.so.12: cannot open shared object file"
+    assert said in caplog.messages
 
 
 def test_a_run_may_change_the_implementation_at_a_checkpoint(on_gpu, seed):

@@ -1,0 +1,51 @@
+"""A compiler that does not work is found before the first step, not in it."""
+
+import pytest
+import torch
+
+from bitlm_dist import compilation
+from bitlm_dist.compilation import compiles
+from bitlm_dist.errors import UserError
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """(problem) -> the trial says so."""
+    return lambda problem: monkeypatch.setattr(compilation, "_trial", lambda device: problem)
+
+
+@pytest.fixture(autouse=True)
+def _compiler(monkeypatch):
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: f"/usr/bin/{name}")
+
+
+def test_auto_compiles_on_a_gpu_where_that_works(trial, caplog):
+    trial(None)
+    assert compiles("auto", GPU)
+    assert compiles("always", CPU)
+    assert not compiles("auto", CPU)
+    assert not compiles("never", GPU)
+    trial("no header Python.h")
+    assert not compiles("auto", GPU)
+    assert "regions of the head run as they are written, which is slower: no header Python.h" in caplog.messages
+
+
+def test_always_is_refused_where_it_does_not_work(trial, monkeypatch):
+    trial("no header Python.h")
+    with pytest.raises(UserError, match=r"training.compile = always: no header Python.h: mend it, or use never"):
+        compiles("always", GPU)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match="no compiler, looked for"):
+        compiles("always", GPU)
+
+
+def test_a_trial_says_what_ails_the_compiler(monkeypatch):
+    def broken(*ignored, **settings):
+        raise OSError("cc1plus:\n  not found")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    compilation._trial.cache_clear()
+    assert compilation._trial(CPU) == "torch.compile fails on cpu (OSError: cc1plus: not found)"
+    compilation._trial.cache_clear()

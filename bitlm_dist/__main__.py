@@ -25,6 +25,8 @@ def main() -> None:
         ranks = Ranks(0, 1, 0)
     try:
         code = app(prog_name="bitlm", standalone_mode=False)
+        if (mesh := sys.modules.get("bitlm_dist.parallel.mesh")) is not None:
+            mesh.close()  # or NCCL complains of a process group that was left to itself
     except (UserError, usage_error) as error:
         message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
         report_failure(os.environ, ranks.rank, message, lost_peer=False, refused=True)

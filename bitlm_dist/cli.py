@@ -128,13 +128,11 @@ def train(
     ranks, busy_cores = read_ranks(os.environ), BusyCores()
     if ranks.world > 1:
         export_ranks(ranks, os.environ)
-    if loaded.config.parallel.tensor > 1:
-        # Read when CUDA starts: with one queue, collectives of tensor ranks start before the product that hides them.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if loaded.config.training.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or sums depend on which stream was free
     with Heartbeat.of_environment(os.environ, ranks.rank, ranks.world) as heartbeat:
+        from bitlm_dist.parallel.device import set_cuda_environment
         from bitlm_dist.parallel.layout import layout_of
+
+        set_cuda_environment(loaded.config, os.environ)
 
         layout = layout_of(loaded.config.parallel, ranks.world, ranks.rank)
         _train(loaded.config, resume, layout, heartbeat, busy_cores)
@@ -145,7 +143,6 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
 
     from bitlm_dist.display import loss_chart, training_progress
     from bitlm_dist.launch import attempts
-    from bitlm_dist.parallel import mesh
     from bitlm_dist.parallel.device import warning_of_unused_gpus
     from bitlm_dist.training.trainer import Trainer
 
@@ -181,7 +178,6 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
-    mesh.close()
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Which device a process computes on: its own GPU where there are GPUs, the CPU elsewhere; never a CPU by mistake."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
 
+from bitlm_dist.config import Config
 from bitlm_dist.cpu_threads import num_local_ranks
 from bitlm_dist.errors import UserError
 
@@ -31,6 +32,15 @@ def find_device(environment: Mapping[str, str]) -> torch.device:
             f"the driver, or a newer driver; {VISIBLE}= (empty) trains on the CPUs"
         )
     return CPU
+
+
+def set_cuda_environment(config: Config, environment: MutableMapping[str, str]) -> None:
+    """Set what CUDA and cuBLAS read when they start, unless the user has set it."""
+    if config.parallel.tensor > 1:
+        # With one queue, collectives of tensor ranks start before the product that hides them.
+        environment.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if config.training.deterministic:
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or sums depend on which stream was free
 
 
 def warning_of_unused_gpus() -> str | None:

@@ -30,6 +30,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
@@ -93,7 +94,6 @@ def fake_gpu(world: int, rank: int, capability: tuple[int, int] = (9, 0), memory
         stack.callback(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
         # As where there is no GPU: nothing is asked of a driver.
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", property(lambda self: True)))
-        stack.enter_context(mock.patch("torch._subclasses.fake_tensor.init_gpu_context", return_value=None))
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", lambda x: x.cpu().tolist()))
         for name, method in _module_methods(fake).items():
@@ -209,6 +209,7 @@ def _answers(world: int, capability: tuple[int, int], memory: int) -> Iterator[t
         found[:] = [value] * len(found)
 
     yield functional, "rms_norm", lambda x, shape, weight=None, eps=None: _FusedRMSNorm.apply(x, weight)
+    yield fake_tensor, "init_gpu_context", returns(None)
     yield trial, "_failure", returns(None)
     yield compilation, "_trial", returns("nothing compiles on fake tensors")
     yield ahead, "Thread", _AtOnce

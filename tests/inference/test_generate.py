@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -49,6 +51,21 @@ def test_a_softmax_generates_with_its_cache_as_without(tiny, seed):
     for _ in range(6):
         tokens.append(softmax.output.logits(softmax.hidden(torch.tensor([tokens]))[0, -1]).argmax().item())
     assert greedy == tokens[4:]
+
+
+def test_time_to_wait_for_the_device_counts(model, monkeypatch):
+    """A GPU is asked at once and computes until its tokens are read: reading takes two seconds here, all else none."""
+    clock = [0.0]
+
+    def read(tensor, tolist=torch.Tensor.tolist):
+        clock[0] += 2
+        return tolist(tensor)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.Tensor, "tolist", read)
+    progress = Progress()
+    generated(model, blocks=3, progress=progress)
+    assert progress.seconds == 6
 
 
 def test_rows_of_a_batch_are_independent(model, seed):

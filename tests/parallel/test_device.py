@@ -5,7 +5,7 @@ import torch
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel import device
-from bitlm_dist.parallel.device import find_device, warning_of_unused_gpus
+from bitlm_dist.parallel.device import find_device, set_cuda_environment, warning_of_unused_gpus
 
 
 @pytest.fixture
@@ -98,3 +98,14 @@ def test_a_cpu_build_beside_gpus_is_said(machine, monkeypatch):
     assert "was built without CUDA, so the 2 GPUs here are not used" in warning_of_unused_gpus()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert warning_of_unused_gpus() is None
+
+
+def test_what_cuda_reads_at_its_start_is_set_unless_the_user_did(tiny):
+    def after(*words, **environment):
+        set_cuda_environment(tiny(*words), environment)
+        return environment
+
+    assert after() == {}
+    assert after("--parallel.tensor", "2") == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    assert after("--parallel.tensor", "2", CUDA_DEVICE_MAX_CONNECTIONS="8") == {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert after("--training.deterministic", "true") == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

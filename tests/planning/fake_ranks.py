@@ -4,6 +4,7 @@ A case is a name, a function of this file and its arguments; what it returned is
 is in FOLDER/NAME.log.
 """
 
+import gc
 import json
 import os
 import pickle
@@ -20,6 +21,7 @@ os.environ.update(OMP_NUM_THREADS="1", LOCAL_RANK="0")
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.config_loading import load
@@ -49,6 +51,7 @@ def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:
     lengths = mock.patch.object(Tokenizer, "byte_lengths", return_value=np.ones(VOCABULARY, dtype=np.int64))
     with lengths, traced(world, rank, build_fake=False) as tracer, pytest.raises(SystemExit) as ended:
         main()
+        assert not dist.is_initialized(), "the process group was left to itself"
     assert not ended.value.code, f"exit code {ended.value.code}"
     return summary(tracer.found)
 
@@ -96,7 +99,7 @@ def _import_all() -> None:
     with fake_gpu(1, 0):
         import deepspeed
         import deepspeed.runtime.zero.muon.muon_optimizer
-        from torch.distributed import fsdp  # noqa: F401
+        from torch.distributed import checkpoint, fsdp  # noqa: F401
 
         import bitlm_dist.cli
         import bitlm_dist.display
@@ -104,6 +107,8 @@ def _import_all() -> None:
 
         deepspeed.get_accelerator()
         mesh.device()
+    gc.collect()
+    gc.freeze()  # a trace collects often, and need not look at all of this each time
 
 
 def _run(case: dict[str, Any], folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 FILE = HERE / "traces.json"
 SMALL = [
-    *("--data.sequence_length", "32", "--training.global_batch_tokens", "256", "--model.backbone.layers", "4"),
+    *("--data.sequence_length", "32", "--training.global_batch_tokens", "256", "--model.backbone.layers", "2"),
     *("--model.backbone.width", "32", "--model.backbone.head_width", "16", "--model.backbone.ffn_width", "48"),
     *("--head.layers", "2", "--head.width", "32", "--head.heads", "2", "--head.group", "3", "--head.components", "2"),
 ]
@@ -27,7 +27,7 @@ LAYOUTS = {
     "DP2": (2, []),
     "TP2+SP": (2, TENSOR),
     "PP2": (2, PIPELINE),
-    "PP2 VPP2": (2, [*PIPELINE, "--parallel.virtual_pipeline", "2", "--parallel.microbatch", "2"]),
+    "PP2 VPP2": (2, [*PIPELINE, "--parallel.virtual_pipeline", "2", "--parallel.microbatch", "2", "--model.backbone.layers", "4"]),
     "CP2": (2, CONTEXT),
     "TP2 without SP, microbatches": (2, [*TENSOR[:2], "--parallel.microbatch", "2"]),
     "PP2 DP2": (4, PIPELINE),

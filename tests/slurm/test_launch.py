@@ -17,6 +17,7 @@ from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import BAD_NODES, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
 
 from bitlm_dist.__main__ import main
+from bitlm_dist.checkpoint import store
 from bitlm_dist.config_loading import load
 from bitlm_dist.training.trainer import Trainer
 
@@ -104,6 +105,10 @@ class Launcher:
 
     def at_step(self, step):
         return self.until(lambda: len(self.steps()) >= step)
+
+    def saved_after(self, step):
+        """Until an attempt that began there has saved: it trains, whatever steps an attempt before it had reached."""
+        self.until(lambda: max(store.complete_steps(self.run / "checkpoints"), default=0) > step)
 
     def signal(self):
         """What Slurm does before the time limit, at once."""
@@ -234,12 +239,11 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     launcher.until(lambda: launcher.cluster.show(launcher.job)["JobState"] != "RUNNING")
     noticed = time.monotonic()
     launcher.until(lambda: launcher.attempts()[-1].restart == 1)
-    launcher.at_step(launcher.attempts()[-1].checkpoint + 1)
+    launcher.saved_after(launcher.attempts()[-1].checkpoint)
     print(f"trains again {time.monotonic() - noticed:.0f} s after Slurm noticed")
     *lost, again = launcher.attempts()
     assert {a.outcome for a in lost} <= {FAILED, LOST}, "the other rank may notice before Slurm does"
     assert nodes[1] not in again.nodes
-    launcher.at_step(again.checkpoint + 3)
     node = again.nodes[1]
     (process,) = launcher.cluster.pids(launcher.job)[node]
     os.kill(process, signal.SIGSTOP)

@@ -2,10 +2,11 @@
 
 import os
 import sys
+from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on standard error and exit code 2."""
+    """Run the command line; an error that the user can fix is one line on standard error and exit code 2."""
     from bitlm_dist.cpu_threads import set_cpu_threads
     from bitlm_dist.errors import UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
@@ -31,6 +32,9 @@ def main() -> None:
         message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
         report_failure(os.environ, ranks.rank, message, lost_peer=False, refused=True)
         say_once(message if "\n" in message else f"bitlm: {message}", ranks.rank)
+        distributed = sys.modules.get("torch.distributed")
+        if ranks.world > 1 and distributed is not None and distributed.is_initialized():
+            _end_at_once(2)
         sys.exit(2)
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -38,8 +42,15 @@ def main() -> None:
         if ranks.world == 1:
             raise
         say_failure(error, ranks.rank)
-        os._exit(1)  # threads of a broken process group would keep it alive
+        _end_at_once(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """Without the rest: threads of a process group that others have not left would keep the process alive."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -129,10 +129,7 @@ def train(
     if ranks.world > 1:
         export_ranks(ranks, os.environ)
     with Heartbeat.of_environment(os.environ, ranks.rank, ranks.world) as heartbeat:
-        from bitlm_dist.parallel.device import set_cuda_environment
         from bitlm_dist.parallel.layout import layout_of
-
-        set_cuda_environment(loaded.config, os.environ)
 
         layout = layout_of(loaded.config.parallel, ranks.world, ranks.rank)
         _train(loaded.config, resume, layout, heartbeat, busy_cores)

@@ -1,8 +1,8 @@
-"""Elementwise stretches that torch.compile makes one kernel of: a switch for all of them, off until someone turns it on.
+"""Elementwise code that torch.compile fuses into one kernel, behind a single switch that is off by default.
 
 On a GPU such a stretch is bound by its launches, dozens of kernels of a few microseconds each; on a CPU it is as fast as written
-(docs/kernels.md). A region takes and returns tensors and plain values, and must compile as one graph: what would break it is an
-error.
+(docs/kernels.md). A region takes and returns tensors and plain values. It must compile as a single graph; a graph break is
+an error.
 """
 
 import functools
@@ -67,7 +67,7 @@ def compiles(choice: str, device: torch.device) -> bool:
     if problem is None:
         return True
     if choice == "always":
-        raise UserError(f"training.compile = always: {problem}: mend it, or use never")
+        raise UserError(f"training.compile = always: {problem}: fix it, or use never")
     log.warning("regions of the head run as they are written, which is slower: %s", problem)
     return False
 

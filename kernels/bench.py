@@ -148,8 +148,11 @@ def _attend(name: str, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _causal_flash(grouped: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    flash = [SDPBackend.FLASH_ATTENTION] if q.dtype != torch.float32 or not q.is_cuda else [SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(flash):
+    if q.is_cuda and q.dtype == torch.float32:  # flash takes none, and what does takes no grouped heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 

@@ -31,5 +31,5 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
 
 
 def export_ranks(ranks: Ranks, environment: MutableMapping[str, str]) -> None:
-    """Say it in the words that torch and DeepSpeed read, which a plain `srun` does not set."""
+    """Export the rank in the variables that torch and DeepSpeed read, which a plain `srun` does not set."""
     environment.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK=str(ranks.local))

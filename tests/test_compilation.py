@@ -34,7 +34,7 @@ def test_auto_compiles_on_a_gpu_where_that_works(trial, caplog):
 
 def test_always_is_refused_where_it_does_not_work(trial, monkeypatch):
     trial("no header Python.h")
-    with pytest.raises(UserError, match=r"training.compile = always: no header Python.h: mend it, or use never"):
+    with pytest.raises(UserError, match=r"training.compile = always: no header Python.h: fix it, or use never"):
         compiles("always", GPU)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no compiler, looked for"):

@@ -1,5 +1,6 @@
 """The model that a config names."""
 
+import os
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from bitlm_dist.model.head import head_weights
 from bitlm_dist.model.language_model import LanguageModel, Place
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.device import set_cuda_environment
 from bitlm_dist.parallel.layout import Layout, split_layers, stages_of
 
 
@@ -41,6 +43,7 @@ def check_machine(config: Config) -> str:
     Raises:
         UserError: the config asks for one that is not here or cannot train it, or for a compiler that is missing.
     """
+    set_cuda_environment(config, os.environ)  # before the first call of CUDA
     b, device = config.model.backbone, mesh.use_device()
     if config.training.deterministic and device.type == "cuda":
         _repeat_bit_by_bit(config)
@@ -63,6 +66,7 @@ def _repeat_bit_by_bit(config: Config) -> None:
         raise UserError("training.deterministic = true: model.backbone.attention = fa4 does not repeat: use auto or triton")
     distrust("fa4", "training.deterministic = true, and its gradient does not repeat")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it did not write
 
 
 Model = TypeVar("Model", bound=nn.Module)

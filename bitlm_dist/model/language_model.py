@@ -41,7 +41,7 @@ class Batch:
     drawn: Tensor | None = None  # [R, B, S] int64, what a teacher would write at each place
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device. To a GPU it is copied from pinned memory, beside whatever the GPU does, and nothing waits for it."""
+        """On a device. To a GPU it is copied from pinned memory without blocking the host, queued behind work already launched."""
 
         def moved(x: Tensor) -> Tensor:
             if device.type == "cuda" and x.device.type == "cpu":

@@ -48,7 +48,8 @@ def warning_of_unused_gpus() -> str | None:
     count = num_gpus_of_machine()
     if count == 0 or torch.version.cuda is not None or torch.version.hip is not None or os.environ.get(VISIBLE) in ("", "-1"):
         return None
-    return f"PyTorch {torch.__version__} was built without CUDA, so the {count} GPUs here are not used: install a CUDA build"
+    gpus = "the GPU here is" if count == 1 else f"the {count} GPUs here are"
+    return f"PyTorch {torch.__version__} was built without CUDA, so {gpus} not used: install a CUDA build"
 
 
 def num_gpus_of_machine() -> int:
@@ -62,9 +63,9 @@ def _gpu_index(environment: Mapping[str, str], num_visible: int) -> int:
     if local < num_visible and num_ranks <= num_visible:
         return local
 
-    # Where Slurm binds GPUs to tasks, each process sees its own ones only, numbered from 0.
+    # Where Slurm binds GPUs to tasks, each process sees its own ones only, numbered from 0, and no other task sees them.
     on_node = environment.get("SLURM_GPUS_ON_NODE", "")
-    if on_node.isdigit() and max(num_ranks, local + 1, num_visible + 1) <= int(on_node):
+    if on_node.isdigit() and max(num_ranks, local + 1) * num_visible <= int(on_node):
         return 0
 
     shown = f"; {VISIBLE}={environment[VISIBLE]}" if VISIBLE in environment else ""

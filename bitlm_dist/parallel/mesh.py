@@ -1,6 +1,7 @@
 """The process group and Megatron's model-parallel groups of this process."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
 from bitlm_dist.parallel.device import find_device
 from bitlm_dist.parallel.layout import Layout
 
+TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 are short for ranks that wait while the first one hashes a large checkpoint
 _head_group: dist.ProcessGroup | None = None  # of this process's job; Megatron has no group of this kind
 
 
@@ -29,10 +31,10 @@ def use_device() -> torch.device:
 
 
 def initialize(layout: Layout) -> None:
-    """Build the process group and Megatron's groups; a second call does nothing, so the job's own layout comes first.
+    """Build the process group and Megatron's groups. A second call does nothing: the first must have the job's real layout.
 
-    gloo carries the CPU, NCCL the GPU. One process meets itself in a store of its own, so no port is opened; more of them meet
-    where the launcher's MASTER_ADDR and MASTER_PORT say.
+    gloo is used on CPUs, NCCL on GPUs. A single process uses a private in-memory store and opens no port; several rendezvous at
+    MASTER_ADDR and MASTER_PORT.
     """
     enable_megatron_on_cpu()
     from megatron.core import parallel_state
@@ -42,6 +44,7 @@ def initialize(layout: Layout) -> None:
     if not dist.is_initialized():
         # With its device named, NCCL connects at once instead of guessing the device at the first barrier.
         settings: dict[str, Any] = {"backend": "nccl", "device_id": own} if own.type == "cuda" else {"backend": "gloo"}
+        settings["timeout"] = TIMEOUT
         if layout.world == 1:
             dist.init_process_group(store=HashStore(), rank=0, world_size=1, **settings)
         else:
@@ -53,6 +56,7 @@ def initialize(layout: Layout) -> None:
             pipeline_model_parallel_size=layout.pipeline,
             virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
             context_parallel_size=layout.context,
+            distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
             create_gloo_process_groups=False,
         )
         _build_head_group(layout)
@@ -62,7 +66,7 @@ def initialize(layout: Layout) -> None:
 
 
 def close() -> None:
-    """Take the process group down at the end of a run; a second call does nothing. Ranks that fail just end."""
+    """Take the process group down at the end of a run; a second call does nothing. A rank that fails exits without calling it."""
     if dist.is_initialized():
         from megatron.core import parallel_state
 
@@ -157,7 +161,7 @@ def group_names() -> dict[str, str]:
 def _build_head_group(layout: Layout) -> None:
     """Every process takes part in making a group, also those outside it."""
     global _head_group
-    _head_group = dist.new_group(layout.head_ranks()) if layout.world > 1 else None
+    _head_group = dist.new_group(layout.head_ranks(), timeout=TIMEOUT) if layout.world > 1 else None
 
 
 def head_group() -> dist.ProcessGroup:

@@ -1,4 +1,4 @@
-"""A GPU that is not there: every CUDA tensor has shape, dtype and device and no numbers, and CPU tensors stay what they are.
+"""A fake GPU: CUDA tensors have a shape, dtype and device but no data, and CPU tensors are left alone.
 
 Inside :func:`fake_gpu` the project's own code runs as on rank r of N GPUs: it asks torch.cuda and is answered, allocates, moves
 modules, meets the other ranks. Mixing devices raises, as on a GPU; nothing is computed there and no memory is needed. Built on
@@ -11,9 +11,9 @@ What is pretended, all of it here:
   ``nonzero`` finds all places, which is the worst case for memory; ``bincount`` finds equal shares.
 - Other ranks: objects they send are this rank's own.
 - Trials of kernels and compilers, which need numbers: kernels pass, compilers fail. Batches are read by the thread that asks.
-- Operators that are one kernel on CUDA but fall apart on fake tensors: RMSNorm.
+- Operators that are a single kernel on CUDA but decompose on fake tensors: RMSNorm.
 
-A process that has been here must not train: autograd goes on to believe in CUDA.
+Do not train in a process that has used this: autograd keeps believing that CUDA is available.
 """
 
 import importlib.util
@@ -43,7 +43,7 @@ from bitlm_dist.kernels import trial
 GPU = torch.device("cuda", 0)
 GUARD = Path(__file__).parent / "fake_cuda.cpp"
 GIB = 2**30
-waited: list[Callable[[str], None]] = []  # told why, when the host waits for all that the GPU was asked to do
+waited: list[Callable[[str], None]] = []  # called with the reason whenever the host waits for the GPU
 KNOWN = "known_numbers"  # attribute of a fake tensor: what the host put there
 
 
@@ -82,10 +82,12 @@ def fake_gpu(world: int, rank: int, capability: tuple[int, int] = (9, 0), memory
         The mode that makes tensors fake; :class:`~bitlm_dist.planning.step_trace.Tracer` enters it for CUDA tensors.
 
     Raises:
-        FakeGpuError: see :func:`load_guard`.
+        FakeGpuError: see :func:`load_guard`; or real GPUs are visible.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        raise FakeGpuError("a fake GPU needs the real ones hidden: set CUDA_VISIBLE_DEVICES= (empty)")
     load_guard()
     with ExitStack() as stack:
         for target, name, value in _answers(world, capability, memory):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ from bitlm_dist import kernels
 from bitlm_dist.planning.fake_cuda import GPU, KNOWN, to_gpu, waited
 
 aten = torch.ops.aten
+QUERIES_OF_BACKWARD = {"block_causal_attention": 2, "flash_attention_4": 1}  # which argument they are; keys follow
 PINNING = (aten.pin_memory, aten._pin_memory)
 ROUNDING = 512  # bytes of the caching allocator
 LARGE = 2**20  # bytes of a tensor whose origin is kept; smaller ones are one origin
@@ -37,7 +39,7 @@ HERE, KERNELS = Path(__file__).parent, Path(kernels.__file__).parent
 
 @dataclass(frozen=True)
 class Collective:
-    """A message among ranks: which, over which group, and the bytes that this rank puts in or gets, whichever is more."""
+    """A collective or point-to-point message: operator, group, and bytes sent or received by this rank, whichever is larger."""
 
     operator: str
     group: str
@@ -60,7 +62,7 @@ class StepTrace:
 
     Attributes:
         parameters: shape of every weight that the rank holds, by name.
-        buffers: bytes of every table that is no weight, by name.
+        buffers: bytes of every buffer, by name.
         static_bytes: held when the phase ended.
         peak_bytes: most that was held in it.
         origins: at the peak, bytes by module and operator.
@@ -99,7 +101,8 @@ class Tracer(TorchDispatchMode):
         self.found, self.phase = StepTrace(), "build"
         self._fake, self._group_names = fake, group_names
         self._modules = _Modules()
-        self._alive: dict[int, tuple[Any, int, str]] = {}  # storages
+        self._alive: dict[int, tuple[Any, int, str]] = {}  # storages on the GPU
+        self._pinned_storages: set[int] = set()
         self._now, self._held, self._origin, self._operator = 0, Counter[str](), "", ""
         self._answers: dict[Any, Callable[..., Any]] = {
             aten._local_scalar_dense: self._item,
@@ -114,7 +117,7 @@ class Tracer(TorchDispatchMode):
         """End the phase before."""
         self._all_fake = False
         self._modules.forget()
-        gc.collect()  # what waits in circles is gone sooner or later
+        gc.collect()  # free reference cycles now, or their memory counts until some later collection
         self.found.static_bytes[self.phase] = self._now
         self.phase = phase
         self.found.peak_bytes[phase] = self._now
@@ -123,6 +126,8 @@ class Tracer(TorchDispatchMode):
     def __enter__(self) -> "Tracer":
         self._modules.__enter__()
         waited.append(self._wait)
+        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", self._resize_and_count())
+        self._resizing.start()
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(…, device="cuda") goes through here
         super().__enter__()
@@ -131,6 +136,7 @@ class Tracer(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         torch._C._set_only_lift_cpu_tensors(self._lifts)
+        self._resizing.stop()
         waited.remove(self._wait)
         self._modules.__exit__(*exc)
         self.found.static_bytes[self.phase] = self._now
@@ -141,12 +147,15 @@ class Tracer(TorchDispatchMode):
         if func.namespace == "c10d":
             return self._collective(func, args)
         if func._overloadpacket in PINNING:
-            return self._pin(args[0])
+            return self._pinned(args[0].clone())
         if not self._all_fake and not _on_gpu(args, kwargs):
             return func(*args, **kwargs)
         if _is_composite(func):  # tensors of inference mode bring operators whole
-            with self:
+            super().__enter__()  # the mode alone: hooks and callbacks are there
+            try:
                 return func.decompose(*args, **kwargs)
+            finally:
+                super().__exit__(None, None, None)
 
         self._origin, self._operator = self._modules.current(), func.__name__
         self.found.operators[self.phase] += 1
@@ -178,21 +187,39 @@ class Tracer(TorchDispatchMode):
         if key in self._alive:
             return
 
-        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        size = _rounded(storage.nbytes())
         origin = f"{self._origin}: {self._operator}" if size >= LARGE else "small tensors"
         self._alive[key] = weakref.ref(storage, lambda _: self._let_go(key)), size, origin
+        self._add(size, origin)
+
+    def _let_go(self, key: int) -> None:
+        _, size, origin = self._alive.pop(key)
+        self._add(-size, origin)
+
+    def _resized(self, storage: torch.UntypedStorage, size: int) -> None:
+        """FSDP2 frees gathered weights by resizing their storage to 0."""
+        if storage._cdata in self._alive:
+            reference, old, origin = self._alive[storage._cdata]
+            self._alive[storage._cdata] = reference, _rounded(size), origin
+            self._add(_rounded(size) - old, origin)
+
+    def _resize_and_count(self) -> Callable[[torch.UntypedStorage, int], torch.UntypedStorage]:
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            self._resized(storage, size)
+            return resize(storage, size)
+
+        return resize_and_count
+
+    def _add(self, size: int, origin: str) -> None:
+        if self.found.origins.get(self.phase) is self._held:
+            self._held = self._held.copy()
         self._now += size
         self._held[origin] += size
         if self._now > self.found.peak_bytes[self.phase]:
             self.found.peak_bytes[self.phase] = self._now
-            self.found.origins[self.phase] = self._held  # copied when it changes again, see _let_go
-
-    def _let_go(self, key: int) -> None:
-        _, size, origin = self._alive.pop(key)
-        if self.found.origins.get(self.phase) is self._held:
-            self._held = self._held.copy()
-        self._now -= size
-        self._held[origin] -= size
+            self.found.origins[self.phase] = self._held  # copied when it changes again
 
     # --- numbers -----------------------------------------------------------------------------------------------------------
 
@@ -205,7 +232,7 @@ class Tracer(TorchDispatchMode):
         return True if x.dtype == torch.bool else 1.0 if x.is_floating_point() else 1
 
     def _places_of(self, mask: Tensor) -> Tensor:
-        """nonzero(mask), as if all were."""
+        """nonzero(mask), as if every element were true."""
         self._wait("nonzero")
         with self._fake:
             return torch.empty_strided((mask.numel(), mask.dim()), (1, mask.numel()), dtype=torch.int64, device=GPU)
@@ -246,7 +273,7 @@ class Tracer(TorchDispatchMode):
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
         if target.device.type == "cpu" and source.device.type == "cuda":
             self._transfer("to the host", source)
-            if blocking:
+            if blocking or not self._is_pinned(target):
                 self._wait("copy to the host")
             return target.copy_(self._numbers(source)) if not isinstance(target, FakeTensor) else target
         if target.device.type == "cuda" and source.device.type == "cpu":
@@ -255,12 +282,14 @@ class Tracer(TorchDispatchMode):
 
     def _to_host(self, x: Tensor, kwargs: Any) -> Tensor:
         self._transfer("to the host", x)
-        if not kwargs.get("non_blocking", False):
-            self._wait("copy to the host")
-        return self._numbers(x).to(kwargs.get("dtype") or x.dtype)
+        found = self._numbers(x).to(kwargs.get("dtype") or x.dtype)
+        if kwargs.get("non_blocking", False):
+            return self._pinned(found)  # as torch allocates it then
+        self._wait("copy to the host")
+        return found
 
     def _numbers(self, x: Tensor) -> Tensor:
-        """Real ones in place of a fake tensor's."""
+        """Real values to stand in for a fake tensor's."""
         known: Tensor | None = vars(x).get(KNOWN)
         with _disable_current_modes():
             if known is not None and known.shape == x.shape and not isinstance(known, FakeTensor):
@@ -269,13 +298,18 @@ class Tracer(TorchDispatchMode):
 
     def _to_device(self, x: Tensor, non_blocking: bool) -> None:
         self._transfer("to the device", x)
-        if not (non_blocking and vars(x).get("pinned")):
+        if not (non_blocking and self._is_pinned(x)):
             self._wait("copy of pageable memory to the device")
 
-    def _pin(self, x: Tensor) -> Tensor:
-        pinned = x.clone()
-        vars(pinned)["pinned"] = True
-        return pinned
+    def _pinned(self, x: Tensor) -> Tensor:
+        """Mark the storage of a host tensor, which its views share."""
+        storage = x.untyped_storage()
+        self._pinned_storages.add(storage._cdata)
+        weakref.finalize(storage, self._pinned_storages.discard, storage._cdata)
+        return x
+
+    def _is_pinned(self, x: Tensor) -> bool:
+        return x.untyped_storage()._cdata in self._pinned_storages
 
     def _transfer(self, direction: str, x: Tensor) -> None:
         self.found.transfers[self.phase][_here(direction)] += x.numel() * x.element_size()
@@ -286,10 +320,13 @@ class Tracer(TorchDispatchMode):
     # --- other ranks -------------------------------------------------------------------------------------------------------
 
     def _collective(self, func: Any, args: Any) -> Any:
-        tensors = [x for x in tree_iter(args) if isinstance(x, Tensor)]
-        group = next((name for x in tree_iter(args) if (name := self._group_of(x))), "?")
-        size = max((x.numel() * x.element_size() for x in tensors), default=0)
-        self.found.collectives[self.phase].append(Collective(func.__name__.split(".")[0].strip("_"), group, size))
+        name = func.__name__.split(".")[0].strip("_")
+        lists = [[x for x in tree_iter(argument) if isinstance(x, Tensor)] for argument in args]
+        if name != "barrier" and any(x.device.type != "cuda" for tensors in lists for x in tensors):
+            raise RuntimeError(f"{name}: NCCL takes no tensor on the CPU")
+        group = next((named for x in tree_iter(args) if (named := self._group_of(x))), "?")
+        size = max((sum(x.numel() * x.element_size() for x in tensors) for tensors in lists), default=0)
+        self.found.collectives[self.phase].append(Collective(name, group, size))
         work = torch._C._distributed_c10d.FakeWork().boxed()  # type: ignore[attr-defined]
         return (args[0], work) if len(func._schema.returns) == 2 else work
 
@@ -357,12 +394,11 @@ class _Modules:
             return self._by_node.get(node._sequence_nr(), "backward")
         name = self._stack[-1] if self._stack else "outside of modules"
         last: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-        self._by_node[last - 1] = name  # the node of this operator was made just before
+        self._by_node.setdefault(last - 1, name)  # the node of this operator, if it made one, was made just before
         return name
 
     def _pop(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._stack and self._stack[-1] == self._names.get(module):
-            self._stack.pop()
+        assert self._stack.pop() == self._names[module]
 
     def forget(self) -> None:
         """No backward pass is to come."""
@@ -375,13 +411,20 @@ class _Modules:
         self._stack.append(self._names[module])
 
 
+def _rounded(size: int) -> int:
+    """Bytes that the caching allocator takes for them."""
+    return -(-size // ROUNDING) * ROUNDING
+
+
 def own_flops(name: str, args: tuple[Any, ...]) -> int:
     """FLOPs of one of the project's own operators: a product counts 2, its backward pass computes the scores once more."""
     shapes: list[Any] = [tuple(x.shape) if isinstance(x, Tensor) else () for x in args]
-    if name.startswith("block_causal_attention"):
-        backward = "backward" in name
-        (batch, heads, queries, width), (_, _, keys, _) = shapes[2:4] if backward else shapes[:2]
+    operator, backward = name.split(".")[0].removesuffix("_backward"), "_backward" in name
+    if operator in QUERIES_OF_BACKWARD:
+        first = QUERIES_OF_BACKWARD[operator] if backward else 0
+        (batch, heads, queries, width), (_, _, keys, _) = shapes[first : first + 2]
         pairs = queries * keys - queries * queries // 2  # half of the queries' own square lies in the future
         return (10 if backward else 4) * batch * heads * width * pairs
-    qkv = shapes[1] if "backward" in name else shapes[0]  # [..., m, 3, H, D]
-    return (10 if "backward" in name else 4) * math.prod(qkv) // 3 * qkv[-4]
+    assert operator == "in_block_attention", name
+    qkv = shapes[backward]  # [..., m, 3, H, D]
+    return (10 if backward else 4) * math.prod(qkv) // 3 * qkv[-4]

@@ -1,4 +1,4 @@
-"""The real training step of one rank of N GPUs, on a machine without one: what it holds, computes, sends and waits for."""
+"""The real training step of one rank of N GPUs, on a machine without GPUs: what it holds, computes, sends and waits for."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.build import rounded
 from bitlm_dist.model.head import DiffusionHead
 from bitlm_dist.model.head_loss import HeadLoss
 from bitlm_dist.model.language_model import LanguageModel
@@ -180,7 +181,8 @@ class ShardedHead:
         if self.engine is None:
             yield
             return
-        sharded, copy = self._model.head, DiffusionHead(self._config, self._model.codes.bits).to(mesh.device(), self._dtype)
+        sharded = self._model.head
+        copy = rounded(DiffusionHead(self._config, self._model.codes.bits).to(mesh.device()), self._config)
         copy.load_state_dict({name.removeprefix("head."): whole.to(self._dtype) for name, whole in self.consolidated().items()})
         self._model.head = copy
         try:

@@ -230,7 +230,7 @@ def test_workers_die_with_their_leader(messy, tmp_path):
     time.sleep(0.3)
     process.kill()
     process.wait()
-    _gone, alive = psutil.wait_procs(children, timeout=5)
+    _gone, alive = psutil.wait_procs(children, timeout=60)  # one that is just starting notices late on a busy machine
     assert not alive
 
 

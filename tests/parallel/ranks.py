@@ -130,8 +130,10 @@ def command(words: list[str]) -> None:
 
 def _start_server() -> None:
     """Start the server unless it runs; the variables that libraries read once must be there by then."""
+    # A process that has asked for GPUs cannot use them once it is forked, and DeepSpeed asks while it is imported.
+    preloaded = PRELOADED if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else []
     with _variables({**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}):
-        _context.set_forkserver_preload(PRELOADED)
+        _context.set_forkserver_preload(preloaded)
         forkserver.ensure_running()
 
 

@@ -66,6 +66,9 @@ def test_a_rank_has_a_gpu_of_its_own(environment, visible, index, gpus):
         # more tasks than GPUs, whether they are bound or not
         ({"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}, 4, "of 8 ranks"),
         ({"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}, 1, "of 8 ranks"),
+        # one has failed, or half of them are hidden: they are not bound to tasks
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "SLURM_GPUS_ON_NODE": "8"}, 7, "(7 visible)"),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "SLURM_GPUS_ON_NODE": "8"}, 4, "(4 visible)"),
     ],
 )
 def test_ranks_without_a_gpu_are_refused(environment, visible, said, gpus):

@@ -150,6 +150,14 @@ def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(case, look
 
 
 @by_look
+def test_the_whole_head_writes_the_same_on_every_rank(case, looks):
+    written = looks[0]["written"]
+    assert all(rank["written"] == written for rank in looks)
+    assert written or "PP2" in case
+    assert all(0 <= token < 300 for block in written for token in block)
+
+
+@by_look
 def test_the_partition_is_real(case, looks):
     """Bytes a number of the head: stage 1 splits AdamW's two and the fp32 weights, stage 2 gradients too, stage 3 weights too."""
     held = [rank["bytes"] for rank in looks if rank["bytes"]]

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from parity import SEQUENCES, TINY, V, batch_of, done, train
 
 from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.config import SamplingConfig
 from bitlm_dist.config_loading import load
+from bitlm_dist.inference.generate import generate_blocks
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.language_model import target_mask
 from bitlm_dist.parallel.fsdp_head import FsdpHead
@@ -82,7 +84,17 @@ def look(overrides: list[str]) -> dict[str, Any]:
     found["went on"] = steps(engine, 3, 1)[0]
     found["moved"] = any(not torch.equal(before[n], t) for n, t in head.consolidated().items())
     found["poisoned"] = poisoned(engine)
+    found["written"] = written(engine)
     return found
+
+
+def written(engine: Engine) -> list[list[int]]:
+    """Blocks that a rank with the whole model writes, its head put together for that."""
+    if engine.layout.model > 1:
+        return []
+    with engine.evaluating() as model:
+        sampling = SamplingConfig(sampler="ode", steps=2)
+        return list(generate_blocks(model, [5, 6], bos=0, blocks=2, sampling=sampling, seed=3, cached=False))
 
 
 def poisoned(engine: Engine) -> tuple[bool, bool]:

@@ -1,4 +1,4 @@
-"""Runs cases on fake GPUs: `python fake_ranks.py CASES.json FOLDER`, each forked from this process, which has imported all once.
+"""Runs cases on fake GPUs: `python fake_ranks.py CASES.json FOLDER`. Each is forked from a process that has imported everything.
 
 A case is a name, a function of this file and its arguments; what it returned is pickled to FOLDER/NAME.pickle, and what it printed
 is in FOLDER/NAME.log.

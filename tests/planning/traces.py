@@ -16,6 +16,7 @@ from typing import Any
 HERE = Path(__file__).parent
 FILE = HERE / "traces.json"
 SMALL = [
+    *("--model.backbone.attention", "triton"),  # whatever else is installed
     *("--data.sequence_length", "32", "--training.global_batch_tokens", "256", "--model.backbone.layers", "2"),
     *("--model.backbone.width", "32", "--model.backbone.head_width", "16", "--model.backbone.ffn_width", "48"),
     *("--head.layers", "2", "--head.width", "32", "--head.heads", "2", "--head.group", "3", "--head.components", "2"),
@@ -110,7 +111,7 @@ def case_of(layout: str, rank: int, *rest: str) -> tuple[str, dict[str, Any]]:
 QUICK, SLOW = (dict(case_of(*row) for row in rows) for rows in (QUICK_ROWS, SLOW_ROWS))
 for name, (config, world, rank, words) in LARGE.items():
     tokens = ["--training.global_batch_tokens", str(2 * world * LARGE_SEQUENCE), "--parallel.microbatch", "1"]
-    SLOW[name] = {"function": "steps", "arguments": [[*words, *tokens], config, world, rank, 151_936]}
+    SLOW[name] = {"function": "steps", "arguments": [[*SMALL[:2], *words, *tokens], config, world, rank, 151_936]}
 CASES = QUICK | SLOW
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from bitlm_dist.data_prep import mds
+from bitlm_dist.data_prep import mds, round_trip
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ def dtype_of(vocabulary: int) -> str:
 
 
 def read_record(out: Path, name: str) -> dict[str, Any]:
-    """What a unit holds: by split its documents, tokens, bytes and shards; and ``no_tokens``."""
+    """What a unit holds: by split its documents, tokens, bytes, ``token_bytes`` and shards; ``no_tokens`` and ``round_trip``."""
     record: dict[str, Any] = json.loads((out / UNITS / f"{name}.json").read_text())
     return record
 
@@ -82,6 +82,8 @@ def is_done(out: Path, name: str) -> bool:
     """Whether a unit has a record, and every file that it names is there and whole."""
     try:
         record = read_record(out, name)
+        if "round_trip" not in record:  # of a version that obeyed a tokenizer's saved truncation, padding and dropout
+            return False
         for split in SPLITS:
             for file, expected in record[split]["files"].items():
                 if xxhash.xxh64_hexdigest((out / split / name / file).read_bytes()) != expected:
@@ -105,13 +107,19 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
         encoded = tokenizer.encode_batch([text.decode() for text in unit.texts])
     full = [i for i in range(len(encoded)) if len(encoded[i])]
     record: dict[str, Any] = {"name": unit.name, "no_tokens": len(encoded) - len(full)}
+    with clock("check"):
+        texts, hashes = [unit.texts[i] for i in full], [unit.hashes[i] for i in full]
+        documents: list[mds.Tokens] = [encoded[i] for i in full]
+        token_bytes = tokenizer.byte_lengths.of_documents(documents)
+        record["round_trip"] = round_trip.examine(texts, hashes, documents, token_bytes, tokenizer, int(unit.name.split("-")[0]))
     with clock("write"):
         file = out / UNITS / f"{unit.name}.json"
         file.unlink(missing_ok=True)  # of a unit whose files were lost
         for split in SPLITS:
-            chosen = [i for i in full if is_held_out(unit.hashes[i], validation) == (split == "validation")]
-            record[split] = _write_split(out / split / unit.name, [encoded[i] for i in chosen], dtype_of(tokenizer.vocabulary))
-            record[split]["bytes"] = sum(len(unit.texts[i]) for i in chosen)
+            chosen = [i for i, text_hash in enumerate(hashes) if is_held_out(text_hash, validation) == (split == "validation")]
+            record[split] = _write_split(out / split / unit.name, [documents[i] for i in chosen], dtype_of(tokenizer.vocabulary))
+            record[split]["bytes"] = sum(len(texts[i]) for i in chosen)
+            record[split]["token_bytes"] = int(token_bytes[chosen].sum())
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(json.dumps(record) + "\n")

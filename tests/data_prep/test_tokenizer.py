@@ -3,7 +3,8 @@ import json
 import sys
 
 import pytest
-from bitlm_dist.data_prep.tokenizer import NO_SPECIAL, Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.tokenizer import Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.tokenizer_backends import NO_SPECIAL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,7 +40,7 @@ def test_round_trip_and_byte_lengths(kind, files, text):
     tokenizer = Tokenizer(files[kind])
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids.tolist()) == text
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths.inside[ids].sum() == len(text.encode())
     assert not {tokenizer.bos, tokenizer.eos} & set(ids.tolist())
 
 
@@ -62,7 +63,7 @@ def test_ids_may_have_holes(files, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     for file, size in ((holes, 303), (tmp_path / "tokenizer.json", 301)):
         tokenizer = Tokenizer(file)
-        assert tokenizer.vocabulary == len(tokenizer.byte_lengths()) == size
+        assert tokenizer.vocabulary == len(tokenizer.byte_lengths.inside) == size
         (ids,) = tokenizer.encode_batch(["an"])
         assert tokenizer.decode([*ids.tolist(), 290]) == "an"
 

@@ -12,7 +12,7 @@ from bitlm_dist.data_prep.tokenizer import Tokenizer
 from numpy.typing import NDArray
 
 ONE_IN = 100  # documents are decoded in full
-LEAST = 20  # that are decoded in each of the first LEAST units, so that there are as many of a small corpus
+LEAST = 20  # of the corpus, however small it is
 AROUND = 20  # characters shown on either side of a difference
 COUNTS = ("documents", "other_bytes", "decoded", "changed", "characters", "lost")
 
@@ -23,7 +23,7 @@ def examine(
     encoded: Sequence[NDArray[np.integer[Any]]],
     token_bytes: NDArray[np.int64],
     tokenizer: Tokenizer,
-    unit: int,
+    before: int,
 ) -> dict[str, Any]:
     """Compare N documents of a unit with what their tokens stand for.
 
@@ -33,7 +33,7 @@ def examine(
         encoded: token ids of each, none empty.
         token_bytes: what those add up to, int64 [N].
         tokenizer: that made them.
-        unit: its number.
+        before: documents of the units before it.
 
     Returns:
         Counts by the names of ``COUNTS``: all documents, those whose tokens have other bytes than their text, decoded ones, those
@@ -42,7 +42,7 @@ def examine(
     found: dict[str, Any] = dict.fromkeys(COUNTS, 0)
     wrong = token_bytes != np.fromiter(map(len, texts), np.int64, len(texts))
     found.update(documents=len(texts), other_bytes=int(wrong.sum()), first=None)
-    chosen = _chosen(hashes, unit)
+    chosen = _chosen(hashes, before)
     for i in sorted({*chosen, *wrong.nonzero()[0][:1].tolist()}):
         text, back = texts[i].decode(), tokenizer.decode(encoded[i].tolist())
         if i in chosen:
@@ -56,13 +56,13 @@ def examine(
     return found
 
 
-def _chosen(hashes: Sequence[bytes], unit: int) -> set[int]:
-    """Which documents of a unit are decoded in full."""
+def _chosen(hashes: Sequence[bytes], before: int) -> set[int]:
+    """Which documents of a unit, with ``before`` others before it, are decoded in full."""
     if not hashes:
         return set()
     draw = np.frombuffer(b"".join(hashes), "<u4").reshape(len(hashes), -1)[:, 2]  # the first 8 bytes hold documents out
     chosen = set((draw % ONE_IN == 0).nonzero()[0].tolist())
-    return chosen | set(np.argsort(draw, kind="stable")[:LEAST].tolist()) if unit < LEAST else chosen
+    return chosen | set(np.argsort(draw, kind="stable")[: LEAST - before].tolist()) if before < LEAST else chosen
 
 
 def _difference(text: str, back: str) -> dict[str, str]:

@@ -31,11 +31,12 @@ NAME = re.compile(r"\.?\d{5,}-[0-9a-f]{16}(\.json|\.json\.partial)?")
 
 @dataclass(frozen=True)
 class Unit:
-    """Documents of one unit: UTF-8 texts and their SHA-256."""
+    """Documents of one unit: UTF-8 texts and their SHA-256; ``before``: documents of the units before it."""
 
     name: str
     texts: list[bytes]
     hashes: list[bytes]
+    before: int
 
 
 def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> Iterator[Unit]:
@@ -45,21 +46,22 @@ def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> 
     """
     texts: list[bytes] = []
     hashes: list[bytes] = []
-    size = number = 0
+    size = number = before = 0
     for text, text_hash in documents:
         texts.append(text)
         hashes.append(text_hash)
         size += len(text)
         if size >= unit_bytes:
-            yield _unit(number, texts, hashes, key)
+            yield _unit(number, texts, hashes, before, key)
+            before += len(texts)
             texts, hashes, size, number = [], [], 0, number + 1
     if texts:
-        yield _unit(number, texts, hashes, key)
+        yield _unit(number, texts, hashes, before, key)
 
 
-def _unit(number: int, texts: list[bytes], hashes: list[bytes], key: str) -> Unit:
+def _unit(number: int, texts: list[bytes], hashes: list[bytes], before: int, key: str) -> Unit:
     digest = hashlib.sha256(key.encode() + b"".join(hashes)).hexdigest()
-    return Unit(f"{number:05d}-{digest[:16]}", texts, hashes)
+    return Unit(f"{number:05d}-{digest[:16]}", texts, hashes, before)
 
 
 def is_held_out(text_hash: bytes, share: float) -> bool:
@@ -111,7 +113,7 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
         texts, hashes = [unit.texts[i] for i in full], [unit.hashes[i] for i in full]
         documents: list[mds.Tokens] = [encoded[i] for i in full]
         token_bytes = tokenizer.byte_lengths.of_documents(documents)
-        record["round_trip"] = round_trip.examine(texts, hashes, documents, token_bytes, tokenizer, int(unit.name.split("-")[0]))
+        record["round_trip"] = round_trip.examine(texts, hashes, documents, token_bytes, tokenizer, unit.before)
     with clock("write"):
         file = out / UNITS / f"{unit.name}.json"
         file.unlink(missing_ok=True)  # of a unit whose files were lost

@@ -47,7 +47,11 @@ def prep(
         ),
     ],
     tokenizer: Annotated[
-        str, typer.Option(help="tokenizer.json, .tiktoken or tekken file, package:NAME:FILE, or bpe:SIZE to train one.")
+        str,
+        typer.Option(
+            help="tokenizer.json, .tiktoken, tekken or SentencePiece .model file, a folder that holds one, package:NAME:FILE, or "
+            "bpe:SIZE to train one."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     validation: Annotated[float, typer.Option(help="Share of documents to hold out.")] = 0.05,
@@ -103,6 +107,8 @@ def prep(
             f"{report.units} units ({report.units_reused} were there); unigram entropy {report.unigram_nats:.3f} nats a token; "
             f"dropped: {report.dropped_in_words}"
         )
+        for warning in report.warnings:
+            say(f"warning: {warning}")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -165,7 +171,7 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         say(f"rank {layout.rank} on {socket.gethostname()}: {trainer.device}, {torch.cuda.get_device_name(trainer.device)}")
     with ExitStack() as stack:
         stack.callback(trainer.close)
-        evaluator = stack.enter_context(_evaluator(config)) if config.evaluation.every_steps else None
+        evaluator = stack.enter_context(_evaluator(config, training=True, speaks=speaks)) if config.evaluation.every_steps else None
         observe = stack.enter_context(training_progress(console, begun, steps)) if speaks else None
         trainer.fit(observe=observe, evaluate=evaluator)
     if speaks:
@@ -178,17 +184,42 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
 
 
 @contextmanager
-def _evaluator(config: Config, split: str = "validation") -> Iterator[Callable[["LanguageModel"], dict[str, Any]]]:
-    """Yields what scores a model on a split of the config's data."""
+def _evaluator(
+    config: Config, split: str = "validation", *, training: bool = False, speaks: bool = False
+) -> Iterator[Callable[["LanguageModel"], dict[str, Any]]]:
+    """Yields what scores a model on a split of the config's data.
+
+    The score has ``bytes_note``: why bits per byte are not those of the text, None where they are.
+
+    Args:
+        config: with ``data.path``.
+        split: to read.
+        training: go on if the bytes counted contradict the manifest, and note it; otherwise raise a UserError.
+        speaks: print the first note.
+    """
     from bitlm_dist.data.feed import Feed
     from bitlm_dist.data_prep.tokenizer import Tokenizer
     from bitlm_dist.evaluation.likelihood import evaluate as score
+    from bitlm_dist.evaluation.text_bytes import check_bytes
 
     assert config.data.path is not None
-    byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths()
+    path, byte_lengths = config.data.path, Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths
     feed = Feed.of_config(config, split)
+
+    def scored(model: "LanguageModel") -> dict[str, Any]:
+        report = score(model, feed, byte_lengths, config.evaluation, config.sampling)
+        whole = not 0 < config.evaluation.sequences < len(feed)
+        check = check_bytes(path, feed.manifest, split, report.bytes, whole)
+        if check.contradicts and not training:
+            raise UserError(str(check.note))
+        nonlocal speaks
+        if check.note and speaks:
+            say(f"warning: bits per byte are approximate: {check.note}")
+            speaks = False
+        return {**asdict(report), "bytes_note": check.note}
+
     try:
-        yield lambda model: asdict(score(model, feed, byte_lengths, config.evaluation, config.sampling))
+        yield scored
     finally:
         feed.close()
 
@@ -241,12 +272,13 @@ def evaluate(
 
 def _show_report(title: str, report: Mapping[str, Any]) -> None:
     ratio = report["bits_per_byte"] / report["unigram_bits_per_byte"]
+    per_byte = "approximate bits a byte" if report["bytes_note"] else "bits a byte"
     rows = [
         (
-            f"bits a byte ({'exact' if report['exact'] else 'bound'} ± s.e.)",
+            f"{per_byte} ({'exact' if report['exact'] else 'bound'} ± s.e.)",
             f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
         ),
-        ("unigram entropy, bits a byte", f"{report['unigram_bits_per_byte']:.4f}"),
+        (f"unigram entropy, {per_byte}", f"{report['unigram_bits_per_byte']:.4f}"),
         ("ratio to unigram entropy", f"{ratio:.4f}"),
         ("nats a token", f"{report['nats_per_token']:.4f}"),
         ("context-shuffle delta, nats a token", f"{report['context_shuffle_delta_nats']:.4f}"),
@@ -254,13 +286,15 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
         ("tokens, bytes", f"{report['tokens']:,}, {report['bytes']:,}"),
     ]
     if report["chain_bits_per_byte"] is not None:
-        rows.insert(1, ("bits a byte (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
+        rows.insert(1, (f"{per_byte} (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
     if report["brier"]:
         rows.append(("Brier-1, -2, … of the next tokens", "  ".join(f"{score:.2f}" for score in report["brier"])))
     accuracy = report["accuracy_by_time"].items()
     if accuracy:
         rows.append(("bit accuracy at t", "  ".join(f"{t}: {100 * a:.1f}%" for t, a in accuracy)))
     show_table(title, ("measure", "value"), rows)
+    if report["bytes_note"]:
+        say(f"warning: bits per byte are approximate: {report['bytes_note']}")
 
 
 @app.command()
@@ -283,6 +317,8 @@ def compare(
         print(comparison.markdown(records))
     else:
         show_table("", comparison.COLUMNS, comparison.rows_of(records))
+        for note in comparison.notes(records):
+            say(note)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -306,7 +342,7 @@ def generate(
     ids = tokenizer.encode_batch([prompt])[0].tolist() if prompt else []
     progress, new = Progress(), []
     watcher = BitWatcher(console) if watch and not as_json else None
-    stream = None if as_json else TextStream(tokenizer.decode, prompt)
+    stream = None if as_json else TextStream(lambda new: tokenizer.decode_after(ids, new), prompt)
     for part in generate_blocks(
         model,
         ids,
@@ -323,7 +359,7 @@ def generate(
     rate = progress.tokens / max(progress.seconds, 1e-9)
     if as_json:
         counts = {"backbone_passes": progress.backbone_passes, "head_passes": progress.head_passes}
-        print(json.dumps({"text": tokenizer.decode(new), "token_ids": new, **counts, "tokens_per_second": rate}))
+        print(json.dumps({"text": tokenizer.decode_after(ids, new), "token_ids": new, **counts, "tokens_per_second": rate}))
     else:
         passes = f"{progress.backbone_passes} backbone and {progress.head_passes} head passes"
         console.print(f"\n[dim]{progress.tokens} tokens, {passes}, {rate:.0f} tokens/s[/dim]")

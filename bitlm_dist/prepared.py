@@ -12,7 +12,12 @@ Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared folder.")]
 
 
 @prepared.command("verify")
-def verify_command(folder: Folder) -> None:
+def verify_command(
+    folder: Folder,
+    write: Annotated[
+        bool, typer.Option("--write", help="Count the bytes of all tokens too and write them to the manifest, for older folders.")
+    ] = False,
+) -> None:
     """Hash every file again; exit code 1 if one is damaged, missing or not of this folder."""
     from bitlm_dist.data.manifest import SPLITS, damaged_files, read_manifest
     from bitlm_dist.data.shards import damaged_shards
@@ -29,6 +34,18 @@ def verify_command(folder: Folder) -> None:
         say(problem)  # a line each: a path that a narrow table folds can be neither copied nor searched for
     if damage:
         raise typer.Exit(1)
+    if write:
+        _write_token_bytes(folder)
+
+
+def _write_token_bytes(folder: Path) -> None:
+    from bitlm_dist.data_prep.recount import write_token_bytes
+
+    manifest = write_token_bytes(folder)
+    for split, sizes in manifest["splits"].items():
+        say(f"{split}: the tokens stand for {sizes['token_bytes']:,} bytes, the text had {sizes['bytes']:,}")
+    if not manifest["round_trip"]["lossless"]:
+        say("warning: the tokens do not give the text back; bits per byte will be marked as approximate")
 
 
 @prepared.command("mirror")

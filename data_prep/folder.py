@@ -100,12 +100,12 @@ def merge(out: Path, names: Sequence[str]) -> dict[str, dict[str, int]]:
 
     Nothing that grows with the corpus is held in memory.
     """
-    totals = {split: dict.fromkeys(("documents", "tokens", "bytes", "stored_bytes"), 0) for split in SPLITS}
+    totals = {split: dict.fromkeys(("documents", "tokens", "bytes", "token_bytes", "stored_bytes"), 0) for split in SPLITS}
     for split in SPLITS:
         total = totals[split]
         parts = [(out / split / f".{name}", out / split / name) for name in (INDEX, LENGTHS)]
         for record in _records(out, names, split):
-            for key in ("documents", "tokens", "bytes"):
+            for key in ("documents", "tokens", "bytes", "token_bytes"):
                 total[key] += record[key]
             total["stored_bytes"] += sum(shard["zip_data"]["bytes"] for shard in record["shards"])
         if not total["documents"]:

@@ -8,7 +8,7 @@ byte. It then holds::
     manifest.json            counts, tokenizer, settings, hashes; written last: without it the folder is not ready
     report.md                a page: documents in and out, and why the others were dropped
     settings.json            what the folder was begun with; another call must agree
-    tokenizer/               the tokenizer's file
+    tokenizer/               the tokenizer's files
     statistics.npz           token counts and context vectors of the training split (for codes), bytes of each token
     units/NNNNN-KEY.json     what one unit holds
     train/index.json         one index over all units; lengths.npy: tokens of each document
@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bitlm_dist.data_prep import folder, mds, sources, statistics, units
+from bitlm_dist.data_prep import folder, mds, round_trip, sources, statistics, units
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.deduplication import Deduplication
 from bitlm_dist.data_prep.pool import Pool
 from bitlm_dist.data_prep.reading import CHANGES, REASONS
-from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown
+from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown, warnings_of
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.sources import File
 from bitlm_dist.data_prep.statistics import Context
@@ -65,6 +65,7 @@ class Progress:
 class Report:
     """What a preparation did.
 
+    ``warnings`` is about the tokenizer: what it is not allowed to do, and what it does not give back.
     ``cpu_seconds`` has the stages and, as ``all``, the processes' whole time; ``peak_memory_bytes`` adds the peaks of all
     processes, which is no less than the peak of their sum.
     """
@@ -78,6 +79,7 @@ class Report:
     documents_read: int
     dropped: dict[str, int]
     dropped_in_words: str
+    warnings: list[str]
     workers: int
     seconds: float
     cpu_seconds: dict[str, float]
@@ -100,7 +102,8 @@ def prepare(
 
     Args:
         inputs: files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.sources`.
-        tokenizer: a file, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE`` to train a byte-level BPE on the documents that stay.
+        tokenizer: a file, a folder that holds one, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE`` to train a byte-level BPE on
+            the documents that stay.
         out: folder; new, or one that the same call began.
         validation: share of documents held out, chosen by a hash of their text.
         settings: which documents stay.
@@ -274,7 +277,7 @@ class _Preparation:
         pairs = (part.pairs for part in self._count(names, limit, vocabulary, context))
         contexts = statistics.context_vectors(statistics.merge(pairs, context), context)
         partial = self._out / f".{folder.STATISTICS}"
-        statistics.write(partial, counts, contexts, tokenizer.byte_lengths())
+        statistics.write(partial, counts, contexts, tokenizer.byte_lengths.inside)
         partial.rename(self._out / folder.STATISTICS)
 
     def _count(self, names: Sequence[str], limit: int, vocabulary: int, context: Context | None) -> Iterator[Any]:
@@ -316,7 +319,11 @@ class _Preparation:
             "vocabulary": tokenizer.vocabulary,
             "bos": tokenizer.bos,
             "eos": tokenizer.eos,
-            "tokenizer": {"file": tokenizer.file.name, "fingerprint": tokenizer.fingerprint},
+            "tokenizer": {
+                "file": tokenizer.file.name,
+                "fingerprint": tokenizer.fingerprint,
+                "not_applied": tokenizer.not_applied,
+            },
             "splits": {split: splits[split] for split in SPLITS},
             "documents": {
                 "read": counts["read"],
@@ -326,6 +333,7 @@ class _Preparation:
                 "changed": {change: counts[change] for change in CHANGES if counts[change]},
             },
             "sources": totals.record(),
+            "round_trip": round_trip.summed(units.read_record(self._out, name)["round_trip"] for name in names),
             "units": len(names),
             "files": folder.hashes(self._out),
             "settings": {key: value for key, value in self._claim.items() if key != "version"},
@@ -347,6 +355,7 @@ class _Preparation:
             documents_read=documents["read"],
             dropped=documents["dropped"],
             dropped_in_words=dropped_in_words({reason: documents["dropped"].get(reason, 0) for reason in REASONS}),
+            warnings=warnings_of(manifest),
             workers=self._pool.workers,
             seconds=time.perf_counter() - self._began,
             cpu_seconds={**self._clock.seconds, "all": sum(used.seconds for used in everyone)},

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bitlm_dist.data_prep import sources
+from bitlm_dist.data_prep import round_trip, sources
 from bitlm_dist.data_prep.reading import CHANGES, REASONS, Batch
 
 ROWS = 30  # sources in report.md, so that it stays a page; manifest.json has all
@@ -69,6 +69,14 @@ def dropped_in_words(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{counts[reason]:,} {WORDS[reason]}" for reason in REASONS if counts[reason]) or "none"
 
 
+def warnings_of(manifest: Mapping[str, Any]) -> list[str]:
+    """What to know about the tokenizer, a line each."""
+    tokenizer = manifest["tokenizer"]
+    off = [f"{tokenizer['file']} asks for {', '.join(tokenizer['not_applied'])}: not applied, documents are encoded whole"]
+    lossy = round_trip.in_words(manifest)
+    return (off if tokenizer["not_applied"] else []) + ([lossy] if lossy else [])
+
+
 def markdown(manifest: Mapping[str, Any]) -> str:
     """The page report.md."""
     total = manifest["documents"]
@@ -82,8 +90,11 @@ def markdown(manifest: Mapping[str, Any]) -> str:
     rows.append(("all", total["read"], total["kept"], total["read"] - total["kept"], total["bytes"]))
     lines += _table(("source", "read", "kept", "dropped", "bytes kept"), rows)
     lines += ["## Why documents were dropped, and what cleaning changed", ""]
-    found = {**total["dropped"], **total["changed"]}
-    lines += _table(("reason", "count"), [(WORDS[name], count) for name, count in found.items()] or [("nothing", 0)])
+    reasons = {**total["dropped"], **total["changed"]}
+    lines += _table(("reason", "count"), [(WORDS[name], count) for name, count in reasons.items()] or [("nothing", 0)])
+    lines += ["## Whether the tokenizer gives the text back", ""]
+    found = manifest["round_trip"]
+    lines += [*(warnings_of(manifest) or [f"It does: {found['decoded']:,} of {found['documents']:,} documents were decoded."]), ""]
     lines += ["## Settings", ""]
     lines += _table(("setting", "value"), [(name, _value(value)) for name, value in manifest["settings"].items()])
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from bitlm_dist.data_prep import mds
+from bitlm_dist.data_prep import mds, round_trip
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
@@ -31,11 +31,12 @@ NAME = re.compile(r"\.?\d{5,}-[0-9a-f]{16}(\.json|\.json\.partial)?")
 
 @dataclass(frozen=True)
 class Unit:
-    """Documents of one unit: UTF-8 texts and their SHA-256."""
+    """Documents of one unit: UTF-8 texts and their SHA-256; ``before``: documents of the units before it."""
 
     name: str
     texts: list[bytes]
     hashes: list[bytes]
+    before: int
 
 
 def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> Iterator[Unit]:
@@ -45,21 +46,22 @@ def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> 
     """
     texts: list[bytes] = []
     hashes: list[bytes] = []
-    size = number = 0
+    size = number = before = 0
     for text, text_hash in documents:
         texts.append(text)
         hashes.append(text_hash)
         size += len(text)
         if size >= unit_bytes:
-            yield _unit(number, texts, hashes, key)
+            yield _unit(number, texts, hashes, before, key)
+            before += len(texts)
             texts, hashes, size, number = [], [], 0, number + 1
     if texts:
-        yield _unit(number, texts, hashes, key)
+        yield _unit(number, texts, hashes, before, key)
 
 
-def _unit(number: int, texts: list[bytes], hashes: list[bytes], key: str) -> Unit:
+def _unit(number: int, texts: list[bytes], hashes: list[bytes], before: int, key: str) -> Unit:
     digest = hashlib.sha256(key.encode() + b"".join(hashes)).hexdigest()
-    return Unit(f"{number:05d}-{digest[:16]}", texts, hashes)
+    return Unit(f"{number:05d}-{digest[:16]}", texts, hashes, before)
 
 
 def is_held_out(text_hash: bytes, share: float) -> bool:
@@ -73,7 +75,7 @@ def dtype_of(vocabulary: int) -> str:
 
 
 def read_record(out: Path, name: str) -> dict[str, Any]:
-    """What a unit holds: by split its documents, tokens, bytes and shards; and ``no_tokens``."""
+    """What a unit holds: by split its documents, tokens, bytes, ``token_bytes`` and shards; ``no_tokens`` and ``round_trip``."""
     record: dict[str, Any] = json.loads((out / UNITS / f"{name}.json").read_text())
     return record
 
@@ -82,6 +84,8 @@ def is_done(out: Path, name: str) -> bool:
     """Whether a unit has a record, and every file that it names is there and whole."""
     try:
         record = read_record(out, name)
+        if "round_trip" not in record:  # of a version that obeyed a tokenizer's saved truncation, padding and dropout
+            return False
         for split in SPLITS:
             for file, expected in record[split]["files"].items():
                 if xxhash.xxh64_hexdigest((out / split / name / file).read_bytes()) != expected:
@@ -105,13 +109,19 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
         encoded = tokenizer.encode_batch([text.decode() for text in unit.texts])
     full = [i for i in range(len(encoded)) if len(encoded[i])]
     record: dict[str, Any] = {"name": unit.name, "no_tokens": len(encoded) - len(full)}
+    with clock("check"):
+        texts, hashes = [unit.texts[i] for i in full], [unit.hashes[i] for i in full]
+        documents: list[mds.Tokens] = [encoded[i] for i in full]
+        token_bytes = tokenizer.byte_lengths.of_documents(documents)
+        record["round_trip"] = round_trip.examine(texts, hashes, documents, token_bytes, tokenizer, unit.before)
     with clock("write"):
         file = out / UNITS / f"{unit.name}.json"
         file.unlink(missing_ok=True)  # of a unit whose files were lost
         for split in SPLITS:
-            chosen = [i for i in full if is_held_out(unit.hashes[i], validation) == (split == "validation")]
-            record[split] = _write_split(out / split / unit.name, [encoded[i] for i in chosen], dtype_of(tokenizer.vocabulary))
-            record[split]["bytes"] = sum(len(unit.texts[i]) for i in chosen)
+            chosen = [i for i, text_hash in enumerate(hashes) if is_held_out(text_hash, validation) == (split == "validation")]
+            record[split] = _write_split(out / split / unit.name, [documents[i] for i in chosen], dtype_of(tokenizer.vocabulary))
+            record[split]["bytes"] = sum(len(texts[i]) for i in chosen)
+            record[split]["token_bytes"] = int(token_bytes[chosen].sum())
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
         partial.write_text(json.dumps(record) + "\n")

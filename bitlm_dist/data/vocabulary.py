@@ -29,9 +29,15 @@ def make_codes(model: ModelConfig, folder: Path, manifest: dict[str, Any]) -> Bi
             f"model.bits = {bits} gives {2**bits:,} codes, too few for the tokenizer's {vocabulary:,} tokens: "
             f"use {bits_needed(vocabulary)} or leave it out"
         )
-    for name in (f"tokenizer/{manifest['tokenizer']['file']}", STATISTICS):
+    for name in (f"tokenizer/{manifest['tokenizer']['file']}", *_beside_it(manifest), STATISTICS):
         check_file(folder, manifest, name)
     return BitCodes(_assignment(model.codes, vocabulary, bits, folder / STATISTICS), bits)
+
+
+def _beside_it(manifest: dict[str, Any]) -> list[str]:
+    """Files of the tokenizer beside its vocabulary: a tokenizer_config.json, which names BOS and EOS."""
+    vocabulary = f"tokenizer/{manifest['tokenizer']['file']}"
+    return [name for name in manifest["files"] if name.startswith("tokenizer/") and name != vocabulary]
 
 
 def _assignment(kind: str, vocabulary: int, bits: int, statistics: Path) -> Tensor:

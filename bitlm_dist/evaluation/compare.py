@@ -32,6 +32,17 @@ class Record:
         return self.evaluations[-1]
 
     @property
+    def mark(self) -> str:
+        """Stands behind bits per byte that are not those of the text."""
+        return " *" if self.note else ""
+
+    @property
+    def note(self) -> str | None:
+        """Why its bits per byte are not those of the text; None: they are, or the evaluation is older than the check."""
+        note: str | None = self.last["validation"].get("bytes_note")
+        return note
+
+    @property
     def bits_per_byte(self) -> float:
         """The best value known: the chain rule's where the model has one, which is exact where the bound is not."""
         return best(self.last["validation"])
@@ -71,11 +82,16 @@ def _row(record: Record, reference: float) -> list[str]:
         record.folder.name,
         str(record.config.model.block_size),
         f"{last['tokens'] / 1e6:.2f}M",
-        f"{'' if report['exact'] else '<= '}{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
-        "" if chain is None else f"{chain:.4f}",
-        f"{record.bits_per_byte / reference:.3f}",
+        f"{'' if report['exact'] else '<= '}{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}{record.mark}",
+        "" if chain is None else f"{chain:.4f}{record.mark}",
+        f"{record.bits_per_byte / reference:.3f}{record.mark}",
         f"{last['cpu_seconds']:,.0f}",
     ]
+
+
+def notes(records: Sequence[Record]) -> list[str]:
+    """A line for each run whose bits per byte are marked."""
+    return [f"* {record.folder.name}: bits per byte are approximate: {record.note}" for record in records if record.note]
 
 
 def markdown(records: Sequence[Record]) -> str:
@@ -92,6 +108,8 @@ def markdown(records: Sequence[Record]) -> str:
             f"`{record.command}`",
         )
         lines.append("| " + " | ".join([*row, *more]) + " |")
+    if marked := notes(records):
+        lines += ["", *(f"\\{note}" for note in marked)]
     return "\n".join(lines)
 
 
@@ -105,7 +123,7 @@ def plot(records: Sequence[Record], axis: str, file: Path) -> None:
         spent = [entry[axis] for entry in record.evaluations]
         value = [best(entry["validation"]) for entry in record.evaluations]
         error = [entry["validation"]["bits_per_byte_se"] for entry in record.evaluations]
-        (line,) = axes.plot(spent, value, marker="o", markersize=3, label=record.folder.name)
+        (line,) = axes.plot(spent, value, marker="o", markersize=3, label=f"{record.folder.name}{record.mark}")
         low, high = ([v + sign * e for v, e in zip(value, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(spent, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(AXES[axis])

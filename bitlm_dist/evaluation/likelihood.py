@@ -10,13 +10,14 @@ from torch import Tensor
 
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.feed import Feed
+from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.diffusion.likelihood import Bound, bound, chain_nats, strata_times
 from bitlm_dist.diffusion.noise import Source
 from bitlm_dist.evaluation.brier import brier_scores
 from bitlm_dist.inference.generate import next_tokens, sample_block
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import Context
-from bitlm_dist.model.language_model import LanguageModel, Targets
+from bitlm_dist.model.language_model import Batch, LanguageModel, Targets
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 
 BATCH = 16  # sequences
@@ -54,12 +55,12 @@ class _Scores:
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, feed: Feed, byte_lengths: NDArray[np.int64], config: EvaluationConfig, sampling: SamplingConfig
+    model: LanguageModel, feed: Feed, byte_lengths: ByteLengths, config: EvaluationConfig, sampling: SamplingConfig
 ) -> Report:
     """Score a model on the first epoch of a feed.
 
     Args:
-        byte_lengths: UTF-8 bytes of each token id, [V].
+        byte_lengths: UTF-8 bytes of each token id.
         config: how much to read, strata of the bound, blocks to sample after true context.
         sampling: how those are sampled.
     """
@@ -67,11 +68,14 @@ def evaluate(
     score = _score_softmax if isinstance(model, SoftmaxLM) else _score_bits
     scores, sequences, ids, drawn, invalid = [], [], [], [], []
     left = config.sampled_blocks
+    at_start = torch.from_numpy(byte_lengths.first - byte_lengths.inside).to(device)  # what a document's first token has more
+    more_bytes = torch.zeros((), dtype=torch.int64, device=device)
     for number, batch in enumerate(feed.epoch_batches(BATCH, config.sequences, device)):
         targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
         scores.append(score(model, targets, config.strata, number % SHUFFLE_EVERY == 0))
         sequences.append(targets.sample.unsqueeze(1).expand_as(targets.valid)[targets.valid])
         ids.append(targets.tokens[targets.valid])
+        more_bytes = more_bytes + (at_start[targets.tokens[:, 0]] * _opens(batch, targets, feed.manifest["bos"])).sum()
         if left > 0:
             drawn.append(_sample_twice(model, targets, left, sampling))
             invalid.append(_invalid(model, targets, left, sampling))
@@ -80,11 +84,18 @@ def evaluate(
         scores,
         torch.cat(sequences),
         torch.cat(ids),
-        byte_lengths,
+        byte_lengths.inside,
+        int(more_bytes),
         exact=isinstance(model, SoftmaxLM),
         brier=brier_scores(*(torch.cat(part) for part in zip(*drawn, strict=True))) if drawn else [],
         invalid_rate=float(torch.cat(invalid).double().mean()) if invalid else 0.0,
     )
+
+
+def _opens(batch: Batch, targets: Targets, bos: int) -> Tensor:
+    """Whether each target block is the first of a document, after its block of BOS: [V] bool."""
+    blocks = batch.tokens.unflatten(1, (-1, targets.tokens.shape[1]))
+    return blocks[targets.sample - batch.sample[0], targets.block - 1, 0] == bos
 
 
 def _source(targets: Targets) -> Source:
@@ -141,6 +152,7 @@ def _report(
     sequence: Tensor,
     ids: Tensor,
     byte_lengths: NDArray[np.int64],
+    more_bytes: int,
     *,
     exact: bool,
     brier: list[float],
@@ -150,7 +162,7 @@ def _report(
     deltas = [batch.shuffled - batch.nats for batch in scores if batch.shuffled is not None]
     chain = [batch.chain for batch in scores if batch.chain is not None]
     accuracy = [batch.accuracy for batch in scores if batch.accuracy is not None]
-    tokens, size = len(value), int(byte_lengths[ids.cpu().numpy()].sum())
+    tokens, size = len(value), int(byte_lengths[ids.cpu().numpy()].sum()) + more_bytes
     bits_per_byte = 1 / math.log(2) / size  # of one nat of the whole text
     counts = ids.bincount().double()
     share = counts[counts > 0] / tokens

@@ -64,7 +64,12 @@ class MetricsLog:
     def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Record an evaluation after ``spent`` (with the key ``step``), under the key ``validation``."""
         self._evaluations.write({**spent, "validation": report})
-        numbers = {f"validation/{name}": value for name, value in report.items() if isinstance(value, float)}
+        mark = "approximate_" if report.get("bytes_note") else ""
+        numbers = {
+            f"validation/{mark if 'bits_per_byte' in name else ''}{name}": value
+            for name, value in report.items()
+            if isinstance(value, float)
+        }
         self._publish({"step": spent["step"], **numbers})
 
     def write_save(self, saved: Saved) -> None:

@@ -3,9 +3,12 @@ import json
 import sys
 
 import pytest
-from bitlm_dist.data_prep.tokenizer import NO_SPECIAL, Tokenizer, find_tokenizer, train_bpe
-from hypothesis import given, settings
+import tokenizer_kinds
+from bitlm_dist.data_prep.tokenizer import Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.tokenizer_backends import NO_SPECIAL
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Model
 
 from bitlm_dist.errors import UserError
 
@@ -39,7 +42,7 @@ def test_round_trip_and_byte_lengths(kind, files, text):
     tokenizer = Tokenizer(files[kind])
     (ids,) = tokenizer.encode_batch([text])
     assert tokenizer.decode(ids.tolist()) == text
-    assert tokenizer.byte_lengths()[ids].sum() == len(text.encode())
+    assert tokenizer.byte_lengths.inside[ids].sum() == len(text.encode())
     assert not {tokenizer.bos, tokenizer.eos} & set(ids.tolist())
 
 
@@ -62,7 +65,7 @@ def test_ids_may_have_holes(files, tmp_path):
     (tmp_path / "tokenizer.json").write_text(json.dumps(document))
     for file, size in ((holes, 303), (tmp_path / "tokenizer.json", 301)):
         tokenizer = Tokenizer(file)
-        assert tokenizer.vocabulary == len(tokenizer.byte_lengths()) == size
+        assert tokenizer.vocabulary == len(tokenizer.byte_lengths.inside) == size
         (ids,) = tokenizer.encode_batch(["an"])
         assert tokenizer.decode([*ids.tolist(), 290]) == "an"
 
@@ -128,3 +131,102 @@ BAD_NAMES = [
 def test_files_that_a_package_does_not_ship_are_explained(package, name, message):
     with pytest.raises(UserError, match=message):
         find_tokenizer(name)
+
+
+def folder_of(tmp_path, kind, **named):
+    """A Hugging Face folder."""
+    model = getattr(tokenizer_kinds, kind)()
+    model.add_special_tokens(["<|start|>", "<|stop|>"])
+    tokenizer_kinds.save(model, tmp_path / kind)
+    (tmp_path / kind / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 16, **named}))
+    (tmp_path / kind / "vocab.json").write_text("{}")
+    return tmp_path / kind
+
+
+def test_a_hugging_face_folder_names_its_special_tokens_and_is_copied_whole(tmp_path):
+    folder = folder_of(tmp_path, "qwen", bos_token={"content": "<|start|>"}, eos_token="<|stop|>")
+    tokenizer = Tokenizer(folder)
+    size = Model.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocabulary) == (size - 2, size - 1, size)
+    assert tokenizer.file.name == "tokenizer.json"
+    tokenizer.save(tmp_path / "copy")
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    copy = Tokenizer.of_folder(tmp_path / "copy")
+    assert (copy.fingerprint, copy.bos, copy.eos) == (tokenizer.fingerprint, tokenizer.bos, tokenizer.eos)
+    assert copy.fingerprint != Tokenizer(folder / "tokenizer.json").fingerprint, "the file alone has other special tokens"
+
+
+def test_a_document_s_begin_does_not_look_like_its_end(tmp_path):
+    """GPT-2's tokenizer_config.json has one token for both."""
+    tokenizer = Tokenizer(folder_of(tmp_path, "gpt2", bos_token="<|endoftext|>", eos_token="<|endoftext|>"))
+    assert tokenizer.eos == 0
+    assert tokenizer.bos == tokenizer.vocabulary - 1
+
+
+def test_folders_that_hold_no_tokenizer_are_explained(tmp_path, files):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty holds none of tokenizer.json, tokenizer.model, tekken.json"):
+        Tokenizer(tmp_path / "empty")
+    for name in ("a.tiktoken", "b.tiktoken"):
+        (tmp_path / "empty" / name).write_bytes(files["tiktoken"].read_bytes())
+    with pytest.raises(UserError, match="empty holds a.tiktoken, b.tiktoken: name one of them"):
+        Tokenizer(tmp_path / "empty")
+    for named, message in (
+        ({"bos_token": "<nowhere>"}, "bos_token is '<nowhere>', which tokenizer.json does not have"),
+        ({"eos_token": 3}, "tokenizer_config.json: eos_token is 3, expected a token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Tokenizer(folder_of(tmp_path, "gpt2", **named))
+    (tmp_path / "gpt2" / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json cannot be read"):
+        Tokenizer(tmp_path / "gpt2")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_model(tmp_path_factory):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    root = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["the cat in the hat and the man"] * 20),
+        model_prefix=str(root / "tokenizer"),
+        vocab_size=290,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    return root / "tokenizer.model"
+
+
+@settings(deadline=None, max_examples=30)
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0▁"), min_size=1, max_size=30))
+@example(text="</s> the  cat<s>")
+@example(text=" the cat\n日")
+def test_a_sentencepiece_model_gives_texts_back_and_its_bytes_add_up(sentencepiece_model, text):
+    tokenizer = Tokenizer(sentencepiece_model)
+    (ids,) = tokenizer.encode_batch([text])
+    assert tokenizer.decode(ids.tolist()) == text
+    assert tokenizer.byte_lengths.of_documents([ids])[0] == len(text.encode())
+    assert not {tokenizer.bos, tokenizer.eos} & set(ids.tolist())
+
+
+def test_a_sentencepiece_model_is_found_in_a_folder_and_works_from_its_copy(sentencepiece_model, tmp_path):
+    tokenizer = Tokenizer(sentencepiece_model.parent)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.vocabulary) == (1, 2, 290)
+    tokenizer.save(tmp_path / "copy")
+    assert Tokenizer.of_folder(tmp_path / "copy").fingerprint == tokenizer.fingerprint
+
+
+def test_a_model_file_without_its_library_or_of_another_kind_is_explained(tmp_path, files, monkeypatch):
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(files["tiktoken"].read_bytes())
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "sentencepiece", None)
+        with pytest.raises(
+            UserError, match=r"tokenizer.model needs the package sentencepiece: pip install 'bitlm-dist\[sentencepiece\]'"
+        ):
+            Tokenizer(file)
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(UserError, match="tokenizer.model is no tokenizer.json, .tiktoken, tekken or SentencePiece file"):
+        Tokenizer(file)

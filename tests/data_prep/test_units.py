@@ -40,7 +40,7 @@ def unit():
 def test_a_unit_is_done_when_all_of_it_is_there(tmp_path, unit, tokenizer):
     assert not units.is_done(tmp_path, unit.name)
     seconds = units.write(unit, tokenizer, tmp_path, 0.3)
-    assert set(seconds) == {"tokenize", "write"}
+    assert set(seconds) == {"tokenize", "check", "write"}
     assert units.is_done(tmp_path, unit.name)
     record = units.read_record(tmp_path, unit.name)
     assert record["train"]["documents"] + record["validation"]["documents"] == 40

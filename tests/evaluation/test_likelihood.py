@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.feed import Feed
@@ -22,7 +23,7 @@ def feed(prepared):
 
 
 def byte_lengths(folder):
-    return np.load(folder / "statistics.npz")["byte_lengths"]
+    return Tokenizer.of_folder(folder / "tokenizer").byte_lengths
 
 
 def score(model, feed, folder):
@@ -42,7 +43,7 @@ def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(t
         documents = [shards.tokens(i) for i in range(len(shards.lengths))]
     text = np.concatenate(documents)
     assert report.tokens == len(text) + len(documents), "every token, and one EOS a document"
-    assert report.bytes == byte_lengths(prepared)[text].sum() == feed.manifest["splits"]["validation"]["bytes"]
+    assert report.bytes == byte_lengths(prepared).inside[text].sum() == feed.manifest["splits"]["validation"]["bytes"]
     per_byte = report.tokens / report.bytes / math.log(2)
     assert abs(report.bits_per_byte - 9 * math.log(2) * per_byte) < 4 * report.bits_per_byte_se
     assert report.chain_bits_per_byte == pytest.approx(9 * math.log(2) * per_byte, rel=1e-5)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.config_loading import load
@@ -48,7 +49,8 @@ def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:
     sys.argv = ["bitlm", *words]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     # Ids that are copied back are zeros, and the token of that id has no bytes.
-    lengths = mock.patch.object(Tokenizer, "byte_lengths", return_value=np.ones(VOCABULARY, dtype=np.int64))
+    ones = np.ones(VOCABULARY, dtype=np.int64)
+    lengths = mock.patch.object(Tokenizer, "byte_lengths", ByteLengths(ones, ones))
     with lengths, traced(world, rank, build_fake=False) as tracer, pytest.raises(SystemExit) as ended:
         main()
         assert not dist.is_initialized(), "the process group was left to itself"

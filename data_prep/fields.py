@@ -88,7 +88,7 @@ class Field:
                 made[_DOUBLED] = {key for key, count in Counter(key for key, _ in found).items() if count > 1}
             return made
 
-        value: Any = _loads(decoded, object_pairs_hook=pairs)
+        value: Any = loads(decoded, object_pairs_hook=pairs)
         path = [self._name] if self._name in value else self._keys
         for key in path:
             if not isinstance(value, dict):
@@ -104,7 +104,7 @@ def _object_of(line: str) -> dict[str, Any]:
         try:
             document = json.loads(line)
         except ValueError:  # 4,300 digits are too many for int(), and a file in the middle of others may begin with a BOM
-            document = _loads(line.removeprefix("\ufeff"))
+            document = loads(line.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise _bad("not_json", f"is no JSON object ({error.msg} at character {error.pos + 1}): mend the line") from None
     except RecursionError:
@@ -114,8 +114,8 @@ def _object_of(line: str) -> dict[str, Any]:
     return document
 
 
-def _loads(line: str, **options: Any) -> Any:
-    """What a line spells, with 0 for every whole number: only strings are of use here, and int() refuses 5,000 digits."""
+def loads(line: str, **options: Any) -> Any:
+    """What a text of JSON spells, with 0 for every whole number: only strings are of use here, and int() refuses 5,000 digits."""
     return json.loads(line, parse_int=lambda digits: 0, **options)
 
 

@@ -90,7 +90,7 @@ def _texts_of(file: Path) -> Iterator[str]:
             pieces = unpacking.pieces(raw, str(file))
             if kind_of(file.name) in (".jsonl", ".ndjson", ".json"):
                 values = json_values.values(pieces, f"--decontaminate {file}", None)
-                texts = (text for value in values for text in _strings_in(fields.loads(value.decode())))
+                texts: Iterator[str] = (text for value in values for text in _strings_in(fields.loads(value.decode())))
             else:
                 texts = iter([b"".join(pieces).decode("utf-8-sig")])
             for text in texts:

@@ -43,7 +43,8 @@ def prep(
     sources: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE|DIR|URL…", help=".txt, .jsonl (plain, .gz or .zst) or .parquet; paths, or s3://, gs://, https://…"
+            metavar="FILE|DIR|URL…",
+            help=".txt, .jsonl, .ndjson, .json, .csv, .tsv or .parquet, plain or .gz, .bz2, .xz, .zst; paths, or s3://, gs://, https://…",
         ),
     ],
     tokenizer: Annotated[
@@ -54,8 +55,11 @@ def prep(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    validation: Annotated[float, typer.Option(help="Share of documents to hold out.")] = 0.05,
-    field: Annotated[str, typer.Option(help="JSON key or Parquet column of the text.")] = "text",
+    validation: Annotated[float, typer.Option(help="Share of documents to hold out; of a lone document, its end.")] = 0.05,
+    field: Annotated[str, typer.Option(help="JSON key or column of the text; a.b for key b of object a.")] = "text",
+    document_separator: Annotated[
+        str | None, typer.Option(metavar="TEXT", help=r"Between the documents of a .txt file; \n is a line break, \t a tab.")
+    ] = None,
     min_chars: Annotated[int, typer.Option(help="Drop shorter documents.")] = 1,
     max_chars: Annotated[int, typer.Option(help="Drop longer documents; 0: none, and memory has no bound.")] = 5_000_000,
     exact_dedup: Annotated[bool, typer.Option(help="Drop copies of earlier documents.")] = True,
@@ -68,6 +72,9 @@ def prep(
     language_probability: Annotated[float, typer.Option(help="How sure of it the detector must be.")] = 0.5,
     on_error: Annotated[str, typer.Option(help="At a bad line: stop, or skip and count it.")] = "stop",
     unit_mb: Annotated[int, typer.Option(help="Megabytes of text in a shard; more for a corpus of terabytes.")] = 2,
+    max_unpack_ratio: Annotated[
+        int, typer.Option(help="How many times its size a compressed file may unpack to, beyond 100 MB; 0: any.")
+    ] = 200,
     workers: Annotated[int | None, typer.Option(help="Processes; default: the usable CPUs.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing while it runs.")] = False,
     as_json: AsJson = False,
@@ -90,12 +97,16 @@ def prep(
         language_probability,
         on_error,
         unit_mb,
+        document_separator and document_separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        max_unpack_ratio,
     )
+    silent = quiet or as_json
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
     try:
         with ExitStack() as stack:
-            observe = None if quiet or as_json else stack.enter_context(preparation_progress(console))
-            report = prepare(sources, tokenizer, out, validation, settings, processes, observe)
+            observe = None if silent else stack.enter_context(preparation_progress(console))
+            notice = (lambda line: None) if silent else say
+            report = prepare(sources, tokenizer, out, validation, settings, processes, observe, notice)
     except KeyboardInterrupt:
         say(f"{out} is not finished: the same command goes on from there")
         raise typer.Exit(130) from None

@@ -1,29 +1,29 @@
 """What looks at one document and says whether it stays: its length, its language, and whether it holds evaluation text.
 
-Decontamination compares 13-grams of words, lower case, as GPT-3's and most later reports do; a share of hits instead of a single
-one keeps the document that quotes a common phrase. A word of the evaluation files is a number, other words are 0; the hash of
-a 13-gram is a polynomial of 13 numbers, which numpy computes for a whole document at once.
+Decontamination compares 13-grams of :mod:`~bitlm_dist.data_prep.words`, lower case, as GPT-3's and most later reports do; a share
+of hits instead of a single one keeps the document that quotes a common phrase. A word of the evaluation files is a number, other
+words are 0; the hash of a 13-gram is a polynomial of 13 numbers, which numpy computes for a whole document at once.
 
 The language is told by py3langid: pure Python and numpy, its model in the wheel, no download. It reads the first
 ``LANGUAGE_CHARS`` characters, so that a long document costs no more than a short one.
 """
 
 import importlib
-import json
-import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bitlm_dist.data_prep import unpacking
+from bitlm_dist.data_prep import fields, json_values, unpacking, words
+from bitlm_dist.data_prep.cleaning import clean
+from bitlm_dist.data_prep.finding import kind_of
 from numpy.typing import NDArray
 
 from bitlm_dist.errors import UserError
 
 GRAM = 13  # words
-WORD = re.compile(r"\w+")
 MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it loses nothing modulo 2^64
 LANGUAGE_CHARS = 2000
 
@@ -39,7 +39,9 @@ def polynomial(values: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
 
 
 class Decontamination:
-    """The 13-grams of evaluation files; a file is .txt (one text) or .jsonl (every string of every line is a text).
+    """The 13-grams of evaluation files; a file is .txt (one text), or .jsonl, .ndjson or .json (every string in it is a text).
+
+    Evaluation texts are cleaned as training texts are, so that equal ones are equal.
 
     Raises:
         UserError: a file cannot be read, or none holds a text of 13 words.
@@ -51,8 +53,8 @@ class Decontamination:
         grams = []
         for file in files:
             for text in _texts_of(file):
-                words = WORD.findall(text.lower())
-                numbers = [self._numbers.setdefault(word, len(self._numbers) + 1) for word in words]
+                found = words.find(text)
+                numbers = [self._numbers.setdefault(word, len(self._numbers) + 1) for word in found]
                 grams.append(polynomial(_spread(np.array(numbers, dtype=np.uint64)), GRAM))
         self._grams = np.unique(np.concatenate(grams)) if grams else np.zeros(0, dtype=np.uint64)
         if not len(self._grams):
@@ -60,10 +62,10 @@ class Decontamination:
 
     def hit_ratio(self, text: str) -> float:
         """Share of a document's 13-grams that the evaluation files hold; 0 if it has fewer than 13 words."""
-        words = WORD.findall(text.lower())
-        if len(words) < GRAM:
+        found = words.find(text)
+        if len(found) < GRAM:
             return 0.0
-        numbers = np.fromiter((self._numbers.get(word, 0) for word in words), np.uint64, len(words))
+        numbers = np.fromiter((self._numbers.get(word, 0) for word in found), np.uint64, len(found))
         hashes = polynomial(_spread(numbers), GRAM)
         places = np.minimum(np.searchsorted(self._grams, hashes), len(self._grams) - 1)
         return float((self._grams[places] == hashes).mean())
@@ -82,19 +84,21 @@ def _spread(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _texts_of(file: Path) -> Iterator[str]:
+    """The cleaned texts of an evaluation file."""
     try:
         with file.open("rb") as raw:
-            text = b"".join(unpacking.pieces(raw, str(file))).decode()
-        if ".jsonl" not in file.suffixes:
-            yield text
-            return
-        for line in text.splitlines():
-            if line.strip():
-                yield from _strings_in(json.loads(line))
+            pieces = unpacking.pieces(raw, str(file))
+            if kind_of(file.name) in (".jsonl", ".ndjson", ".json"):
+                values = json_values.values(pieces, f"--decontaminate {file}", None)
+                texts: Iterator[str] = (text for value in values for text in _strings_in(fields.loads(value.decode())))
+            else:
+                texts = iter([b"".join(pieces).decode("utf-8-sig")])
+            for text in texts:
+                yield clean(text, Counter())[0]
+    except UserError:
+        raise
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--decontaminate {file} cannot be read as text (.txt, or JSON lines in .jsonl): {error}") from None
+        raise UserError(f"--decontaminate {file} cannot be read as text (.txt, .jsonl or .json): {error}") from None
 
 
 def _strings_in(value: Any) -> Iterator[str]:

@@ -68,8 +68,8 @@ def _check(out: Path, settings: Mapping[str, Any]) -> None:
         found = None
     if not isinstance(found, dict) or "tokenizer" not in found:
         raise UserError(f"{claim} is not of `bitlm prep`: choose another --out")
-    for key, value in settings.items():
-        if found.get(key) != value:
+    for key in (*settings, *found):
+        if found.get(key) != settings.get(key):
             raise UserError(f"{out} was prepared with another {key}: choose another --out or remove the folder")
 
 

@@ -1,10 +1,10 @@
 """MinHash signatures of documents, and the bands of them by which candidates are found.
 
-A document is the set of its 5-grams of words. The signatures come from rensa 0.5: full-set R-MinHash on hashes that we give it,
-128 values a document. Why rensa and not datasketch 2.0: documentation of Debian packages takes 26 CPU-ms a MB, grams included,
-against 190 with datasketch; it takes hashes from numpy, so that no Python object a gram is made; it has no dependency, where
-datasketch brings scipy; and its estimates agree with brute force (a test). The indices of both live in memory, so neither is
-used: the bands go into :class:`~bitlm_dist.data_prep.hash_index.HashIndex`, on disk.
+A document is the set of its 5-grams of :mod:`~bitlm_dist.data_prep.words`. The signatures come from rensa 0.5: full-set R-MinHash
+on hashes that we give it, 128 values a document. Why rensa and not datasketch 2.0: documentation of Debian packages takes 26 CPU-ms
+a MB, grams included, against 190 with datasketch; it takes hashes from numpy, so that no Python object a gram is made; it has no
+dependency, where datasketch brings scipy; and its estimates agree with brute force (a test). The indices of both live in memory, so
+neither is used: the bands go into :class:`~bitlm_dist.data_prep.hash_index.HashIndex`, on disk.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from bitlm_dist.data_prep import words
 from bitlm_dist.data_prep.filters import polynomial
 from numpy.typing import NDArray
 
@@ -48,9 +49,9 @@ class Signatures:
 
 def grams_of(text: str) -> NDArray[np.uint64]:
     """Hashes of a document's 5-grams of words, lower case; a shorter document is one gram."""
-    words = text.lower().split()
-    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, words), np.uint64, len(words))
-    return polynomial(hashes, min(GRAM, len(words)))
+    found = words.split(text)
+    hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, found), np.uint64, len(found))
+    return polynomial(hashes, min(GRAM, len(found)))
 
 
 def bands_for(threshold: float) -> tuple[int, int]:

@@ -17,10 +17,11 @@ byte. It then holds::
 """
 
 import hashlib
+import itertools
 import json
 import shutil
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -31,13 +32,15 @@ import numpy as np
 from bitlm_dist.data_prep import folder, mds, round_trip, sources, statistics, units
 from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.deduplication import Deduplication
+from bitlm_dist.data_prep.finding import File, find_files, left_out_in_words, plain
+from bitlm_dist.data_prep.lone_document import place_to_cut
 from bitlm_dist.data_prep.pool import Pool
 from bitlm_dist.data_prep.reading import CHANGES, REASONS
 from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown, warnings_of
 from bitlm_dist.data_prep.settings import Settings
-from bitlm_dist.data_prep.sources import File
 from bitlm_dist.data_prep.statistics import Context
 from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, TOKENIZER, Tokenizer, find_tokenizer, train_bpe
+from bitlm_dist.data_prep.units import Unit
 from bitlm_dist.data_prep.worker import Count, Job, usage
 
 from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION, SPLITS
@@ -67,7 +70,7 @@ class Report:
 
     ``warnings`` is about the tokenizer: what it is not allowed to do, and what it does not give back.
     ``cpu_seconds`` has the stages and, as ``all``, the processes' whole time; ``peak_memory_bytes`` adds the peaks of all
-    processes, which is no less than the peak of their sum.
+    processes, which is no less than the peak of their sum; ``left_out`` counts the files of folders that were not read, by reason.
     """
 
     documents: int
@@ -84,9 +87,11 @@ class Report:
     seconds: float
     cpu_seconds: dict[str, float]
     peak_memory_bytes: int
+    left_out: dict[str, int]
 
 
 Observe = Callable[[Progress], None]
+Say = Callable[[str], None]
 
 
 def prepare(
@@ -97,18 +102,20 @@ def prepare(
     settings: Settings | None = None,
     workers: int = 1,
     observe: Observe | None = None,
+    say: Say = lambda line: None,
 ) -> Report:
     """Write the shards of ``inputs`` to ``out``; a second call with the same arguments finds everything done.
 
     Args:
-        inputs: files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.sources`.
+        inputs: files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.finding`.
         tokenizer: a file, a folder that holds one, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE`` to train a byte-level BPE on
             the documents that stay.
         out: folder; new, or one that the same call began.
-        validation: share of documents held out, chosen by a hash of their text.
+        validation: share of documents held out, chosen by a hash of their text; of a lone document, the share of its end.
         settings: which documents stay.
         workers: processes that read and tokenize; they change nothing but the time.
         observe: called after each chunk.
+        say: called with each line that the user should read: files that are left out, a lone document that is cut.
 
     Raises:
         UserError: an input, the tokenizer, a setting or ``out`` does not fit. Finished units stay; what exists otherwise is not
@@ -120,7 +127,10 @@ def prepare(
         raise UserError(f"--validation {validation}: expected a share from 0 to below 1")
     if workers < 1:
         raise UserError(f"--workers {workers}: expected at least 1")
-    files = sources.find_files(inputs)
+    left_out: Counter[str] = Counter()
+    files = find_files(inputs, left_out)
+    if left_out:
+        say(left_out_in_words(left_out))
     given = _given_tokenizer(tokenizer)
     names = hashlib.sha256("\n".join(file.name for file in files).encode()).hexdigest()[:16]
     claim = {
@@ -133,7 +143,7 @@ def prepare(
     if all(file.size for file in files):
         workers = min(workers, max(1, sum(file.size for file in files) // sources.CHUNK_BYTES))
     with folder.claimed(out, claim) as work, Pool(workers, Job(settings, out, validation)) as pool:
-        return _Preparation(list(map(str, inputs)), files, claim, out, work, pool, observe).run(tokenizer, given)
+        return _Preparation(list(map(str, inputs)), files, left_out, claim, out, work, pool, observe, say).run(tokenizer, given)
 
 
 def _given_tokenizer(name: str) -> Tokenizer | None:
@@ -152,14 +162,18 @@ class _Preparation:
         self,
         inputs: list[str],
         files: Sequence[File],
+        left_out: Counter[str],
         claim: Mapping[str, Any],
         out: Path,
         work: Path,
         pool: Pool,
         observe: Observe | None,
+        say: Say,
     ) -> None:
-        self._inputs, self._files, self._claim, self._out, self._work = inputs, files, claim, out, work
-        self._pool, self._observe = pool, observe
+        self._inputs, self._files, self._left_out = inputs, files, left_out
+        self._claim, self._out, self._work = claim, out, work
+        self._pool, self._observe, self._say = pool, observe, say
+        self._notes: list[str] = []  # on what was done with the text
         self._settings, self._validation = pool.job.settings, pool.job.validation
         self._clock = Clock()
         self._began = time.perf_counter()
@@ -171,7 +185,7 @@ class _Preparation:
         names, reused = self._write_units(tokenizer, totals)
         if not names:
             reasons = dropped_in_words(totals.sum())
-            raise UserError(f"{', '.join(map(sources.plain, self._inputs))}: no document is left; dropped: {reasons}")
+            raise UserError(f"{', '.join(map(plain, self._inputs))}: no document is left; dropped: {reasons}")
         with self._clock("index"):
             if units.others(self._out, names):  # the manifest speaks of them
                 (self._out / MANIFEST).unlink(missing_ok=True)
@@ -252,7 +266,7 @@ class _Preparation:
         waiting: deque[Future[Any]] = deque()
         reused = 0
         key = json.dumps([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
-        for unit in units.cut(self._kept(totals, "preparing"), self._settings.unit_mb * units.MEGABYTE, key):
+        for unit in self._units(self._kept(totals, "preparing"), key):
             names.append(unit.name)
             if units.is_done(self._out, unit.name):
                 reused += 1
@@ -264,6 +278,22 @@ class _Preparation:
         for future in waiting:
             self._clock.add(future.result())
         return names, reused
+
+    def _units(self, documents: Iterator[tuple[bytes, bytes]], key: str) -> Iterator[Unit]:
+        first = list(itertools.islice(documents, 2))
+        if len(first) > 1 or not first or not self._validation:
+            yield from units.cut(itertools.chain(first, documents), self._settings.unit_mb * units.MEGABYTE, key)
+            return
+        text = first[0][0]
+        unit = units.lone(text, place_to_cut(text, self._validation), key)
+        held_out = sum(len(unit.texts[i]) for i in unit.held_out or ())
+        self._notes.append(
+            f"the corpus is one document: its last {100 * held_out / len(text):.1f} % ({held_out:,} bytes) are the validation split"
+            if held_out
+            else "the corpus is one document, too short to hold out a part of it: there is no validation split"
+        )
+        self._say(self._notes[-1])
+        yield unit
 
     def _write_statistics(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
         finished = folder.manifest_of(self._out)
@@ -334,6 +364,8 @@ class _Preparation:
             },
             "sources": totals.record(),
             "round_trip": round_trip.summed(units.read_record(self._out, name)["round_trip"] for name in names),
+            "left_out": dict(sorted(self._left_out.items())),
+            "notes": self._notes,
             "units": len(names),
             "files": folder.hashes(self._out),
             "settings": {key: value for key, value in self._claim.items() if key != "version"},
@@ -360,6 +392,7 @@ class _Preparation:
             seconds=time.perf_counter() - self._began,
             cpu_seconds={**self._clock.seconds, "all": sum(used.seconds for used in everyone)},
             peak_memory_bytes=sum(used.memory for used in everyone),
+            left_out=manifest["left_out"],
         )
 
 

@@ -1,17 +1,17 @@
 """From a chunk of a file to clean documents that may stay: what workers do first. Duplicates are found later, in corpus order."""
 
 import hashlib
-import json
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 from bitlm_dist.data_prep.cleaning import clean
 from bitlm_dist.data_prep.clock import Clock
+from bitlm_dist.data_prep.fields import BadLineError, Field, decode
 from bitlm_dist.data_prep.filters import Decontamination, LanguageFilter
 from bitlm_dist.data_prep.near_duplicates import Signatures
 from bitlm_dist.data_prep.settings import Settings
-from bitlm_dist.data_prep.sources import Chunk
+from bitlm_dist.data_prep.sources import Chunk, too_long
 from numpy.typing import NDArray
 
 # Why a document is not in the folder, in the order in which it is asked.
@@ -45,14 +45,6 @@ class Batch:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-class _BadLineError(Exception):
-    """Carries why a line is none: one of BAD, and a message to go behind its place."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
 class Reader:
     """Reads chunks under fixed settings.
 
@@ -62,6 +54,7 @@ class Reader:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._field = Field(settings.field)
         self._language = LanguageFilter(settings.language, settings.language_probability) if settings.language else None
         self._decontamination = Decontamination(settings.decontaminate, settings.hit_ratio) if settings.decontaminate else None
         self._signatures = Signatures() if settings.near_dedup is not None else None
@@ -99,12 +92,19 @@ class Reader:
                 continue  # an empty line is no document
             counts["read"] += 1
             try:
-                texts.append(_decode(piece) if chunk.ends is not None else _text_of(piece or b"", self._settings.field))
-            except _BadLineError as error:
+                texts.append(self._field.text_of(piece or b"") if chunk.ends is None else self._whole(piece, chunk))
+            except BadLineError as error:
                 counts[error.reason] += 1
                 if self._settings.on_error == "stop":
-                    return texts, f"{chunk.place(index)} {error}; or pass over such documents with --on-error skip"
+                    return texts, f"{chunk.place(index)} {error}"
         return texts, None
+
+    def _whole(self, raw: bytes | None, chunk: Chunk) -> str:
+        """A text that is no JSON. A whole file is not dropped for its length alone: it may be the whole corpus."""
+        text, limit = decode(raw), self._settings.max_chars
+        if chunk.holds_files and 0 < limit < len(text) and limit < len(clean(text, Counter())[0]):
+            raise BadLineError("too_long", too_long(self._settings))
+        return text
 
     def _clean(self, raw: list[str], counts: Counter[str]) -> list[tuple[str, bytes]]:
         pairs = []
@@ -148,40 +148,3 @@ def _pieces(chunk: Chunk) -> list[bytes | None]:
         pieces.append(None if end < 0 else chunk.data[begin:end])
         begin = max(begin, end)
     return pieces
-
-
-def _decode(raw: bytes | None) -> str:
-    if raw is None:
-        raise _BadLineError("no_text", "is null, expected text")
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        raise _BadLineError(
-            "not_utf8", f"is not UTF-8 (byte {error.start} is 0x{raw[error.start]:02x}): convert it first, e.g. with iconv"
-        ) from None
-
-
-def _text_of(line: bytes, name: str) -> str:
-    decoded = _decode(line)
-    try:
-        document = json.loads(decoded)
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise _BadLineError("not_json", "is no JSON object: mend the line")
-    if name not in document:
-        raise _BadLineError("no_text", f'is a JSON object without a field "{name}": name the right one with --field')
-    text = document[name]
-    if not isinstance(text, str):
-        raise _BadLineError("no_text", f'has a {type(text).__name__} in its field "{name}", expected a string')
-    if not text.isascii() and _has_surrogate(text):
-        raise _BadLineError("not_utf8", "spells half a character (a lone surrogate): mend the line")
-    return text
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from bitlm_dist.data_prep import round_trip, sources
+from bitlm_dist.data_prep import round_trip
+from bitlm_dist.data_prep.finding import left_out_in_words, plain
 from bitlm_dist.data_prep.reading import CHANGES, REASONS, Batch
 
 ROWS = 30  # sources in report.md, so that it stays a page; manifest.json has all
@@ -34,7 +35,7 @@ class Totals:
     """Counts by source: ``read`` documents, ``kept`` ones with their ``bytes``, REASONS and CHANGES."""
 
     def __init__(self, inputs: Sequence[str]) -> None:
-        self.names = [PurePosixPath(sources.plain(name).rstrip("/")).name or name for name in inputs]
+        self.names = [PurePosixPath(plain(name).rstrip("/")).name or name for name in inputs]
         self.counts: list[Counter[str]] = [Counter() for _ in inputs]
 
     def add(self, batch: Batch, reasons: Sequence[str | None]) -> None:
@@ -89,6 +90,8 @@ def markdown(manifest: Mapping[str, Any]) -> str:
         rows = [*rows[:ROWS], (f"{len(rest):,} more", *(sum(row[i] for row in rest) for i in range(1, 5)))]
     rows.append(("all", total["read"], total["kept"], total["read"] - total["kept"], total["bytes"]))
     lines += _table(("source", "read", "kept", "dropped", "bytes kept"), rows)
+    notes = [left_out_in_words(Counter(manifest["left_out"])), *manifest["notes"]]
+    lines += [f"{note[0].upper()}{note[1:]}.\n" for note in notes if note]
     lines += ["## Why documents were dropped, and what cleaning changed", ""]
     reasons = {**total["dropped"], **total["changed"]}
     lines += _table(("reason", "count"), [(WORDS[name], count) for name, count in reasons.items()] or [("nothing", 0)])

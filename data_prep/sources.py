@@ -1,53 +1,27 @@
-"""Files of text: .txt (one document a file), .jsonl (one a line) and .parquet (one a row), local or behind any fsspec URL.
+"""Files of text to chunks, which is what a worker takes at a time.
 
-Files come in the order of the arguments, those of a folder sorted by name. They are cut into chunks of about ``CHUNK_BYTES``, which
-is what a worker takes at a time; nothing here parses a document, and no more than a chunk is held in memory.
+A document is a .txt file (or what lies between two separators of one), a line of .jsonl, a value of .json, or a row of .parquet,
+.csv or .tsv. Chunks have about ``CHUNK_BYTES``. Nothing here parses a document except to find its end, and no more than a chunk is
+held in memory.
 """
 
 import importlib
+import itertools
+import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-from bitlm_dist.data_prep import unpacking
+from bitlm_dist.data_prep import json_values, tables, unpacking
+from bitlm_dist.data_prep.finding import File
+from bitlm_dist.data_prep.separators import BOM, documents_between
 from bitlm_dist.data_prep.settings import Settings
 
 from bitlm_dist.errors import UserError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-PACKED = (".gz", ".zst")
 CHUNK_BYTES = 2_000_000
 LINE_BYTES = 16_000_000  # beside the text, what the other fields of a line may take
-BOM = b"\xef\xbb\xbf"
-
-
-@dataclass(frozen=True)
-class File:
-    """One file of the corpus.
-
-    Attributes:
-        path: what opens it: a path or a URL.
-        name: where it lies below its argument, for messages that must not hold a folder's name.
-        source: number of the argument that named it.
-        size: bytes as stored; 0 where the server does not say.
-    """
-
-    path: str
-    name: str
-    source: int
-    size: int
-
-    @property
-    def kind(self) -> str:
-        """Its suffix without that of a compression."""
-        return _kind(self.plain_path) or ""
-
-    @property
-    def plain_path(self) -> str:
-        """For messages."""
-        return plain(self.path)
 
 
 @dataclass(frozen=True)
@@ -58,7 +32,7 @@ class Chunk:
         source: number of the argument they come from.
         data: lines of JSON if ``ends`` is None, else texts end to end.
         ends: where each text ends in ``data``; -1 for a row without text.
-        places: name of each text's file; or one name, then ``first`` is the number of the first line or row.
+        places: name of each text's file; or one name, then ``first`` is the number of the first line, row or document.
         too_long: lines and files that were passed over for their size, before all documents of this chunk.
         position: bytes of the corpus, as stored, up to the end of this chunk.
     """
@@ -71,86 +45,29 @@ class Chunk:
     too_long: int
     position: int
 
+    @property
+    def holds_files(self) -> bool:
+        """Whether each document is a whole file."""
+        return self.first == 0
+
     def place(self, index: int) -> str:
         """Where document or line ``index`` is: ``file:line``, or the file of a single text."""
-        return self.places[index] if self.first == 0 else f"{self.places[0]}:{self.first + index}"
-
-
-def find_files(inputs: Sequence[str | Path]) -> list[File]:
-    """The files that ``inputs`` name, in corpus order.
-
-    Raises:
-        UserError: one does not exist, is of another kind, or a folder holds no file of text; or its protocol's package is missing.
-    """
-    files: list[File] = []
-    for source, given in enumerate(map(str, inputs)):
-        files += _find_remote(given, source) if "://" in given else _find_local(Path(given), source)
-    return files
-
-
-def _find_local(given: Path, source: int) -> list[File]:
-    if given.is_dir():
-        inside = sorted(path for path in given.rglob("*") if path.is_file() and _kind(path.name))
-        if not inside:
-            raise UserError(f"{given} holds no {_kinds()}")
-        return [File(str(p), p.relative_to(given).as_posix(), source, p.stat().st_size) for p in inside]
-    if not given.exists():
-        raise UserError(f"{given} does not exist")
-    if not _kind(given.name):
-        raise UserError(f"{given} is none of {', '.join(SUFFIXES)} (plain, .gz or .zst)")
-    return [File(str(given), given.name, source, given.stat().st_size)]
-
-
-def _find_remote(url: str, source: int) -> list[File]:
-    try:
-        system, root = importlib.import_module("fsspec.core").url_to_fs(url)
-        if _kind(plain(url)):
-            return [File(url, PurePosixPath(plain(url)).name, source, int(system.info(root)["size"] or 0))]
-        found: dict[str, Any] = system.find(root, detail=True)
-    except ImportError as error:
-        raise UserError(f"{plain(url)}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{plain(url)} does not exist") from None
-    except Exception as error:  # each protocol has errors of its own
-        raise UserError(f"{plain(url)} cannot be read: {type(error).__name__}: {error}".replace(url, plain(url))) from None
-    inside = sorted(path for path in found if _kind(path))
-    if not inside:
-        raise UserError(f"{plain(url)} holds no {_kinds()}")
-    base = root.rstrip("/") + "/"
-    return [File(system.unstrip_protocol(p), p.removeprefix(base), source, int(found[p].get("size") or 0)) for p in inside]
-
-
-def plain(path: str) -> str:
-    """A path as it is, a URL without its query, which often holds a key."""
-    return path.partition("?")[0] if "://" in path else path
-
-
-def _kinds() -> str:
-    return f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file (plain, .gz or .zst)"
-
-
-def _kind(name: str) -> str | None:
-    suffixes = PurePosixPath(name).suffixes
-    if suffixes and suffixes[-1] in PACKED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
+        return self.places[index] if self.holds_files else f"{self.places[0]}:{self.first + index}"
 
 
 def chunks(files: Iterable[File], settings: Settings) -> Iterator[Chunk]:
     """The corpus in chunks, none across two arguments.
 
     Raises:
-        UserError: a file cannot be read or unpacked, or a Parquet file has no such column; names the file.
+        UserError: a file cannot be read or unpacked, a table has no such column, or a single document is too long; names the file.
     """
     begun, loose = 0, _Loose(settings)
     for file in files:
-        if file.kind != ".txt" or file.source != loose.source:
+        whole = file.kind == ".txt" and settings.document_separator is None
+        if not whole or file.source != loose.source:
             yield from loose.take()
         try:
-            if file.kind == ".txt":
-                yield from loose.add(file, begun)
-            else:
-                yield from (_parquet if file.kind == ".parquet" else _lines)(file, settings, begun)
+            yield from loose.add(file, begun) if whole else _READERS[file.kind](file, settings, begun)
         except UserError:
             raise
         except (OSError, EOFError, zlib.error) as error:
@@ -160,16 +77,29 @@ def chunks(files: Iterable[File], settings: Settings) -> Iterator[Chunk]:
     yield from loose.take()
 
 
+def too_long(settings: Settings) -> str:
+    """What is wrong with a file that is one document of too many characters, and what to do."""
+    return (
+        f"is one document of more than {settings.max_chars:,} characters (--max-chars): cut it with --document-separator TEXT, "
+        "allow more, or leave such files out with --on-error skip"
+    )
+
+
 def _open(file: File) -> BinaryIO:
     if "://" in file.path:
         return cast(BinaryIO, importlib.import_module("fsspec").open(file.path, "rb").open())
     return open(file.path, "rb")
 
 
+def _pieces(raw: BinaryIO, file: File, settings: Settings) -> Iterator[bytes]:
+    return unpacking.pieces(raw, file.plain_path, settings.max_unpack_ratio)
+
+
 class _Loose:
     """Collects small files of one document each into chunks."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._limit = 4 * settings.max_chars + len(BOM)  # no character takes more than four bytes
         self.source = -1
         self._clear()
@@ -183,10 +113,12 @@ class _Loose:
         self.source, self._position = file.source, begun + file.size
         with _open(file) as raw:
             text, size = [], 0
-            for piece in unpacking.pieces(raw, file.plain_path):
+            for piece in _pieces(raw, file, self._settings):
                 text.append(piece)
                 size += len(piece)
                 if size > self._limit > len(BOM):
+                    if self._settings.on_error == "stop":
+                        raise UserError(f"{file.plain_path} {too_long(self._settings)}")
                     self._too_long += 1
                     return
         self._texts.append(b"".join(text).removeprefix(BOM))
@@ -211,64 +143,136 @@ def _ends(texts: Sequence[bytes | None]) -> tuple[int, ...]:
 
 
 def _lines(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
+    with _open(file) as raw:
+        yield from _cut_lines(_pieces(raw, file, settings), file, settings, lambda: begun + min(raw.tell(), file.size))
+
+
+def _cut_lines(pieces: Iterable[bytes], file: File, settings: Settings, position: Callable[[], int]) -> Iterator[Chunk]:
     """Whole lines; one that is longer than any document may be is passed over and counted."""
     limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None  # \uXXXX: six bytes for a character
     held, line, too_long, skipping, first = bytearray(), 1, 0, False, True
-    with _open(file) as raw:
-        for piece in unpacking.pieces(raw, file.plain_path):
-            if first and piece:
-                piece, first = piece.removeprefix(BOM), False
-            if skipping:
-                end = piece.find(b"\n") + 1
-                if not end:
-                    continue
-                piece, skipping, line = piece[end:], False, line + 1
-            before = len(held)
-            held += piece
-            if len(held) < CHUNK_BYTES:
+    searched = 0  # of ``held``, where no line ends
+    for piece in pieces:
+        if first and piece:
+            piece, first = piece.removeprefix(BOM), False
+        if skipping:
+            end = piece.find(b"\n") + 1
+            if not end:
                 continue
-            cut = held.rfind(b"\n", before) + 1 or held.rfind(b"\n", 0, before) + 1
-            if cut:
-                data = bytes(memoryview(held)[:cut])
-                del held[:cut]
-                yield Chunk(file.source, data, None, (file.plain_path,), line, too_long, begun + min(raw.tell(), file.size))
-                line, too_long = line + data.count(b"\n"), 0
-            if limit is not None and len(held) > limit:
-                held.clear()
-                too_long, skipping = too_long + 1, True
+            piece, skipping, line = piece[end:], False, line + 1
+        held += piece
+        if len(held) < CHUNK_BYTES:
+            continue
+        cut = held.rfind(b"\n", searched) + 1
+        if cut:
+            data = bytes(memoryview(held)[:cut])
+            del held[:cut]
+            yield Chunk(file.source, data, None, (file.plain_path,), line, too_long, position())
+            line, too_long = line + data.count(b"\n"), 0
+        searched = len(held)
+        if limit is not None and len(held) > limit:
+            held.clear()
+            too_long, skipping, searched = too_long + 1, True, 0
     if held or too_long:
-        yield Chunk(file.source, bytes(held), None, (file.plain_path,), line, too_long, begun + file.size)
+        yield Chunk(file.source, bytes(held), None, (file.plain_path,), line, too_long, position())
+
+
+def _json(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
+    """Lines, as many a .json file holds, or values with line breaks anywhere."""
+    with _open(file) as raw:
+
+        def position() -> int:
+            return begun + min(raw.tell(), file.size)
+
+        pieces, head = _pieces(raw, file, settings), b""
+        while (
+            b"\n" not in head.removeprefix(BOM).lstrip()
+            and len(head) < unpacking.PIECE
+            and (piece := next(pieces, None)) is not None
+        ):
+            head += piece
+        pieces = itertools.chain([head], pieces)
+        if json_values.are_lines(head.removeprefix(BOM)):
+            yield from _cut_lines(pieces, file, settings, position)
+            return
+        limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None
+        found = _Numbered(file, "value", position, as_lines=True)
+        for value in json_values.values(pieces, file.plain_path, limit):
+            yield from found.add(value)
+        yield from found.take()
+
+
+def _csv(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
+    limit = settings.max_chars + LINE_BYTES if settings.max_chars else sys.maxsize
+    with _open(file) as raw:
+        found = _Numbered(file, "row", lambda: begun + min(raw.tell(), file.size))
+        for text in tables.csv_texts(raw, file.plain_path, settings, "\t" if file.kind == ".tsv" else ",", limit):
+            yield from found.add(text)
+        yield from found.take()
 
 
 def _parquet(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    try:
-        arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise UserError(f"{file.plain_path}: reading Parquet needs pyarrow: pip install 'bitlm-dist[parquet]'") from None
+    first = 1
     with _open(file) as raw:
-        try:
-            table = parquet.ParquetFile(raw, buffer_size=1 << 20, pre_buffer=False)
-            _check_column(table.schema_arrow, settings.field, file, arrow)
-            rows, row = max(1, table.metadata.num_rows), 0
-            stored = sum(table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups))
-            batch_size = max(1, min(100_000, CHUNK_BYTES * rows // max(1, stored)))
-            for batch in table.iter_batches(batch_size=batch_size, columns=[settings.field], use_threads=False):
-                texts = batch.column(0).cast(arrow.large_binary()).to_pylist()
-                data = b"".join(text or b"" for text in texts)
-                first, row = row + 1, row + len(texts)
-                yield Chunk(
-                    file.source, data, _ends(texts), (f"{file.plain_path}: row",), first, 0, begun + file.size * row // rows
-                )
-        except arrow.ArrowException as error:
-            raise UserError(f"{file.plain_path} is no Parquet file that can be read: {str(error).splitlines()[0]}") from None
+        for texts, share in tables.parquet_texts(raw, file.plain_path, settings, CHUNK_BYTES):
+            data, place = b"".join(text or b"" for text in texts), f"{file.plain_path}: row"
+            yield Chunk(file.source, data, _ends(texts), (place,), first, 0, begun + int(file.size * share))
+            first += len(texts)
 
 
-def _check_column(schema: Any, field: str, file: File, arrow: Any) -> None:
-    if field not in schema.names:
-        names = ", ".join(schema.names)
-        raise UserError(f'{file.plain_path} has no column "{field}": choose one with --field ({names})')
-    kind = schema.field(field).type
-    if arrow.types.is_dictionary(kind):
-        kind = kind.value_type
-    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind) or arrow.types.is_string_view(kind)):
-        raise UserError(f'{file.plain_path}: the column "{field}" holds {kind}, expected strings: choose another with --field')
+def _separated(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
+    """What lies between the separators of a .txt file; blank pieces are no documents."""
+    with _open(file) as raw:
+        found = _Numbered(file, "document", lambda: begun + min(raw.tell(), file.size))
+        limit = 4 * settings.max_chars + len(BOM) if settings.max_chars else None
+        for text in documents_between(settings.document_separator or "", _pieces(raw, file, settings), limit):
+            yield from found.pass_over() if text is None else found.add(text)
+        yield from found.take()
+
+
+class _Numbered:
+    """Collects numbered documents of one file into chunks.
+
+    Args:
+        file: where they come from.
+        what: name of one, for messages.
+        position: tells how much of the corpus is read.
+        as_lines: whether they are lines of JSON, not texts.
+    """
+
+    def __init__(self, file: File, what: str, position: Callable[[], int], as_lines: bool = False) -> None:
+        self._file, self._what, self._position, self._as_lines = file, what, position, as_lines
+        self._held: list[bytes | None] = []
+        self._first, self._bytes, self._too_long = 1, 0, 0
+
+    def add(self, text: bytes | None) -> Iterator[Chunk]:
+        """Take the next document; None: a row without text."""
+        self._held.append(text)
+        self._bytes += len(text or b"") + 1
+        if self._bytes >= CHUNK_BYTES:
+            yield from self.take()
+
+    def pass_over(self) -> Iterator[Chunk]:
+        """Count the next document as too long."""
+        yield from self.take()
+        self._first, self._too_long = self._first + 1, self._too_long + 1
+
+    def take(self) -> Iterator[Chunk]:
+        """What is collected, if anything is."""
+        if self._held or self._too_long:
+            data = (b"\n" if self._as_lines else b"").join(text or b"" for text in self._held)
+            ends, place = None if self._as_lines else _ends(self._held), f"{self._file.plain_path}: {self._what}"
+            yield Chunk(self._file.source, data, ends, (place,), self._first, self._too_long, self._position())
+        self._first += len(self._held)
+        self._held, self._bytes, self._too_long = [], 0, 0
+
+
+_READERS: dict[str, Callable[[File, Settings, int], Iterator[Chunk]]] = {
+    ".txt": _separated,
+    ".jsonl": _lines,
+    ".ndjson": _lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

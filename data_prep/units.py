@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,22 @@ NAME = re.compile(r"\.?\d{5,}-[0-9a-f]{16}(\.json|\.json\.partial)?")
 
 @dataclass(frozen=True)
 class Unit:
-    """Documents of one unit: UTF-8 texts and their SHA-256; ``before``: documents of the units before it."""
+    """Documents of one unit: UTF-8 texts and their SHA-256.
+
+    Attributes:
+        before: documents of the units before it.
+        held_out: numbers of those for validation; None: as their hashes say.
+    """
 
     name: str
     texts: list[bytes]
     hashes: list[bytes]
     before: int
+    held_out: tuple[int, ...] | None = None
+
+    def is_held_out(self, number: int, share: float) -> bool:
+        """Whether a document is for validation, which gets ``share`` of all."""
+        return is_held_out(self.hashes[number], share) if self.held_out is None else number in self.held_out
 
 
 def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> Iterator[Unit]:
@@ -57,6 +67,13 @@ def cut(documents: Iterable[tuple[bytes, bytes]], unit_bytes: int, key: str) -> 
             texts, hashes, size, number = [], [], 0, number + 1
     if texts:
         yield _unit(number, texts, hashes, before, key)
+
+
+def lone(text: bytes, place: int, key: str) -> Unit:
+    """The unit of a lone document, whose bytes from ``place`` on are for validation."""
+    texts = [part for part in (text[:place], text[place:]) if part]
+    unit = _unit(0, texts, [hashlib.sha256(part).digest() for part in texts], 0, f"{key} lone")
+    return replace(unit, held_out=tuple(range(1, len(texts))))
 
 
 def _unit(number: int, texts: list[bytes], hashes: list[bytes], before: int, key: str) -> Unit:
@@ -118,9 +135,9 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
         file = out / UNITS / f"{unit.name}.json"
         file.unlink(missing_ok=True)  # of a unit whose files were lost
         for split in SPLITS:
-            chosen = [i for i, text_hash in enumerate(hashes) if is_held_out(text_hash, validation) == (split == "validation")]
-            record[split] = _write_split(out / split / unit.name, [documents[i] for i in chosen], dtype_of(tokenizer.vocabulary))
-            record[split]["bytes"] = sum(len(texts[i]) for i in chosen)
+            chosen = [k for k, i in enumerate(full) if unit.is_held_out(i, validation) == (split == "validation")]
+            record[split] = _write_split(out / split / unit.name, [documents[k] for k in chosen], dtype_of(tokenizer.vocabulary))
+            record[split]["bytes"] = sum(len(texts[k]) for k in chosen)
             record[split]["token_bytes"] = int(token_bytes[chosen].sum())
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")

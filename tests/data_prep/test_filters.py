@@ -1,9 +1,11 @@
 import json
 import random
+import re
+import unicodedata
 
 import numpy as np
 import pytest
-from bitlm_dist.data_prep.filters import GRAM, WORD, Decontamination, LanguageFilter, polynomial
+from bitlm_dist.data_prep.filters import GRAM, Decontamination, LanguageFilter, polynomial
 
 from bitlm_dist.errors import UserError
 
@@ -12,7 +14,7 @@ FRENCH = "Ceci est une phrase que tout le monde prendrait pour du français, et 
 
 
 def grams(text):
-    words = WORD.findall(text.lower())
+    words = re.findall(r"\w+", text.lower())
     return [tuple(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)]
 
 
@@ -45,8 +47,21 @@ def test_evaluation_files_that_cannot_serve_are_named(tmp_path):
     with pytest.raises(UserError, match="no text there has 13 words"):
         Decontamination([tmp_path / "short.txt"], 0.1)
     (tmp_path / "bad.jsonl").write_text("{")
-    with pytest.raises(UserError, match="bad.jsonl cannot be read"):
+    with pytest.raises(UserError, match="--decontaminate .*bad.jsonl:1 is no JSON that can be read"):
         Decontamination([tmp_path / "bad.jsonl"], 0.1)
+
+
+ESCAPED = "wörter und sätze die in json anders buchstabiert sind als im text, \u2028 hier noch mehr davon, ähnlich überall"
+
+
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl", "X.JSONL", "x.ndjson", "x.txt"])
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_evaluation_text_is_found_however_it_is_spelled(tmp_path, name, ascii_only):
+    file = tmp_path / name
+    spelled = unicodedata.normalize("NFD", ESCAPED)
+    text = spelled if name.endswith("txt") else json.dumps({"n": 10**40, "q": spelled}, ensure_ascii=ascii_only) + "\n"
+    file.write_text("\ufeff" + text.replace("1" + "0" * 40, "9" * 5000), encoding="utf-8")
+    assert Decontamination([file], 0.1).hit_ratio(ESCAPED) == 1
 
 
 def test_polynomial_tells_neighbourhoods_apart():

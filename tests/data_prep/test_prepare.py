@@ -1,5 +1,8 @@
+import base64
+import bz2
 import errno
 import json
+import lzma
 import os
 import random
 import shutil
@@ -352,7 +355,7 @@ def test_a_bad_line_stops_with_its_place_and_the_command_goes_on_when_it_is_mend
     out, whole = tmp_path / "out", tmp_path / "whole"
     file.write_text("\n".join([*lines[:150], "{broken", *lines[150:]]))
     for workers in (1, 2):
-        with pytest.raises(UserError, match=r"x.jsonl:151 is no JSON object: mend the line; or .*--on-error skip"):
+        with pytest.raises(UserError, match=r"x.jsonl:151 is no JSON object \(.*\): mend the line; or .*--on-error skip"):
             prepare([file], str(tokenizer), out, 0.1, workers=workers)
         with pytest.raises(UserError, match="is not finished"):
             read_manifest(out)
@@ -362,6 +365,14 @@ def test_a_bad_line_stops_with_its_place_and_the_command_goes_on_when_it_is_mend
     assert prepare([file], str(tokenizer), out, 0.1).units_reused >= written - 1
     prepare([file], str(tokenizer), whole, 0.1)
     assert tree(out) == tree(whole)
+
+
+@pytest.fixture
+def byte_tokenizer(tmp_path):
+    """A tokenizer of bytes, which takes no time to make."""
+    file = tmp_path / "bytes.tiktoken"
+    file.write_bytes(b"".join(base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
+    return str(file)
 
 
 @pytest.fixture
@@ -376,21 +387,19 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_full_disk_is_one_line_and_the_command_goes_on_from_there(small_disk, tmp_path, small, workers, seed):
+def test_a_full_disk_is_one_line_and_the_command_goes_on_from_there(small_disk, tmp_path, small, byte_tokenizer, workers, seed):
     rng = random.Random(seed)
     file = write_lines(tmp_path / "x.jsonl", ["".join(chr(rng.randrange(0x4E00, 0x9000)) for _ in range(400)) for _ in range(900)])
-    tokenizer = tmp_path / "bytes.tiktoken"
-    tokenizer.write_bytes(b"".join(__import__("base64").b64encode(bytes([i])) + b" %d\n" % i for i in range(256)))
     out = small_disk / "out"
     with pytest.raises(UserError, match=r"out: the disk is full: make room and run the same command again") as raised:
-        prepare([file], str(tokenizer), out, 0.1, workers=workers)
+        prepare([file], byte_tokenizer, out, 0.1, workers=workers)
     assert "\n" not in str(raised.value)
     done = len(list((out / "units").glob("*-*.json")))
     assert done > 5
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    again = prepare([file], str(tokenizer), out, 0.1, workers=workers)
+    again = prepare([file], byte_tokenizer, out, 0.1, workers=workers)
     assert again.units_reused == done
-    prepare([file], str(tokenizer), tmp_path / "whole", 0.1)
+    prepare([file], byte_tokenizer, tmp_path / "whole", 0.1)
     assert tree(out) == tree(tmp_path / "whole")
 
 
@@ -418,6 +427,77 @@ def test_a_folder_of_text_files_is_read_in_order(tmp_path):
         Shards(out, "validation")
     with pytest.raises(UserError, match="every document fell into the validation split"):
         prepare([source], "bpe:260", tmp_path / "all", 1 - 1e-12)
+
+
+def test_a_lone_document_gives_its_end_as_validation(tmp_path, corpus, byte_tokenizer):
+    file = tmp_path / "book.txt"
+    file.write_text("\n\n".join(texts_of(corpus)[:60]))
+    said = []
+    report = prepare([file], byte_tokenizer, tmp_path / "out", say=said.append)
+    train, validation = (texts_in(tmp_path / "out", [split]) for split in ("train", "validation"))
+    assert train[0] + validation[0] == file.read_text()
+    assert train[0].endswith("\n\n")
+    assert 0.02 < len(validation[0]) / len(file.read_text()) < 0.08
+    (line,) = said
+    assert line.startswith("the corpus is one document: its last ")
+    assert line[1:] in (tmp_path / "out/report.md").read_text()
+    assert report.documents == 1
+    assert prepare([file], byte_tokenizer, tmp_path / "out").units_reused == 1
+    prepare([file], byte_tokenizer, tmp_path / "none", 0.0, say=said.append)
+    assert texts_in(tmp_path / "none", ["train"]) == [file.read_text()]
+    assert len(said) == 1
+    (tmp_path / "few.txt").write_text("few")
+    prepare([tmp_path / "few.txt"], byte_tokenizer, tmp_path / "few", 0.05, say=said.append)
+    assert "too short to hold out" in said[-1]
+
+
+@pytest.fixture
+def mixed(corpus, tmp_path):
+    """A folder with a file of each kind, and files that are none."""
+    texts = [text for text in texts_of(corpus) if '"' not in text]
+    root = tmp_path / "mixed"
+    write_lines(root / "a.jsonl", texts[:20])
+    (root / "b.json").write_text(json.dumps([{"text": text} for text in texts[20:40]], indent=1))
+    (root / "c.csv").write_text("text\n" + "".join(f'"{text}"\n' for text in texts[40:60]))
+    (root / "d.txt.xz").write_bytes(lzma.compress("\n%%\n".join(texts[60:80]).encode()))
+    (root / "e.NDJSON.bz2").write_bytes(bz2.compress(write_lines(tmp_path / "e", texts[80:100]).read_bytes()))
+    for name in ("notes.pdf", "notes.PDF", ".hidden.txt"):
+        (root / name).write_text("not read")
+    return root, texts[:100]
+
+
+def test_kinds_of_files_mix_and_a_killed_preparation_goes_on_to_the_same_bytes(mixed, tmp_path, small, byte_tokenizer, monkeypatch):
+    root, texts = mixed
+    settings = Settings(document_separator="\n%%\n")
+    said = []
+    report = prepare([root], byte_tokenizer, tmp_path / "whole", 0.1, settings, say=said.append)
+    assert sorted(texts_in(tmp_path / "whole")) == sorted(texts)
+    assert said == ["3 files left out: 2 .pdf, 1 hidden"]
+    assert report.left_out == read_manifest(tmp_path / "whole")["left_out"] == {".pdf": 2, "hidden": 1}
+    assert "3 files left out: 2 .pdf, 1 hidden.\n" in (tmp_path / "whole/report.md").read_text()
+    plain, written = units.write, []
+
+    def write(unit, *arguments):
+        if len(written) == 5:
+            fail()
+        written.append(unit.name)
+        return plain(unit, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed here"):
+        patch.setattr(units, "write", write)
+        prepare([root], byte_tokenizer, tmp_path / "killed", 0.1, settings)
+    assert prepare([root], byte_tokenizer, tmp_path / "killed", 0.1, settings).units_reused == 5
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+    with pytest.raises(UserError, match="was prepared with another document_separator"):
+        prepare([root], byte_tokenizer, tmp_path / "whole", 0.1)
+
+
+def test_a_folder_begun_before_later_settings_goes_on(corpus, tmp_path, byte_tokenizer):
+    out = tmp_path / "out"
+    prepare([corpus], byte_tokenizer, out, 0.1)
+    assert not {"document_separator", "max_unpack_ratio"} & set(json.loads((out / "settings.json").read_text()))
+    again = prepare([corpus], byte_tokenizer, out, 0.1, Settings(max_unpack_ratio=5))
+    assert again.units_reused == again.units
 
 
 def test_progress_reaches_the_end(messy, tmp_path, small):

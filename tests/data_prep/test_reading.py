@@ -17,11 +17,16 @@ def line(text, **more):
 
 
 BAD = [
-    (b"{broken", "not_json", "is no JSON object"),
-    (b'{"text": "a"} {"text": "b"}', "not_json", "is no JSON object"),
-    (b"[1]", "not_json", "is no JSON object"),
-    (b"[" * 100_000, "not_json", "is no JSON object"),
-    (b'{"text": ' + b"9" * 5000 + b"}", "not_json", "is no JSON object"),
+    (b"{broken", "not_json", r"is no JSON object \(Expecting property name .* at character 2\): mend the line"),
+    (b'{"text": "a"} {"text": "b"}', "not_json", r"is no JSON object \(Extra data at character 15\)"),
+    (b'{"text": "\x00"}', "not_json", r"is no JSON object \(Invalid control character at at character 11\)"),
+    (b"\x00" * 9, "not_json", r"is no JSON object \(Expecting value at character 1\)"),
+    (b"[1]", "not_json", "is no JSON object, but a list"),
+    (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "not_json", "is no JSON object .*nested too deeply"),
+    (b'{"text": ' + b"9" * 5000 + b"}", "no_text", 'has a int in its field "text"'),
+    (b'{"text": NaN}', "no_text", "has a float"),
+    (b'{"text": ["a", null]}', "no_text", "has a list .*expected a string or a list of strings"),
+    (b'{"text": "a", "b": {}, "text": "c"}', "no_text", 'has the field "text" twice: mend the line'),
     (b'{"body": "x"}', "no_text", 'without a field "text": name the right one with --field'),
     (b'{"text": 5}', "no_text", 'has a int in its field "text"'),
     (b'{"text": null}', "no_text", "has a NoneType"),
@@ -58,6 +63,30 @@ def test_no_length_is_too_long_for_zero():
 
 def test_another_field():
     assert batch_of(b'{"body": "x", "text": 1}', field="body").texts == [b"x"]
+
+
+GOOD_LINES = [
+    (b'{"n": ' + b"9" * 5000 + b', "text": "digits"}', "text", "digits"),
+    (b'{"n": -' + b"9" * 5000 + b'e-3, "m": [1E400, Infinity, NaN], "text": "digits"}', "text", "digits"),
+    (b'\xef\xbb\xbf{"text": "behind a byte order mark"}', "text", "behind a byte order mark"),
+    ('{"text": "a\u2028b\u0085c"}'.encode(), "text", "a\u2028bc"),
+    (rb'{"text": "nul \u0000 spelled", "half": "\ud83d"}', "text", "nul  spelled"),
+    (b'{"text": ["first", "", "second"]}', "text", "first\n\nsecond"),
+    (b'{"a": {"b": "nested", "text": 1}, "text": 2}', "a.b", "nested"),
+    (b'{"a.b": "spelled", "a": {"b": "nested"}}', "a.b", "spelled"),
+    (b'{"text": "a", "meta": {"text": "b", "x": 1, "x": 2}}', "text", "a"),
+]
+
+
+@pytest.mark.parametrize(("raw", "field", "text"), GOOD_LINES)
+def test_what_json_allows_is_read(raw, field, text):
+    batch = batch_of(raw, field=field)
+    assert (batch.error, [text.decode() for text in batch.texts]) == (None, [text])
+
+
+def test_a_key_twice_is_refused_on_the_way_to_a_nested_text():
+    assert 'the field "a.b" twice' in batch_of(b'{"a": {"b": "x", "b": "y"}}', field="a.b").error
+    assert 'without a field "a.c"' in batch_of(b'{"a": {"b": "x"}}', field="a.c").error
 
 
 GOOD = "In the beginning God created the heaven and the earth, and the earth was without form, and void; and darkness was upon"

@@ -1,21 +1,28 @@
+import bz2
 import gzip
 import json
+import lzma
 import threading
+from collections import Counter
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import pytest
 import zstandard
-from bitlm_dist.data_prep import sources
+from bitlm_dist.data_prep import finding, sources
 from bitlm_dist.data_prep.reading import Reader
 from bitlm_dist.data_prep.settings import Settings
-from bitlm_dist.data_prep.sources import chunks, find_files
+from bitlm_dist.data_prep.sources import chunks
 
 from bitlm_dist.errors import UserError
 
 LINES = "".join(json.dumps({"text": f"line {i} ä"}) + "\n" for i in range(3)).encode()
 TEXTS = ["line 0 ä", "line 1 ä", "line 2 ä"]
+
+
+def find_files(inputs):
+    return finding.find_files(inputs, Counter())
 
 
 def read(*inputs, **settings):
@@ -34,7 +41,17 @@ def frames(data):
     return packed(data[:20]) + packed(b"") + packed(data[20:])
 
 
-PACKING = [("", bytes), (".gz", gzip.compress), (".zst", packed), (".zst", frames)]
+def streams(compress):
+    return lambda data: compress(data[:20]) + compress(b"") + compress(data[20:])
+
+
+PACKING = [
+    ("", bytes),
+    *((".gz", pack) for pack in (gzip.compress, streams(gzip.compress))),
+    *((".bz2", pack) for pack in (bz2.compress, streams(bz2.compress))),
+    *((".xz", pack) for pack in (lzma.compress, streams(lzma.compress))),
+    *((".zst", pack) for pack in (packed, frames)),
+]
 
 
 @pytest.mark.parametrize(("suffix", "pack"), PACKING)
@@ -47,11 +64,12 @@ def test_plain_and_compressed_files(tmp_path, suffix, pack):
     assert read(one)[0] == ["line 0\nends"]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 def test_a_compressed_file_that_is_cut_short_or_damaged_is_named(tmp_path, suffix):
     file = tmp_path / f"x.jsonl{suffix}"
-    whole = {".gz": gzip.compress, ".zst": packed}[suffix](LINES * 100)
-    for content in (whole[: len(whole) // 2], whole[:-1], b"\x00" * 50):
+    pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": packed}[suffix]
+    whole = pack(LINES * 100)
+    for content in (whole[: len(whole) // 2], whole[:-1], b"\x00" * 50, b"", whole + b"\x01" + whole[1:]):
         file.write_bytes(content)
         with pytest.raises(UserError, match=f"x.jsonl{suffix} (is|cannot be read)"):
             read(file)
@@ -76,7 +94,7 @@ def test_sources_that_do_not_fit_are_named(tmp_path):
     (tmp_path / "x.pdf").write_text("")
     with pytest.raises(UserError, match="x.pdf is none of"):
         find_files([tmp_path / "x.pdf"])
-    with pytest.raises(UserError, match=r"holds no .txt, .jsonl or .parquet"):
+    with pytest.raises(UserError, match=r"holds no .txt, .jsonl, .*or .parquet file .*\(1 file left out: 1 .pdf\)"):
         find_files([tmp_path])
 
 
@@ -112,7 +130,7 @@ def test_a_line_too_long_for_any_document_is_passed_over_in_bounded_memory(tmp_p
     assert max(len(chunk.data) for chunk in chunks(find_files([file]), Settings(max_chars=20))) < 400
     assert next(batch.error for batch in read(file, max_chars=20)[1] if batch.error).startswith(f"{file}:9 ")
     (tmp_path / "x.txt").write_text("y" * 1000)
-    texts, batches = read(tmp_path / "x.txt", max_chars=20)
+    texts, batches = read(tmp_path / "x.txt", max_chars=20, on_error="skip")
     assert (texts, batches[0].counts["too_long"], batches[0].counts["read"]) == ([], 1, 1)
 
 

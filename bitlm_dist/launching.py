@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, say, show_table
+from bitlm_dist.config import warnings_of
+from bitlm_dist.errors import say as say_on_stderr
+from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, expanded_path, say, show_table
 
 if TYPE_CHECKING:
     from bitlm_dist.launch.cluster import Cluster
@@ -19,7 +21,7 @@ MaxRestarts = Annotated[int | None, typer.Option(help="In a row without a new ch
 def _cluster(name: str | None, **changes: object) -> "Cluster":
     from bitlm_dist.launch.cluster import load_cluster
 
-    return load_cluster(name, changes)
+    return load_cluster(name if name is None else expanded_path("--cluster")(name), changes)
 
 
 @launching.command("slurm", context_settings=OVERRIDES)
@@ -44,6 +46,8 @@ def slurm_command(
     settings = _cluster(cluster, partition=partition, account=account, time=time, max_restarts=max_restarts)
     config = submit.absolute(config_of(words or []).config)
     job = submit.job_of(config, settings, nodes, tuple(filter(None, exclude.split(","))))
+    for warning in warnings_of(config):
+        say_on_stderr(f"warning: {warning}")
     if dry_run:
         print(render(job), end="")
         return

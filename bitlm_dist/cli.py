@@ -195,7 +195,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     if trainer.done and speaks:
         say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
-        say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
+        where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
+        say(f"{trainer.stopped_by}: {where}; the same command goes on from there")
 
 
 @contextmanager

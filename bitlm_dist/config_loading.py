@@ -1,7 +1,7 @@
 """From files and command-line words to a checked :class:`~bitlm_dist.config.Config` that knows where each value came from."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.paths import HERE, escaped, seen_from
+from bitlm_dist.paths import absolute as absolute_path
 from bitlm_dist.yaml_files import Entry, kind_of, read_file, read_word
 
 COMMAND_LINE = "command line"  # as the source of a value
@@ -94,13 +96,48 @@ def read_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a run folder with overrides; raises :class:`UserError` where there is none."""
     file = folder / "config.yaml"
     if not file.is_file():
-        raise UserError(f"{folder} is no run folder: it holds no config.yaml; train into it first with `bitlm train`")
+        where = f"{folder}{seen_from(folder)}"
+        raise UserError(f"{where} is no run folder: it holds no config.yaml; train into it first with `bitlm train`")
     return load(file, overrides).config
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+def absolute(config: Config) -> Config:
+    """The config with all its paths absolute, so that it means the same from any folder."""
+    return Config.model_validate(_with_paths(config.model_dump(), absolute_path))
+
+
+def to_yaml(config: Config, in_run_folder: bool = False) -> str:
+    """The resolved config as YAML.
+
+    Args:
+        in_run_folder: for the run's own folder: all paths absolute, and those inside the folder relative to it, so that it can be
+            read from anywhere and be moved. Otherwise paths stay as they are.
+    """
+    if in_run_folder:
+        config = absolute(config)
+
+    def text(path: Path) -> str:
+        if not in_run_folder or not path.is_relative_to(config.run.dir):
+            return escaped(path)
+        return f"{HERE}/{escaped(path.relative_to(config.run.dir))}".removesuffix("/.")
+
+    return yaml.safe_dump(_with_paths(config.model_dump(), text), sort_keys=False)
+
+
+def paths_of(config: Config) -> list[Path]:
+    """Every path in the config, absolute, but for the run folder."""
+    found: list[Path] = []
+    _with_paths(config.model_dump(exclude={"run"}), lambda path: found.append(absolute_path(path)))
+    return found
+
+
+def _with_paths(value: Any, change: Callable[[Path], Any]) -> Any:
+    """A document with every path replaced."""
+    if isinstance(value, dict):
+        return {key: _with_paths(inner, change) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_paths(inner, change) for inner in value]
+    return change(value) if isinstance(value, Path) else value
 
 
 def _find(file: Path) -> Path:
@@ -108,7 +145,7 @@ def _find(file: Path) -> Path:
         if candidate.is_file():
             return candidate
     known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    raise UserError(f"config file {file} does not exist; shipped with the package: {known}")
+    raise UserError(f"config file {file}{seen_from(file)} does not exist; shipped with the package: {known}")
 
 
 def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Entry]]:

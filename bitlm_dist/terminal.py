@@ -48,6 +48,8 @@ def path_option(name: str, words: str, metavar: str = "PATH") -> Any:
 
 
 def _path(text: str) -> Path:
+    if "$" in text and Path(text).exists():  # a name with a dollar sign, which the shell has been told to leave alone
+        return Path(text)
     try:
         return Path(expanded(text))
     except UserError as error:  # a ValueError, whose words typer would not print

@@ -19,7 +19,7 @@ from torch import Tensor
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
-from bitlm_dist.config_loading import read_run
+from bitlm_dist.config_loading import read_run, to_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sha256_of, sync_folder, sync_tree, write_atomically
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
@@ -63,7 +63,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
         total = sum(entry.bytes for entry in entries)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
         write_atomically(building / INDEX, text + "\n")
-    shutil.copy(run.path / "config.yaml", building)
+    write_atomically(building / "config.yaml", to_yaml(read_run(run.path)))  # its paths are not those of this folder
     shutil.copy(run.path / CODES, building)
     shutil.copytree(run.path / "tokenizer", building / "tokenizer")
     record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}

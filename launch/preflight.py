@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitlm_dist.launch.ranks import Ranks, read_ranks
 
+from bitlm_dist.disks import shared_memory_problem, temporary_problem
 from bitlm_dist.files import write_atomically
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float) -
     found: dict[str, Any] = {"error": "", "clock": None, "gemm": None, "bandwidth": None}
     try:
         found["disk_gb"] = _disk(attempt, node)
-        found["error"] = _gpu_health(gpus)
+        found["error"] = shared_memory_problem() or temporary_problem() or _gpu_health(gpus)
         if not found["error"]:
             found["gemm"] = _gemm(gpus)
     except Exception as error:  # whatever it is, the node cannot train

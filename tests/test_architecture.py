@@ -23,7 +23,7 @@ LAYERS = [
     {"diffusion", "kernels"},
     {"codes"},
     {"compilation"},
-    {"paths"},
+    {"disks", "paths"},
     {"cpu_threads", "errors", "files", "processes"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs

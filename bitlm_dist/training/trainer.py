@@ -20,7 +20,7 @@ from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.vocabulary import make_codes
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, say
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import check_machine
 from bitlm_dist.model.language_model import Batch, LanguageModel
@@ -28,6 +28,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpointing import Checkpoints
+from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
@@ -99,6 +100,8 @@ class Trainer:
         if found is not None:
             self._load(*found)
         self._resumed = self.step  # metrics of later steps are those of a start that was killed
+        if layout.rank == 0 and not self.done:
+            self._check_room()
         self._unrecorded: BitCodes | None = codes
         share = self.sequences // layout.data
         self._batches = Loader(
@@ -153,8 +156,14 @@ class Trainer:
         finally:
             log.close()
 
+    def _check_room(self) -> None:
+        named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
+        needed = checkpoint_bytes(self.config, self.engine.parameters, named)
+        if warning := check_room(self.folder.checkpoints, needed, self.config.checkpoint):
+            say(f"warning: {warning}")
+
     def _record(self) -> None:
-        """Write what the run folder says of this run, before the first thing that belongs to it; a start without one leaves no trace.
+        """Write config, environment and vocabulary, once, with the first step, evaluation or save: a start without any leaves no trace.
 
         Raises:
             UserError: it cannot be written.

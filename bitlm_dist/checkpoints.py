@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.paths import seen_from
 from bitlm_dist.terminal import AsJson, Run, path_argument, say, show_table
 
 checkpoints = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a run, compare them, take weights out and in.")
@@ -116,13 +117,13 @@ def import_command(
 
 
 def _folders(run: Path) -> list[Path]:
-    from bitlm_dist.checkpoint.store import complete_steps, folder_of
-    from bitlm_dist.training.run_folder import RunFolder
+    from bitlm_dist.checkpoint.store import folder_of
+    from bitlm_dist.training.checkpoint_place import CHECKPOINTS, steps_of
 
-    root = RunFolder(run).checkpoints
+    steps, root = steps_of(run), run / CHECKPOINTS
     if not root.is_dir():
-        raise UserError(f"{run} is no run folder: it holds no checkpoints/")
-    return [folder_of(root, step) for step in complete_steps(root)]
+        raise UserError(f"{run}{seen_from(run)} is no run folder: it holds no checkpoints/")
+    return [folder_of(root, step) for step in steps]
 
 
 def _one(path: Path) -> Path:

@@ -269,6 +269,8 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """Saving."""
 
+    dir: Path | None = None
+    """Folder on another disk for this run's checkpoints, which RUN/checkpoints then leads to; none: RUN/checkpoints itself."""
     every_steps: int = Field(1000, ge=0)
     """Save every so many steps, and at the end; 0: only at the end."""
     every_minutes: float = Field(0.0, ge=0)

@@ -52,6 +52,7 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
     layout = layout_of(config.parallel, nodes * cluster.ranks_per_node, 0)
     check_batch(config, layout)
     folders = [config.data.path, *(source.path for source in config.data.sources), config.distillation.teacher, config.data.cache]
+    folders.append(checkpoints_of(config))
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
     for folder in data[:1]:
         read_manifest(folder)
@@ -64,6 +65,12 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
     return Job(config.run.dir, data, nodes, cluster, exclude)
 
 
+def checkpoints_of(config: Config) -> Path | None:
+    """The folder outside the run folder that holds the run's checkpoints; None: they are inside."""
+    link = config.run.dir / "checkpoints"
+    return config.checkpoint.dir or (link.resolve() if link.is_symlink() else None)
+
+
 def check(job: Job) -> None:
     """Raise a UserError if the run folder holds something else, or another job of the run is queued or running."""
     attempts.check_free(job.run, job.data)
@@ -72,8 +79,11 @@ def check(job: Job) -> None:
 
 def save(job: Job, config: Config) -> None:
     """Write what the job needs into the run folder."""
-    folder = job.run / LAUNCH
-    write_atomically(folder / SETTINGS, json.dumps(settings_of(job), indent=1) + "\n")
+    folder, checkpoints = job.run / LAUNCH, checkpoints_of(config)
+    if checkpoints is not None:
+        checkpoints.mkdir(parents=True, exist_ok=True)  # containers mount it
+    settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
+    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 

@@ -172,9 +172,10 @@ class Shards:
         sizes = [sum(part["bytes"] for part in (shard["zip_data"], shard["raw_data"]) if part) for shard in shards]
         check_temporary(max(sizes) if cache is None else 0, "reading the data without data.cache" if cache is None else "reading")
         total, folder = sum(shard["raw_data"]["bytes"] for shard in shards), Path(tempfile.gettempdir())
-        if cache is None and cache_limit is None and total > free_bytes(folder) and os.environ.get("RANK", "0") == "0":
+        free = free_bytes(folder)
+        if cache is None and cache_limit is None and total > free and os.environ.get("RANK", "0") == "0":
             say(
-                f"warning: {folder} has {in_words(free_bytes(folder))} free, and the shards of {self.folder} take {in_words(total)} "
+                f"warning: {folder} has {in_words(free)} free, and the shards of {self.folder} take {in_words(total)} "
                 "there, for every process that reads them: set data.cache_limit, or data.cache to a folder on another disk"
             )
 

@@ -27,6 +27,7 @@ from bitlm_dist.launch.attempts import check_free
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.paths import absolute as absolute_path
+from bitlm_dist.training.checkpoint_place import CHECKPOINTS, CheckpointPlace
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
 from bitlm_dist.training.stopping import STOP_FILE
 
@@ -66,7 +67,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: TextIO | None = None
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
+        self._place = CheckpointPlace(path)
         self.stop_file = path / STOP_FILE
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
@@ -76,7 +78,7 @@ class RunFolder:
 
         Raises:
             UserError: it holds a run of another config, tokenizer or codes, or files of other origin; another process has it; it
-                cannot be written.
+                cannot be written; or its checkpoints cannot lie where they should.
         """
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
@@ -84,6 +86,7 @@ class RunFolder:
         check_free(absolute_path(self.path), paths_of(config))
         with self._writing():
             self._hold()
+            self._place.claim(config.checkpoint.dir)
             self.stop_file.unlink(missing_ok=True)  # it was meant for a process that is gone
 
     def record(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
@@ -93,6 +96,7 @@ class RunFolder:
             UserError: it cannot be written.
         """
         with self._writing():
+            self._place.make_link()
             write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
             write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
@@ -144,6 +148,7 @@ class RunFolder:
 
     def release(self) -> None:
         """Let another process have the folder."""
+        self._place.release()
         if self._lock is not None:
             self._lock.close()
             self._lock = None

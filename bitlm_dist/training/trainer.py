@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
@@ -27,6 +26,7 @@ from bitlm_dist.model.language_model import Batch, LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.training.checkpoint_place import steps_of
 from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
 from bitlm_dist.training.engine import Engine
@@ -71,7 +71,7 @@ class Trainer:
         codes = make_codes(config.model, config.data.path, manifest)
         self._teacher = Teacher.of_config(config, manifest["tokenizer"]["fingerprint"], layout)
         self.folder = RunFolder(config.run.dir)
-        done = store.complete_steps(self.folder.checkpoints)
+        done = steps_of(config.run.dir)
         if done and not resume:
             raise UserError(
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
@@ -159,11 +159,11 @@ class Trainer:
     def _check_room(self) -> None:
         named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
         needed = checkpoint_bytes(self.config, self.engine.parameters, named)
-        if warning := check_room(self.folder.checkpoints, needed, self.config.checkpoint):
+        if warning := check_room(self.config.checkpoint.dir or self.folder.checkpoints, needed, self.config.checkpoint):
             say(f"warning: {warning}")
 
     def _record(self) -> None:
-        """Write config, environment and vocabulary, once, with the first step, evaluation or save: a start without any leaves no trace.
+        """Write config, environment and vocabulary with the first step, evaluation or save; a start without any leaves no trace.
 
         Raises:
             UserError: it cannot be written.

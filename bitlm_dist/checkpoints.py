@@ -3,17 +3,18 @@
 import json
 from dataclasses import asdict
 from datetime import datetime
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.terminal import AsJson, Run, say, show_table
+from bitlm_dist.paths import seen_from
+from bitlm_dist.terminal import AsJson, Run, path_argument, say, show_table
 
 checkpoints = typer.Typer(no_args_is_help=True, help="Look at the checkpoints of a run, compare them, take weights out and in.")
-Checkpoint = Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="Run folder (its newest checkpoint) or step folder.")]
+Checkpoint = Annotated[Path, path_argument("RUN|CHECKPOINT", "Run folder (its newest checkpoint) or step folder.")]
 SHOWN = 10  # tensors that differ most
 HEALTH = {True: "yes", False: "NO", None: "not known yet"}
 
@@ -89,13 +90,15 @@ def diff_command(first: Checkpoint, second: Checkpoint, as_json: AsJson = False)
 @checkpoints.command("export")
 def export_command(
     checkpoint: Checkpoint,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; must not exist.")],
+    out: Annotated[Path, path_argument("OUT", "Folder to write; must not exist.")],
     averaged: Annotated[bool, typer.Option("--averaged", help="The moving average of the weights (optimizer.ema).")] = False,
     file_gb: Annotated[float, typer.Option(min=0.001, help="Largest file, in GB.")] = 4.0,
 ) -> None:
     """Write the weights as safetensors, with config, tokenizer and codes; one tensor in memory at a time."""
     from bitlm_dist.training.export import export
 
+    if not isfinite(file_gb):
+        raise UserError(f"--file-gb {file_gb}: expected a number of gigabytes, e.g. 4")
     folder = _one(checkpoint)
     size = export(folder, out, averaged, int(file_gb * 1e9))
     say(f"{out}: {size / 2**20:,.1f} MiB of weights from {folder}")
@@ -103,8 +106,8 @@ def export_command(
 
 @checkpoints.command("import")
 def import_command(
-    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `bitlm checkpoint export` wrote.")],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder to make; must not exist.")],
+    source: Annotated[Path, path_argument("FOLDER", "What `bitlm checkpoint export` wrote.")],
+    run: Annotated[Path, path_argument("RUN", "Run folder to make; must not exist.")],
 ) -> None:
     """Make a run folder of exported weights, for `bitlm eval` and `bitlm generate`."""
     from bitlm_dist.training.export import import_
@@ -114,13 +117,13 @@ def import_command(
 
 
 def _folders(run: Path) -> list[Path]:
-    from bitlm_dist.checkpoint.store import complete_steps, folder_of
-    from bitlm_dist.training.run_folder import RunFolder
+    from bitlm_dist.checkpoint.store import folder_of
+    from bitlm_dist.training.checkpoint_place import CHECKPOINTS, steps_of
 
-    root = RunFolder(run).checkpoints
+    steps, root = steps_of(run), run / CHECKPOINTS
     if not root.is_dir():
-        raise UserError(f"{run} is no run folder: it holds no checkpoints/")
-    return [folder_of(root, step) for step in complete_steps(root)]
+        raise UserError(f"{run}{seen_from(run)} is no run folder: it holds no checkpoints/")
+    return [folder_of(root, step) for step in steps]
 
 
 def _one(path: Path) -> Path:

@@ -14,11 +14,24 @@ import typer
 from bitlm_dist import config_loading
 from bitlm_dist.bench.command import bench
 from bitlm_dist.checkpoints import checkpoints
-from bitlm_dist.config import Config
+from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.errors import UserError
 from bitlm_dist.launching import launching
 from bitlm_dist.prepared import prepared
-from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
+from bitlm_dist.terminal import (
+    OVERRIDES,
+    AsJson,
+    Run,
+    Words,
+    check_plot,
+    config_of,
+    console,
+    expanded_path,
+    path_argument,
+    path_option,
+    say,
+    show_table,
+)
 
 if TYPE_CHECKING:
     from bitlm_dist.cpu_threads import BusyCores
@@ -54,7 +67,7 @@ def prep(
             "bpe:SIZE to train one."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, path_option("--out", "Folder to write.", "DIR")],
     validation: Annotated[float, typer.Option(help="Share of documents to hold out; of a lone document, its end.")] = 0.05,
     field: Annotated[str, typer.Option(help="JSON key or column of the text; a.b for key b of object a.")] = "text",
     document_separator: Annotated[
@@ -65,7 +78,8 @@ def prep(
     exact_dedup: Annotated[bool, typer.Option(help="Drop copies of earlier documents.")] = True,
     near_dedup: Annotated[float | None, typer.Option(help="Drop documents this similar to an earlier one, e.g. 0.8.")] = None,
     decontaminate: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Evaluation text that must not be trained on; repeat for more files.")
+        list[Path] | None,
+        path_option("--decontaminate", "Evaluation text that must not be trained on; repeat for more files.", "FILE"),
     ] = None,
     hit_ratio: Annotated[float, typer.Option(help="Share of a document's 13-grams found there from which it is dropped.")] = 0.1,
     language: Annotated[str | None, typer.Option(help="Keep documents in this language only, e.g. en.")] = None,
@@ -101,6 +115,8 @@ def prep(
         max_unpack_ratio,
     )
     silent = quiet or as_json
+    sources = [source if "://" in source else expanded_path("FILE|DIR")(source) for source in sources]
+    tokenizer = expanded_path("--tokenizer")(tokenizer)
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
     try:
         with ExitStack() as stack:
@@ -178,6 +194,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
             for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
                 if warning:
                     say(f"warning: {warning}")
+        for warning in warnings_of(config):
+            say(f"warning: {warning}")
     if trainer.device.type == "cuda":
         say(f"rank {layout.rank} on {socket.gethostname()}: {trainer.device}, {torch.cuda.get_device_name(trainer.device)}")
     with ExitStack() as stack:
@@ -191,7 +209,8 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     if trainer.done and speaks:
         say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
-        say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
+        where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
+        say(f"{trainer.stopped_by}: {where}; the same command goes on from there")
 
 
 @contextmanager
@@ -310,8 +329,8 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; ratios are to the first.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw bits a byte over --axis: .svg, .png or .pdf.")] = None,
+    runs: Annotated[list[Path], path_argument("RUN…", "Run folders; ratios are to the first.")],
+    plot: Annotated[Path | None, path_option("--plot", "Draw bits a byte over --axis: .svg, .png or .pdf.", "FILE")] = None,
     axis: Annotated[str, typer.Option(help="tokens, cpu_seconds or seconds.")] = "tokens",
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")] = False,
 ) -> None:

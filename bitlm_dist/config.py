@@ -6,17 +6,33 @@ The text under a field is its help.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from bitlm_dist.errors import UserError
 
 
 class Section(BaseModel):
-    """A frozen part of the config that refuses unknown keys."""
+    """A frozen part of the config that refuses unknown keys, numbers that are not finite, and booleans for numbers."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, value: Any, info: ValidationInfo) -> Any:
+        assert info.field_name is not None
+        if _holds_boolean(value) and not _takes_boolean(cls.model_fields[info.field_name].annotation):
+            raise ValueError("expected another value than true or false")
+        return value
+
+
+def _holds_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_holds_boolean, value)))
+
+
+def _takes_boolean(kind: Any) -> bool:
+    return kind is bool or any(map(_takes_boolean, get_args(kind)))
 
 
 class RunConfig(Section):
@@ -194,6 +210,9 @@ class ComponentConfig(Section):
     """Its weight decay; none: optimizer.weight_decay."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """Optimizers and schedule."""
 
@@ -205,8 +224,8 @@ class OptimizerConfig(Section):
     """Momentum of Muon (Nesterov)."""
     lr: float = Field(3e-3, gt=0)
     """Peak learning rate of AdamW."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW betas."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW betas: decay per step of the averages of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
     fused: Literal["auto", "torch"] = "auto"
@@ -250,6 +269,8 @@ class TrainingConfig(Section):
 class CheckpointConfig(Section):
     """Saving."""
 
+    dir: Path | None = None
+    """Folder on another disk for this run's checkpoints, which RUN/checkpoints then leads to; none: RUN/checkpoints itself."""
     every_steps: int = Field(1000, ge=0)
     """Save every so many steps, and at the end; 0: only at the end."""
     every_minutes: float = Field(0.0, ge=0)
@@ -356,6 +377,15 @@ class Config(Section):
         for problem in _problems(self):
             raise UserError(problem)
         return self
+
+
+def warnings_of(c: Config) -> Iterator[str]:
+    """What is allowed and most likely not meant, as one line each."""
+    if c.optimizer.warmup_steps > c.training.steps:
+        yield (
+            f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is beyond training.steps = {c.training.steps}: "
+            "the learning rate never reaches its peak"
+        )
 
 
 def _problems(c: Config) -> Iterator[str]:

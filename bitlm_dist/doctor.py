@@ -4,12 +4,15 @@ import importlib
 import importlib.util
 import os
 import platform
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bitlm_dist.cpu_threads import NUM_THREADS, SPIN_COUNT, WAIT_POLICY, BusyCores
+from bitlm_dist.disks import SHARED_MEMORY, free_bytes, in_words, shared_memory_problem, temporary_problem
 from bitlm_dist.errors import UserError
 from bitlm_dist.kernels.attention import missing
 from bitlm_dist.parallel.device import find_device, warning_of_unused_gpus
@@ -103,11 +106,30 @@ def _device() -> Finding:
     return Finding("device", warning is None, warning or f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo")
 
 
+def _shared_memory() -> Finding:
+    problem = shared_memory_problem()
+    return Finding("shared memory", not problem, problem or f"{in_words(free_bytes(SHARED_MEMORY))} free in {SHARED_MEMORY}")
+
+
+def _temporary() -> Finding:
+    problem = temporary_problem()
+    if problem:
+        return Finding("temporary files", False, problem)
+    return Finding("temporary files", True, f"{in_words(free_bytes(Path(tempfile.gettempdir())))} free in {tempfile.gettempdir()}")
+
+
 def examine() -> dict[str, list[Finding]]:
     """Findings by heading."""
     packages = [Finding(name, bool(package_version(name)), package_version(name) or "missing") for name in PACKAGES]
     return {
-        "machine": [Finding("python", True, platform.python_version()), _device(), _waiting(), _free_cores()],
+        "machine": [
+            Finding("python", True, platform.python_version()),
+            _device(),
+            _waiting(),
+            _free_cores(),
+            _shared_memory(),
+            _temporary(),
+        ],
         "packages": packages,
         "attention, first choice first": [Finding(n, missing(n) is None, missing(n) or note) for n, note in ATTENTION.items()],
         "optimizers": [

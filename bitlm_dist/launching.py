@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, say, show_table
+from bitlm_dist.config import Config, warnings_of
+from bitlm_dist.config_loading import absolute
+from bitlm_dist.errors import say as say_on_stderr
+from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, expanded_path, say, show_table
 
 if TYPE_CHECKING:
     from bitlm_dist.launch.cluster import Cluster
@@ -19,7 +22,17 @@ MaxRestarts = Annotated[int | None, typer.Option(help="In a row without a new ch
 def _cluster(name: str | None, **changes: object) -> "Cluster":
     from bitlm_dist.launch.cluster import load_cluster
 
-    return load_cluster(name, changes)
+    return load_cluster(name if name is None else expanded_path("--cluster")(name), changes)
+
+
+def _is_trained(config: Config) -> bool:
+    """Whether nothing is left to do, and so nothing is to be started; says so."""
+    from bitlm_dist.launch.status import is_trained
+
+    trained = is_trained(config.run.dir, config)
+    if trained:
+        say(f"{config.run.dir} is trained: step {config.training.steps} of {config.training.steps}")
+    return trained
 
 
 @launching.command("slurm", context_settings=OVERRIDES)
@@ -42,10 +55,14 @@ def slurm_command(
     from bitlm_dist.launch.render import render
 
     settings = _cluster(cluster, partition=partition, account=account, time=time, max_restarts=max_restarts)
-    config = submit.absolute(config_of(words or []).config)
+    config = absolute(config_of(words or []).config)
     job = submit.job_of(config, settings, nodes, tuple(filter(None, exclude.split(","))))
+    for warning in warnings_of(config):
+        say_on_stderr(f"warning: {warning}")
     if dry_run:
         print(render(job), end="")
+        return
+    if _is_trained(config):
         return
     done = submit.submit(job, config)
     say(f"{done.run}: job {done.job}, {job.nodes} × {settings.ranks_per_node} ranks; `bitlm launch status {done.run}` shows it")
@@ -63,9 +80,11 @@ def local_command(
     from bitlm_dist.launch.local import run_here
 
     settings = _cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
-    config = submit.absolute(config_of(words or []).config)
+    config = absolute(config_of(words or []).config)
     job = submit.job_of(config, settings, 1, ())
     submit.check(job)
+    if _is_trained(config):
+        return
     submit.save(job, config)
     verdict = run_here(config.run.dir, ranks, settings.env, say)
     if verdict.action != "end":

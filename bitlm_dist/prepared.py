@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
-from bitlm_dist.terminal import say, show_table
+from bitlm_dist.terminal import path_argument, say, show_table
 
 prepared = typer.Typer(no_args_is_help=True, help="Look after folders that `bitlm prep` wrote.")
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Prepared folder.")]
+Folder = Annotated[Path, path_argument("DIR", "Prepared folder.")]
 
 
 @prepared.command("verify")
@@ -51,7 +51,7 @@ def _write_token_bytes(folder: Path) -> None:
 @prepared.command("mirror")
 def mirror_command(
     url: Annotated[str, typer.Argument(metavar="URL", help="Prepared folder elsewhere: s3://bucket/data, gs://…, https://…")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make; must not exist.")],
+    folder: Annotated[Path, path_argument("DIR", "Folder to make; must not exist.")],
 ) -> None:
     """Copy the small files of a prepared folder; its shards are streamed when training reads them."""
     from bitlm_dist.data.remote import mirror

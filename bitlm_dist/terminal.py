@@ -1,8 +1,8 @@
 """What the commands share: the words they take and the way they print."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from bitlm_dist import config_loading
 from bitlm_dist.errors import UserError
+from bitlm_dist.paths import expanded
 
 console = Console(highlight=False)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -18,7 +19,44 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(metavar="CONFIG [--SECTION.KEY VALUE]…", help="YAML file or shipped name, then overrides."),
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+
+
+def expanded_path(name: str) -> Callable[[str], str]:
+    """Make a function that replaces ``~`` and variables in a path of the command line, which a shell leaves in ``--out=~/x``.
+
+    Args:
+        name: of the option or argument, for messages.
+    """
+
+    def expand(text: str) -> str:
+        try:
+            return expanded(text)
+        except UserError as error:
+            raise UserError(f"{name} {text}: {error}") from None
+
+    return expand
+
+
+def path_argument(metavar: str, words: str) -> Any:
+    """An argument that is a path, or several."""
+    return typer.Argument(metavar=metavar, help=words, parser=_path)
+
+
+def path_option(name: str, words: str, metavar: str = "PATH") -> Any:
+    """An option that is a path, or several."""
+    return typer.Option(name, metavar=metavar, help=words, parser=_path)
+
+
+def _path(text: str) -> Path:
+    if "$" in text and Path(text).exists():  # a name with a dollar sign, which the shell has been told to leave alone
+        return Path(text)
+    try:
+        return Path(expanded(text))
+    except UserError as error:  # a ValueError, whose words typer would not print
+        raise typer.BadParameter(f"{text}: {error}") from None
+
+
+Run = Annotated[Path, path_argument("RUN", "Run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -49,7 +87,7 @@ def config_of(words: list[str]) -> config_loading.Loaded:
         rest.append(word)
     if file is None:
         raise UserError("no config file given: name one after the command, e.g. quickstart")
-    return config_loading.load(Path(file), rest)
+    return config_loading.load(Path(expanded_path("CONFIG")(file)), rest)
 
 
 def check_plot(plot: Path | None) -> None:

@@ -21,18 +21,20 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
 
 LAUNCH, CANCELLED = "launch", "cancelled"
 VARIABLE = "BITLM_ATTEMPT"  # the attempt's folder, for its ranks
 DONE, STOPPED, REFUSED, FAILED, HUNG, LOST, BAD_NODES = "done", "stopped", "refused", "failed", "hung", "lost", "bad nodes"
 SIGN = "bitlm: "  # before each line that tells the user what to mend
+OWN_FILES = (LAUNCH, "run.lock", "stop")  # beside config.yaml, what a folder may hold in which no step was taken
 STOP_REQUEST, BY_USER = "stop file", "the file `stop` in the run folder"
 CHECKPOINT = re.compile(r"step-(\d{8,})")
 
@@ -102,6 +104,24 @@ class Verdict:
     reason: str
     exclude: tuple[str, ...] = ()
     idle: int = 0
+
+
+def check_free(run: Path, used: Iterable[Path]) -> None:
+    """Refuse a folder that holds anything but a run, or what is there for a run to begin.
+
+    Args:
+        run: the run folder, absolute; may be missing.
+        used: absolute paths that the run reads or writes; they may lie in its folder.
+
+    Raises:
+        UserError: it holds other files.
+    """
+    if (run / "config.yaml").is_file() or not run.is_dir():
+        return
+    for file in run.iterdir():
+        linked = file.name == "checkpoints" and file.is_symlink()
+        if not (linked or file.name in OWN_FILES or file.name[0] == "." or any(path.is_relative_to(file) for path in used)):
+            raise UserError(f"run.dir = {run} holds files but no run: choose an empty or a new folder")
 
 
 def newest_checkpoint(run: Path) -> int:
@@ -213,7 +233,7 @@ def outcome_of(folder: Path, code: int) -> tuple[str, str]:
     if outcome:
         by_user = outcome["by"] == STOP_REQUEST and not (folder / "stop").is_file()
         why = BY_USER if by_user else _why(folder / "stop") or outcome["by"]
-        return STOPPED, f"{why}, saved at step {outcome['step']}"
+        return STOPPED, f"{why}, " + (f"saved at step {outcome['step']}" if outcome["step"] else "before the first step")
     if failure and failure["refused"]:
         return REFUSED, str(failure["message"])
     if hung:

@@ -4,17 +4,18 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from bitlm_dist.config import Section
-from bitlm_dist.config_loading import CONFIGS
+from bitlm_dist.config_loading import COMMAND_LINE, CONFIGS, explain, nested
 from bitlm_dist.errors import UserError
+from bitlm_dist.yaml_files import EXPANDED, Entry, read_file
 
 CLUSTERS = CONFIGS / "clusters"
 TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d{1,3}):(?P<minutes>\d{2}):(?P<seconds>\d{2})")
+PathText = Annotated[str, EXPANDED]  # ~ and variables are replaced when the file is read: scripts quote it
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -32,9 +33,9 @@ class Container(Section):
 
     runtime: Literal["pyxis", "apptainer"]
     """pyxis: flags on srun; apptainer: `apptainer exec` before the rank."""
-    image: str
+    image: PathText
     """Name or file, as the runtime takes it."""
-    mounts: tuple[str, ...] = ()
+    mounts: tuple[PathText, ...] = ()
     """Folders of the host that are seen inside, SOURCE or SOURCE:TARGET; run folder and data are always."""
 
 
@@ -108,9 +109,9 @@ class Cluster(Section):
     be together longer than Slurm takes to notice a dead node."""
     launcher: Literal["srun", "torchrun", "nvrx"] = "srun"
     """srun: one task a rank; torchrun, nvrx (ft_launcher of nvidia-resiliency-ext): one task a node that starts the ranks."""
-    python: str = sys.executable
+    python: PathText = sys.executable
     """Python of the ranks, as seen on the nodes or in the container."""
-    host_python: str = sys.executable
+    host_python: PathText = sys.executable
     """Python outside of any container, with bitlm_dist, that asks and decides on the first node; it needs no torch."""
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
@@ -185,25 +186,18 @@ def load_cluster(name: str | None, changes: Mapping[str, Any]) -> Cluster:
     Raises:
         UserError: names file, key and value.
     """
-    values: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
     if name is not None:
         file = next((f for f in (Path(name), CLUSTERS / f"{name}.yaml") if f.is_file()), None)
         if file is None:
             known = ", ".join(sorted(path.stem for path in CLUSTERS.glob("*.yaml")))
             raise UserError(f"--cluster {name}: no such file; shipped with the package: {known}")
-        try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(found, dict | None):
-            raise UserError(f"{file} must hold `key: value` lines, found a {type(found).__name__}")
-        values = found or {}
-    values.update({key: value for key, value in changes.items() if value is not None})
+        entries = read_file(file, Cluster)
+    entries.update({key: Entry(value, COMMAND_LINE) for key, value in changes.items() if value is not None})
     try:
-        cluster = Cluster.model_validate(values)
+        cluster = Cluster.model_validate(nested({key: entry.value for key, entry in entries.items()}))
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"cluster {name or 'of the command line'}: {key} = {first['input']!r}: {first['msg']}") from None
+        where = f"cluster {name}: " if name else ""
+        raise UserError(where + explain(error, {key: entry.source for key, entry in entries.items()})) from None
     cluster.check()
     return cluster

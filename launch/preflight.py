@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitlm_dist.launch.ranks import Ranks, read_ranks
 
+from bitlm_dist.disks import free_bytes, problem_of, shared_memory_problem, temporary_problem
 from bitlm_dist.files import write_atomically
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ GEMM = {"cuda": (8192, 20), "cpu": (1024, 4)}  # rows, products
 LINK_MB = {"cuda": 256, "cpu": 16}
 
 
-def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float) -> None:
+def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float, checkpoints: Path) -> None:
     """Measure this node.
 
     Args:
@@ -37,11 +38,12 @@ def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float) -
         node: name under which the launcher knows it.
         gpus: that the node must have.
         seconds: for the group to come together.
+        checkpoints: a folder on the disk where checkpoints are written.
     """
     found: dict[str, Any] = {"error": "", "clock": None, "gemm": None, "bandwidth": None}
     try:
-        found["disk_gb"] = _disk(attempt, node)
-        found["error"] = _gpu_health(gpus)
+        found["disk_gb"] = min(_disk(attempt, node), free_bytes(checkpoints) / 1e9)
+        found["error"] = problem_of(checkpoints, 0) or shared_memory_problem() or temporary_problem() or _gpu_health(gpus)
         if not found["error"]:
             found["gemm"] = _gemm(gpus)
     except Exception as error:  # whatever it is, the node cannot train
@@ -160,7 +162,8 @@ def main() -> None:
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK="0")
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     settings = json.loads((attempt.parents[1] / "settings.json").read_text())
-    measure(attempt, ranks, node, settings["gpus_per_node"], settings["preflight"]["seconds"])
+    checkpoints = Path(settings.get("checkpoints") or attempt)
+    measure(attempt, ranks, node, settings["gpus_per_node"], settings["preflight"]["seconds"], checkpoints)
 
 
 if __name__ == "__main__":

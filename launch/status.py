@@ -10,9 +10,11 @@ from typing import Any
 
 from bitlm_dist.launch import agent, attempts, slurm, submit
 
-from bitlm_dist.config_loading import load
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import absolute, load, read_run
 from bitlm_dist.errors import UserError
 
+METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"  # as bitlm_dist.training.metrics has them, whose import brings torch
 RECENT = 20  # steps whose mean speed tells when it will be done
 TAIL = 20  # lines of a log
 
@@ -50,7 +52,7 @@ def status_of(run: Path) -> Status:
     folder = submit.launched(run)
     every, numbers = attempts.read_attempts(run), submit.jobs(run)
     config = load(folder / "config.yaml").config
-    recent = list(deque(_metrics(run), maxlen=RECENT))
+    recent = list(deque(_lines(run / METRICS), maxlen=RECENT))
     step = int(recent[-1]["step"]) if recent else 0
     seconds = [entry["seconds"] for entry in recent]
     rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / (seconds[-1] - seconds[0]) if len(recent) > 1 else None
@@ -90,8 +92,16 @@ def _state_here(run: Path, every: list[attempts.Attempt]) -> str:
     return "running" if silent < every[-1].limits.frozen else f"no sign of life for {silent:,.0f} s: its launcher was ended"
 
 
-def _metrics(run: Path) -> Iterator[dict[str, Any]]:
-    file = run / "metrics.jsonl"
+def is_trained(run: Path, config: Config) -> bool:
+    """Whether a run of this very config, with absolute paths, has nothing left to do."""
+    if not (run / "config.yaml").is_file() or absolute(read_run(run)) != config:
+        return False
+    steps, every = config.training.steps, config.evaluation.every_steps
+    evaluated = max((entry["step"] for entry in _lines(run / EVALUATIONS)), default=0)
+    return attempts.newest_checkpoint(run) >= steps and (not every or evaluated >= steps)
+
+
+def _lines(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
     with file.open() as stream:

@@ -18,7 +18,7 @@ from bitlm_dist.launch.render import Job, render
 from bitlm_dist.launch.snapshot import save_code
 
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import to_yaml
+from bitlm_dist.config_loading import load, to_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock, write_atomically
 
@@ -35,20 +35,8 @@ class Submitted:
     job: str
 
 
-def absolute(config: Config) -> Config:
-    """The config with all its paths absolute: a job begins elsewhere, and again after weeks."""
-    document = config.model_dump()
-    document["run"]["dir"] = config.run.dir.absolute()
-    for section, key in (("data", "path"), ("data", "cache"), ("distillation", "teacher")):
-        if document[section][key] is not None:
-            document[section][key] = Path(document[section][key]).absolute()
-    for source in document["data"]["sources"]:
-        source["path"] = Path(source["path"]).absolute()
-    return Config.model_validate(document)
-
-
 def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...]) -> Job:
-    """What to render, for an :func:`absolute` config.
+    """What to render, for a config with absolute paths.
 
     Raises:
         UserError: data are not set or there, ranks do not fit the layout, or a path does not go into a container.
@@ -64,6 +52,7 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
     layout = layout_of(config.parallel, nodes * cluster.ranks_per_node, 0)
     check_batch(config, layout)
     folders = [config.data.path, *(source.path for source in config.data.sources), config.distillation.teacher, config.data.cache]
+    folders.append(checkpoints_of(config))
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
     for folder in data[:1]:
         read_manifest(folder)
@@ -76,17 +65,25 @@ def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...
     return Job(config.run.dir, data, nodes, cluster, exclude)
 
 
+def checkpoints_of(config: Config) -> Path | None:
+    """The folder outside the run folder that holds the run's checkpoints; None: they are inside."""
+    link = config.run.dir / "checkpoints"
+    return config.checkpoint.dir or (link.resolve() if link.is_symlink() else None)
+
+
 def check(job: Job) -> None:
     """Raise a UserError if the run folder holds something else, or another job of the run is queued or running."""
-    if job.run.exists() and not any((job.run / name).exists() for name in (LAUNCH, "config.yaml")) and any(job.run.iterdir()):
-        raise UserError(f"run.dir = {job.run} holds files but no run: choose an empty or a new folder")
+    attempts.check_free(job.run, job.data)
     _refuse_second(job.run)
 
 
 def save(job: Job, config: Config) -> None:
     """Write what the job needs into the run folder."""
-    folder = job.run / LAUNCH
-    write_atomically(folder / SETTINGS, json.dumps(settings_of(job), indent=1) + "\n")
+    folder, checkpoints = job.run / LAUNCH, checkpoints_of(config)
+    if checkpoints is not None:
+        checkpoints.mkdir(parents=True, exist_ok=True)  # containers mount it
+    settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
+    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
@@ -127,11 +124,14 @@ def resume(run: Path) -> Submitted:
     """Queue the saved script again.
 
     Raises:
-        UserError: the run was not launched, or a job of it is queued or running.
+        UserError: the run was not launched or has been moved, or a job of it is queued or running.
     """
     script = launched(run) / SCRIPT
     if not script.is_file():
         raise UserError(f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` again")
+    before = load(run / LAUNCH / "config.yaml").config.run.dir  # which the script names too
+    if not before.exists() or not before.samefile(run):
+        raise UserError(f"{run} was launched as {before} and has been moved: use `bitlm launch slurm {run}/config.yaml`")
     with _submitting(run):
         write_atomically(run / LAUNCH / SETTINGS, json.dumps({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
         return Submitted(run, _queue(run))

@@ -19,10 +19,11 @@ LAYERS = [
     {"model"},
     {"parallel"},
     {"config_loading"},
-    {"config"},
+    {"config", "yaml_files"},
     {"diffusion", "kernels"},
     {"codes"},
     {"compilation"},
+    {"disks", "paths"},
     {"cpu_threads", "errors", "files", "processes"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs

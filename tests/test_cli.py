@@ -115,6 +115,34 @@ def test_dry_run_prints_the_parameters_of_the_8b_model():
     assert "6,94" in backbone
 
 
+PATHS = ["prep {corpus} --tokenizer bpe:300 --quiet --out", "compare", "eval", "checkpoint export x", "data verify", "bench show"]
+
+
+@pytest.mark.parametrize("words", PATHS)
+def test_paths_are_expanded_or_refused(words, corpus, tmp_path, monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    words = words.format(corpus=corpus).split()
+    assert "variable $NOT_SET is not set" in runner.invoke(app, [*words, "$NOT_SET/x"]).output
+    if words[0] == "prep":
+        monkeypatch.setenv("HOME", str(tmp_path))
+        run(*words[:-1], "--out=~/data")
+        assert (tmp_path / "data" / "manifest.json").is_file()
+        for option, value in (("--tokenizer", "$NOT_SET/tokenizer.json"), ("--tokenizer", "~nobody-has-this/t.json")):
+            with pytest.raises(UserError, match=f"{option} .*: "):
+                run("prep", corpus, option, value, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf"])
+def test_numbers_that_are_none_are_refused(number, corpus, tmp_path):
+    prep = ("prep", corpus, "--tokenizer", "bpe:300", "--out", tmp_path / "out")
+    for option in ("--validation", "--near-dedup", "--hit-ratio", "--language-probability"):
+        with pytest.raises(UserError, match=f"{option} {number}: expected"):
+            run(*prep, f"{option}={number}")
+    if number == "inf":  # the option's own limit has the others
+        with pytest.raises(UserError, match=f"--file-gb {number}: expected"):
+            run("checkpoint", "export", tmp_path, tmp_path / "out", f"--file-gb={number}")
+
+
 def test_prep_reports_in_words_and_in_json(corpus, tmp_path):
     words = ("prep", corpus, "--tokenizer", "bpe:300", "--out", tmp_path / "out", "--workers", "2", "--min-chars", "10")
     assert "200 documents" in run(*words)

@@ -15,7 +15,7 @@ def test_layers_win_in_order_and_are_remembered(tmp_path):
     assert (c.diffusion.loss, c.model.block_size, c.training.seed, c.training.steps) == ("x", 2, 1, 9)
     assert (c.optimizer.lr, c.optimizer.betas) == (2e-4, (0.8, 0.9))
     assert loaded.sources["diffusion.loss"] == "preset paper"
-    assert loaded.sources["training.seed"] == str(file)
+    assert loaded.sources["training.seed"] == f"{file}:3"
     assert loaded.sources["training.steps"] == "command line"
     assert "training.precision" not in loaded.sources
 

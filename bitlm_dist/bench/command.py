@@ -7,7 +7,7 @@ import typer
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.terminal import OVERRIDES, AsJson, Words, check_plot, config_of, say, show_table
+from bitlm_dist.terminal import OVERRIDES, AsJson, Words, check_plot, config_of, path_argument, path_option, say, show_table
 
 if TYPE_CHECKING:
     from bitlm_dist.bench.results import Results
@@ -19,8 +19,8 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory, side b
 Against = Annotated[list[str] | None, typer.Option("--vs", metavar="|".join(AGAINST), help="Compare with; may be repeated.")]
 Repeats = Annotated[int, typer.Option(help="Timed repeats of each side, taken in turn.")]
 Vocabulary = Annotated[int | None, typer.Option(help="Entries (V); default: those of data.path's tokenizer.")]
-Out = Annotated[Path | None, typer.Option(help="Save the results as JSON.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw them: .svg, .png or .pdf.")]
+Out = Annotated[Path | None, path_option("--out", "Save the results as JSON.", "FILE")]
+Plot = Annotated[Path | None, path_option("--plot", "Draw them: .svg, .png or .pdf.", "FILE")]
 
 
 @bench.command("train", context_settings=OVERRIDES)
@@ -179,7 +179,7 @@ def _kernels(
 
 @bench.command("show")
 def show_command(
-    files: Annotated[list[Path], typer.Argument(metavar="RESULTS…", help="Files that --out wrote.")],
+    files: Annotated[list[Path], path_argument("RESULTS…", "Files that --out wrote.")],
     plot: Plot = None,
 ) -> None:
     """Print saved results again, or draw several in one plot."""

@@ -60,7 +60,7 @@ def complete_steps(root: Path) -> list[int]:
 
 def begin(root: Path, step: int) -> Path:
     """Make the folder that a checkpoint is built in, and remove what killed processes left, as far as that goes."""
-    for rubbish in (path for pattern in HIDDEN for path in root.glob(pattern)):
+    for rubbish in _leftovers(root):
         if rubbish.is_symlink():
             rubbish.unlink(missing_ok=True)
         shutil.rmtree(rubbish, ignore_errors=True)
@@ -68,6 +68,15 @@ def begin(root: Path, step: int) -> Path:
     building.mkdir(parents=True)
     sync_folder(root.parent)
     return building
+
+
+def _leftovers(root: Path) -> list[Path]:
+    return [path for pattern in HIDDEN for path in root.glob(pattern)]
+
+
+def leftover_bytes(root: Path) -> int:
+    """What :func:`begin` will free of what killed processes left."""
+    return sum(file.stat().st_size for folder in _leftovers(root) for file in folder.rglob("*") if file.is_file())
 
 
 def building_of(root: Path, step: int) -> Path:

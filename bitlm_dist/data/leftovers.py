@@ -12,8 +12,9 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from bitlm_dist.disks import SHARED_MEMORY
+
 PREFIX = "bitlm-"
-SHARED_MEMORY = Path("/dev/shm")
 _OWNER = re.compile(re.escape(PREFIX) + r"(?P<place>[\w.]+)-(?P<process>\d+)-(?P<started>\d+)-")
 
 

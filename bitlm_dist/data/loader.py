@@ -13,11 +13,13 @@ from bitlm_dist.data.ahead import Ahead
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.leftovers import remove_leftovers
 from bitlm_dist.data.mixed_feed import MixedFeed, training_feed
+from bitlm_dist.disks import check_shared_memory
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.processes import die_with
 
 CPU = torch.device("cpu")
+TENSORS = 2  # of a batch, [sequences, L]: tokens and documents
 AHEAD = 2  # batches that each worker prepares
 
 
@@ -41,6 +43,8 @@ class Loader:
         self._device, self._workers = device, config.data.workers
         self._iterator: Iterator[Any] | None = None
         if self._workers:
+            batch = TENSORS * 8 * config.data.sequence_length * count  # of int64
+            check_shared_memory(self._workers * (AHEAD + 1) * batch, f"data.workers = {self._workers}")
             self._iterator, self._next = self._start(begun), begun
         else:
             self._steps.feed = feed

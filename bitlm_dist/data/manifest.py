@@ -7,6 +7,7 @@ from typing import Any
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sha256_of
+from bitlm_dist.paths import seen_from
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
@@ -20,7 +21,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         UserError: the folder is missing, empty, of another version, or its preparation did not finish.
     """
     if not folder.is_dir():
-        raise UserError(f"data.path = {folder} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
+        where = f"{folder}{seen_from(folder)}"
+        raise UserError(f"data.path = {where} does not exist: prepare it with `bitlm prep FILE --tokenizer T --out {folder}`")
     file = folder / MANIFEST
     if not file.is_file():
         state = "is not finished: run the same" if (folder / "settings.json").is_file() else "holds no shards: run"

@@ -7,6 +7,8 @@ the library cannot delete or rewrite what `bitlm prep` wrote.
 import hashlib
 import itertools
 import json
+import mmap
+import os
 import shutil
 import tempfile
 import types
@@ -25,9 +27,12 @@ from bitlm_dist.data.leftovers import owned_name, remove_leftovers
 from bitlm_dist.data.manifest import check_file, read_manifest
 from bitlm_dist.data.remote import url_of
 from bitlm_dist.data.streaming_import import alone, streaming
-from bitlm_dist.errors import UserError
+from bitlm_dist.disks import check_shared_memory, check_temporary, free_bytes, in_words
+from bitlm_dist.errors import UserError, say
 from bitlm_dist.files import DISK_FULL, try_lock
 
+SEGMENTS = 8  # of shared memory that streaming makes, at least; a page each
+BYTES_A_SHARD = 9  # in two of them: state and time of the last access
 SPLIT_FILES = ("index.json", "lengths.npy")
 
 
@@ -122,12 +127,13 @@ class Shards:
         self.lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")
         self.fingerprint: str = manifest["files"][f"{split}/index.json"]
         self._vocabulary: int = manifest["vocabulary"]
-        url = url_of(folder)
+        url, shards = url_of(folder), _read_index(self.folder)
         if url is None:
-            self._check_sizes(_read_index(self.folder))
+            self._check_sizes(shards)
         else:
             http_download.register()
         remove_leftovers()
+        self._check_room(shards, cache, cache_limit)
         self._damage: UserError | None = None
         self.source = f"{url}/{split}" if url else str(self.folder)  # where the shards are
         temporary = tempfile.mkdtemp(prefix=owned_name("shards-"))
@@ -159,6 +165,19 @@ class Shards:
             if size != part["bytes"]:
                 state = "is missing" if size is None else f"has {size} bytes, expected {part['bytes']}"
                 raise UserError(f"shard {file} {state}: restore it or prepare the data again")
+
+    def _check_room(self, shards: list[dict[str, Any]], cache: Path | None, cache_limit: str | None) -> None:
+        """Shared memory for streaming's records of the shards; room for the largest of them where the cache is temporary."""
+        check_shared_memory(SEGMENTS * mmap.PAGESIZE + BYTES_A_SHARD * len(shards), "reading the data")
+        sizes = [sum(part["bytes"] for part in (shard["zip_data"], shard["raw_data"]) if part) for shard in shards]
+        check_temporary(max(sizes) if cache is None else 0, "reading the data without data.cache" if cache is None else "reading")
+        total, folder = sum(shard["raw_data"]["bytes"] for shard in shards), Path(tempfile.gettempdir())
+        free = free_bytes(folder)
+        if cache is None and cache_limit is None and total > free and os.environ.get("RANK", "0") == "0":
+            say(
+                f"warning: {folder} has {in_words(free)} free, and the shards of {self.folder} take {in_words(total)} "
+                "there, for every process that reads them: set data.cache_limit, or data.cache to a folder on another disk"
+            )
 
     def order(self, epoch: int) -> NDArray[np.int64]:
         """All documents in an epoch's shuffled order: streaming's shuffle for a world of one, so no rank count changes it."""

@@ -19,9 +19,10 @@ from torch import Tensor
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
-from bitlm_dist.config_loading import read_run
+from bitlm_dist.config_loading import read_run, to_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sha256_of, sync_folder, sync_tree, write_atomically
+from bitlm_dist.training.checkpoint_place import run_of
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import averaged_name, weight_name
 
@@ -41,7 +42,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
     Raises:
         UserError: the checkpoint is damaged or has no average, or ``out`` exists.
     """
-    run = RunFolder(checkpoint.resolve().parent.parent)
+    run = RunFolder(run_of(checkpoint))
     _refuse_existing(out)
     store.verify(checkpoint)
     state, index = store.read_state(checkpoint), tensor_files.read_index(checkpoint)
@@ -63,7 +64,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
         total = sum(entry.bytes for entry in entries)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
         write_atomically(building / INDEX, text + "\n")
-    shutil.copy(run.path / "config.yaml", building)
+    write_atomically(building / "config.yaml", to_yaml(read_run(run.path)))  # its paths are not those of this folder
     shutil.copy(run.path / CODES, building)
     shutil.copytree(run.path / "tokenizer", building / "tokenizer")
     record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}
@@ -115,6 +116,7 @@ def import_(source: Path, run: Path) -> None:
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": run}),
+            "checkpoint": config.checkpoint.model_copy(update={"dir": None}),
             "evaluation": config.evaluation.model_copy(update={"averaged": False}),
         }
     )

@@ -1,5 +1,6 @@
 """One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
+import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -42,19 +43,25 @@ class MetricsLog:
     """Writes every step's metrics to the run folder before the next step begins; no failure to write ends a run."""
 
     def __init__(self, folder: Path, config: LoggingConfig) -> None:
+        self._folder, self._config = folder, config
         self._steps, self._evaluations, self._saves = (_Lines(folder / name) for name in (METRICS, EVALUATIONS, SAVES))
         self._board: Any = None
         self._wandb: Any = None
-        if config.tensorboard:
+        self._opened = False
+        if config.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise UserError("logging.wandb_project needs the package wandb: pip install 'bitlm-dist[wandb]'")
+
+    def _open(self) -> None:
+        """Begin this process's events. A start that takes no step leaves none, so they wait for something to write."""
+        self._opened = True
+        if self._config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"))
-        if config.wandb_project:
-            try:
-                import wandb
-            except ImportError:
-                raise UserError("logging.wandb_project needs the package wandb: pip install 'bitlm-dist[wandb]'") from None
-            self._wandb = wandb.init(project=config.wandb_project, dir=str(folder), resume="allow")
+            self._board = SummaryWriter(str(self._folder / "tensorboard"))
+        if self._config.wandb_project:
+            import wandb
+
+            self._wandb = wandb.init(project=self._config.wandb_project, dir=str(self._folder), resume="allow")
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step; ``metrics`` has the key ``step``."""
@@ -79,6 +86,8 @@ class MetricsLog:
 
     def _publish(self, metrics: Mapping[str, Any], late: bool = False) -> None:
         """``late``: of a step that may be over; Weights & Biases takes it with the next one."""
+        if not self._opened:
+            self._open()
         step = metrics["step"]
         if self._board:
             try:

@@ -19,13 +19,15 @@ import torch
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import flatten, read_run, to_yaml
+from bitlm_dist.config_loading import absolute, flatten, paths_of, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import sync_folder, sync_tree, try_lock, write_atomically
-from bitlm_dist.launch.attempts import LAUNCH
+from bitlm_dist.launch.attempts import check_free
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.paths import absolute as absolute_path
+from bitlm_dist.training.checkpoint_place import CHECKPOINTS, CheckpointPlace
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
 from bitlm_dist.training.stopping import STOP_FILE
 
@@ -65,7 +67,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: TextIO | None = None
-        self.checkpoints = path / "checkpoints"
+        self.checkpoints = path / CHECKPOINTS
+        self._place = CheckpointPlace(path)
         self.stop_file = path / STOP_FILE
 
     def claim(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
@@ -75,15 +78,15 @@ class RunFolder:
 
         Raises:
             UserError: it holds a run of another config, tokenizer or codes, or files of other origin; another process has it; it
-                cannot be written.
+                cannot be written; or its checkpoints cannot lie where they should.
         """
         if (self.path / "config.yaml").is_file():
             self._compare(read_run(self.path), config)
             self._compare_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
-        elif self.path.exists() and any(f.name not in (LOCK, STOP_FILE, LAUNCH) and f.name[0] != "." for f in self.path.iterdir()):
-            raise UserError(f"run.dir = {self.path} holds files but no run: choose an empty or a new folder")
+        check_free(absolute_path(self.path), paths_of(config))
         with self._writing():
             self._hold()
+            self._place.claim(config.checkpoint.dir)
             self.stop_file.unlink(missing_ok=True)  # it was meant for a process that is gone
 
     def record(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
@@ -93,7 +96,8 @@ class RunFolder:
             UserError: it cannot be written.
         """
         with self._writing():
-            write_atomically(self.path / "config.yaml", to_yaml(config))
+            self._place.make_link()
+            write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
             write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
                 self._save_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
@@ -144,12 +148,13 @@ class RunFolder:
 
     def release(self) -> None:
         """Let another process have the folder."""
+        self._place.release()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def _compare(self, found: Config, wanted: Config) -> None:
-        old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))
+        old, new = (_comparable(config) for config in (found, wanted))
         for key, value in new.items():
             lengthened = key == LENGTHEN and wanted.optimizer.schedule == "constant"
             allowed = lengthened or (key == BATCH and wanted.checkpoint.new_global_batch)
@@ -210,6 +215,13 @@ class RunFolder:
         file = self.path / EVALUATIONS
         steps = [_step_of(line) for line in file.read_text().splitlines()] if file.is_file() else []
         return int(max((s for s in steps if s <= step), default=0))
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """Values by dotted key; where sources lie does not count, as their fingerprints are compared."""
+    values = dict(flatten(absolute(config).model_dump(mode="json")))
+    values["data.sources"] = [{**source, "path": Path(source["path"]).name} for source in values["data.sources"]]
+    return values
 
 
 def _step_of(line: str) -> float:

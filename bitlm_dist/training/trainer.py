@@ -11,21 +11,24 @@ from typing import Any
 
 import torch
 
-from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
+from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
+from bitlm_dist.config_loading import absolute
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.vocabulary import make_codes
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, say
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import check_machine
 from bitlm_dist.model.language_model import Batch, LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.training.checkpoint_place import steps_of
 from bitlm_dist.training.checkpointing import Checkpoints
+from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
@@ -68,7 +71,7 @@ class Trainer:
         codes = make_codes(config.model, config.data.path, manifest)
         self._teacher = Teacher.of_config(config, manifest["tokenizer"]["fingerprint"], layout)
         self.folder = RunFolder(config.run.dir)
-        done = store.complete_steps(self.folder.checkpoints)
+        done = steps_of(config.run.dir)
         if done and not resume:
             raise UserError(
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
@@ -80,7 +83,7 @@ class Trainer:
         self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
         self._identity = {
             "fingerprint": {**self.feed.fingerprint(), BATCH: config.training.global_batch_tokens},
-            "config": config.model_dump(mode="json"),
+            "config": absolute(config).model_dump(mode="json"),
             "environment": environment(),
         }
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
@@ -96,9 +99,10 @@ class Trainer:
         found = self.checkpoints.find()
         if found is not None:
             self._load(*found)
-        if layout.rank == 0:
-            self.folder.record(config, config.data.path / "tokenizer", codes)
-            self.folder.drop_metrics_after(self.step)
+        self._resumed = self.step  # metrics of later steps are those of a start that was killed
+        if layout.rank == 0 and not self.done:
+            self._check_room()
+        self._unrecorded: BitCodes | None = codes
         share = self.sequences // layout.data
         self._batches = Loader(
             config,
@@ -151,6 +155,24 @@ class Trainer:
             yield log
         finally:
             log.close()
+
+    def _check_room(self) -> None:
+        named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
+        needed = checkpoint_bytes(self.config, self.engine.parameters, named)
+        if warning := check_room(self.config.checkpoint.dir or self.folder.checkpoints, needed, self.config.checkpoint):
+            say(f"warning: {warning}")
+
+    def _record(self) -> None:
+        """Write config, environment and vocabulary with the first step, evaluation or save; a start without any leaves no trace.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        codes, self._unrecorded = self._unrecorded, None
+        if codes is not None and self.layout.rank == 0:
+            assert self.config.data.path is not None
+            self.folder.record(self.config, self.config.data.path / "tokenizer", codes)
+            self.folder.drop_metrics_after(self._resumed)
 
     def _next_batch(self) -> Batch | None:
         """The next step's data; None: something asked to stop while it did not come."""
@@ -210,6 +232,7 @@ class Trainer:
             if self._steps_here == 0:  # it never fitted
                 raise UserError(advice) from error
             raise RuntimeError(advice) from error
+        self._record()
         self._steps_here += 1
         self._skipped = 0 if update.made else self._skipped + 1
         if self._skipped >= MAX_SKIPPED:
@@ -255,6 +278,7 @@ class Trainer:
                 found = evaluate(model)
         except Interrupted:
             return
+        self._record()
         log.write_evaluation(self._spent(), found)
         self._evaluated = self.step
 
@@ -271,17 +295,17 @@ class Trainer:
         return self._saved(self.engine.weights(), self.engine.state()), state
 
     def _save_finally(self) -> None:
-        """Have a checkpoint of the current step, complete, before the run ends or pauses.
+        """Have a checkpoint of the current step, complete, before the run ends or pauses; step 0 needs none.
 
         Raises:
             UserError: it could not be written.
         """
         if self.checkpoints.saver.pending:
             self.checkpoints.complete()
-        if self.checkpoints.newest != self.step:
+        if self.step > 0 and self.checkpoints.newest != self.step:
             self._save(wait=True)
-        if self.checkpoints.newest != self.step:
-            raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
+            if self.checkpoints.newest != self.step:
+                raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
         if self._stopped_by and self.layout.rank == 0:
             self.folder.stop_file.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.training.checkpoint_place import steps_of
 from bitlm_dist.training.optimizer import AVERAGE
 from bitlm_dist.training.run_folder import RunFolder
 
@@ -64,7 +65,7 @@ def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, i
         UserError: the folder holds no complete checkpoint.
     """
     folder = RunFolder(run)
-    steps = store.complete_steps(folder.checkpoints)
+    steps = steps_of(run)
     if not steps:
         raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
     check_machine(config)

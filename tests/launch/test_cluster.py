@@ -18,9 +18,9 @@ def test_ranks_of_a_node():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"time": "2h"}, "time = '2h': Value error, expected HH:MM:SS"),
+        ({"time": "2h"}, "time = '2h' .command line.: expected HH:MM:SS"),
         ({"time": "0:08:00"}, "time = 0:08:00 leaves nothing to train in: it must be above signal_lead"),
-        ({"gpu": 8}, "gpu = 8: Extra inputs are not permitted"),
+        ({"gpu": 8}, "gpu = 8 .command line.: extra inputs are not permitted"),
         ({"env": {"A B": "x"}}, "'A B' is no name of a variable"),
         ({"partition": "a\nb"}, "expected one line"),
         ({"numa": [0, 1]}, "numa names 2 NUMA nodes, for 1 ranks"),

@@ -16,6 +16,7 @@ from bitlm_dist.bench.command import bench
 from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.evaluation.values import ratio_of, shown
 from bitlm_dist.launching import launching
 from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
@@ -243,21 +244,21 @@ def evaluate(
 
 
 def _show_report(title: str, report: Mapping[str, Any]) -> None:
-    ratio = report["bits_per_byte"] / report["unigram_bits_per_byte"]
+    ratio = ratio_of(report["bits_per_byte"], report["unigram_bits_per_byte"])
     rows = [
         (
-            f"bits a byte ({'exact' if report['exact'] else 'bound'} ± s.e.)",
-            f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
+            f"bits per byte ({'exact' if report['exact'] else 'bound'} ± s.e.)",
+            f"{shown(report['bits_per_byte'])} ± {shown(report['bits_per_byte_se'])}",
         ),
-        ("unigram entropy, bits a byte", f"{report['unigram_bits_per_byte']:.4f}"),
-        ("ratio to unigram entropy", f"{ratio:.4f}"),
-        ("nats a token", f"{report['nats_per_token']:.4f}"),
-        ("context-shuffle delta, nats a token", f"{report['context_shuffle_delta_nats']:.4f}"),
-        ("invalid-code rate", f"{report['invalid_code_rate']:.4f}"),
+        ("unigram entropy, bits per byte", shown(report["unigram_bits_per_byte"])),
+        ("ratio to unigram entropy", shown(ratio)),
+        ("nats per token", shown(report["nats_per_token"])),
+        ("context-shuffle delta, nats per token", shown(report["context_shuffle_delta_nats"])),
+        ("invalid-code rate", shown(report["invalid_code_rate"])),
         ("tokens, bytes", f"{report['tokens']:,}, {report['bytes']:,}"),
     ]
     if report["chain_bits_per_byte"] is not None:
-        rows.insert(1, ("bits a byte (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
+        rows.insert(1, ("bits per byte (chain rule in the block)", shown(report["chain_bits_per_byte"])))
     if report["brier"]:
         rows.append(("Brier-1, -2, … of the next tokens", "  ".join(f"{score:.2f}" for score in report["brier"])))
     accuracy = report["accuracy_by_time"].items()

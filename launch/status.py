@@ -53,7 +53,8 @@ def status_of(run: Path) -> Status:
     recent = list(deque(_metrics(run), maxlen=RECENT))
     step = int(recent[-1]["step"]) if recent else 0
     seconds = [entry["seconds"] for entry in recent]
-    rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / (seconds[-1] - seconds[0]) if len(recent) > 1 else None
+    spent = seconds[-1] - seconds[0] if len(recent) > 1 else 0.0
+    rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / spent if spent > 0 else None
     left = (config.training.steps - step) * config.training.global_batch_tokens
     ended = [attempt for attempt in every if attempt.outcome]
     return Status(

@@ -29,6 +29,7 @@ from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
+from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
 from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
 from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
@@ -88,7 +89,7 @@ class Trainer:
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._steps_here = 0  # that this process has taken
         self._finite = True  # loss and gradient norm of the last step
-        self._evaluated = 0  # the last step that was
+        self.evaluations = PeriodicEvaluation(config, layout)
         self._stop = self._stop_requests()
         self._stopped_by: str | None = None
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
@@ -115,7 +116,11 @@ class Trainer:
 
         Args:
             observe: called with every step's metrics.
-            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
+            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl. It must
+                not communicate with other ranks.
+
+        Raises:
+            UserError: a checkpoint cannot be written, data are damaged, or three evaluations in a row failed.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
         with self._stop_requests() as self._stop, self._logs() as log:
@@ -192,7 +197,7 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.step >= self.config.training.steps and not self._evaluation_due()
+        return self.step >= self.config.training.steps and not self.evaluations.due(self.step)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the next global batch -> its metrics."""
@@ -232,6 +237,7 @@ class Trainer:
             "tokens_per_second": tokens / seconds,
             "lr_factor": update.factor,
             "skipped": int(not update.made),
+            "evaluation_failures": self.evaluations.failures,
             **self.feed.counts(self.step),
         }
 
@@ -241,22 +247,25 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _evaluation_due(self) -> bool:
-        every = self.config.evaluation.every_steps
-        due = self._due(every) or (every > 0 and self.step == self.config.training.steps)
-        return due and self.step > self._evaluated
-
     def _evaluate_if_due(self, evaluate: Evaluator | None, log: MetricsLog | NoLog) -> None:
-        """Evaluate, unless something asks to stop meanwhile: then the resumed run does."""
-        if evaluate is None or not self._evaluation_due():
+        """Evaluate, unless something asks to stop meanwhile: then the resumed run does.
+
+        Raises:
+            UserError: it was the third failure in a row; the run is saved.
+        """
+        if evaluate is None or not self.evaluations.due(self.step):
             return
-        try:
+
+        def score() -> Mapping[str, Any]:
             with self.engine.evaluating() as model, self._stop.interruptible():
-                found = evaluate(model)
-        except Interrupted:
-            return
-        log.write_evaluation(self._spent(), found)
-        self._evaluated = self.step
+                return evaluate(model)
+
+        report = self.evaluations.run(self.step, score)
+        if report is not None:
+            log.write_evaluation(self._spent(), report)
+        elif self.evaluations.given_up:
+            self._save_finally()
+            raise self.evaluations.error(self.step)
 
     def _save(self, wait: bool) -> None:
         self.checkpoints.save(self.step, self._contents, self._finite, wait)
@@ -266,6 +275,7 @@ class Trainer:
         state = {
             **self._spent(),
             "next_sequence": self._sequence,
+            "evaluation_failures": self.evaluations.failures,
             **self._identity,
         }
         return self._saved(self.engine.weights(), self.engine.state()), state
@@ -312,7 +322,8 @@ class Trainer:
         self.engine.restore(optimizer_state)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
-        self._evaluated = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
+        self.evaluations.last = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
+        self.evaluations.failures = state.get("evaluation_failures", 0)  # older checkpoints do not count them
 
     def close(self) -> None:
         """Let go of the data and of the run folder."""

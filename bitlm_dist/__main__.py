@@ -5,9 +5,12 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is one line on standard error and exit code 2."""
+    """Run the command line.
+
+    What the user can mend is one line on standard error and exit code 2; training that diverged is one line and exit code 3.
+    """
     from bitlm_dist.cpu_threads import set_cpu_threads
-    from bitlm_dist.errors import UserError, only_lost_peer, say_failure, say_once, silence_announcements
+    from bitlm_dist.errors import DIVERGED, DivergedError, UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
     set_cpu_threads(os.environ)
     silence_announcements()
@@ -32,6 +35,10 @@ def main() -> None:
         report_failure(os.environ, ranks.rank, message, lost_peer=False, refused=True)
         say_once(message if "\n" in message else f"bitlm: {message}", ranks.rank)
         sys.exit(2)
+    except DivergedError as error:
+        report_failure(os.environ, ranks.rank, str(error), lost_peer=False, refused=False, diverged=True)
+        say_once(f"bitlm: {error}", ranks.rank)
+        sys.exit(DIVERGED)
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report_failure(os.environ, ranks.rank, words, lost_peer=only_lost_peer(words), refused=False)

@@ -1,6 +1,5 @@
 """The command `bitlm`. Heavy imports wait until a command needs them, so that --help and errors come at once."""
 
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.values import ratio_of, shown
+from bitlm_dist.files import to_json
 from bitlm_dist.launching import launching
 from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, check_plot, config_of, console, say, show_table
@@ -97,7 +97,7 @@ def prep(
         say(f"{out} is not finished: the same command goes on from there")
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps(asdict(report)))
+        print(to_json(asdict(report)))
     elif not quiet:
         say(
             f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text in "
@@ -152,10 +152,11 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     speaks = layout.rank == 0
     begun, steps = trainer.step, config.training.steps
     if trainer.done:
+        trainer.close()
+        trainer.check_end()
         if speaks:
             say(f"{config.run.dir} is trained: step {begun} of {steps}")
             attempts.report(os.environ, attempts.DONE, begun, "")
-        trainer.close()
         return
     if speaks:
         parameters = f"{trainer.engine.parameters:,} parameters"
@@ -238,7 +239,7 @@ def evaluate(
     with _evaluator(config, split) as score:
         report = score(model)
     if as_json:
-        print(json.dumps({"run": str(run), "step": step, "split": split, **report}))
+        print(to_json({"run": str(run), "step": step, "split": split, **report}))
         return
     _show_report(f"{run}, step {step}, {split}", report)
 
@@ -327,7 +328,7 @@ def generate(
     rate = progress.tokens / max(progress.seconds, 1e-9)
     if as_json:
         counts = {"backbone_passes": progress.backbone_passes, "head_passes": progress.head_passes}
-        print(json.dumps({"text": tokenizer.decode(new), "token_ids": new, **counts, "tokens_per_second": rate}))
+        print(to_json({"text": tokenizer.decode(new), "token_ids": new, **counts, "tokens_per_second": rate}))
     else:
         passes = f"{progress.backbone_passes} backbone and {progress.head_passes} head passes"
         console.print(f"\n[dim]{progress.tokens} tokens, {passes}, {rate:.0f} tokens/s[/dim]")

@@ -1,12 +1,13 @@
 """The command `bitlm launch`."""
 
-import json
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitlm_dist import errors
+from bitlm_dist.files import to_json
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, say, show_table
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def local_command(
 ) -> None:
     """Train on this machine with as many processes, watched and restarted as on a cluster; Ctrl-C saves and ends."""
     from bitlm_dist.launch import submit
+    from bitlm_dist.launch.attempts import DIVERGED, read_attempts
     from bitlm_dist.launch.local import run_here
 
     settings = _cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
@@ -70,7 +72,10 @@ def local_command(
     verdict = run_here(config.run.dir, ranks, settings.env, say)
     if verdict.action != "end":
         say(f"bitlm: {verdict.reason}")
-    raise typer.Exit(0 if verdict.action in ("end", "requeue") else 1)
+    if verdict.action in ("end", "requeue"):
+        raise typer.Exit(0)
+    diverged = read_attempts(config.run.dir)[-1].outcome == DIVERGED
+    raise typer.Exit(errors.DIVERGED if diverged else 1)
 
 
 @launching.command("status")
@@ -80,7 +85,7 @@ def status_command(run: Run, as_json: AsJson = False) -> None:
 
     found = status_of(run)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     left = "" if found.seconds_left is None else str(timedelta(seconds=round(found.seconds_left)))
     speed = "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}"

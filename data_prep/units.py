@@ -23,6 +23,7 @@ from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.data.manifest import SPLITS
+from bitlm_dist.files import to_json
 
 MEGABYTE = 1_000_000
 UNITS, LENGTHS = "units", "lengths.npy"
@@ -114,7 +115,7 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
             record[split]["bytes"] = sum(len(unit.texts[i]) for i in chosen)
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(record) + "\n")
+        partial.write_text(to_json(record) + "\n")
         partial.rename(file)
     return dict(clock.seconds)
 

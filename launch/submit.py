@@ -1,6 +1,5 @@
 """From a config to a queued job, and what a user does with it afterwards."""
 
-import json
 import re
 import tempfile
 import time
@@ -20,7 +19,7 @@ from bitlm_dist.launch.snapshot import save_code
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import try_lock, write_atomically
+from bitlm_dist.files import to_json, try_lock, write_atomically
 
 NODE = re.compile(r"[\w.\[\]-]+")
 JOBS, SCRIPT = "jobs", "job.sh"  # numbers of the run's jobs, one a line; what is submitted
@@ -86,7 +85,7 @@ def check(job: Job) -> None:
 def save(job: Job, config: Config) -> None:
     """Write what the job needs into the run folder."""
     folder = job.run / LAUNCH
-    write_atomically(folder / SETTINGS, json.dumps(settings_of(job), indent=1) + "\n")
+    write_atomically(folder / SETTINGS, to_json(settings_of(job), indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
@@ -133,7 +132,7 @@ def resume(run: Path) -> Submitted:
     if not script.is_file():
         raise UserError(f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` again")
     with _submitting(run):
-        write_atomically(run / LAUNCH / SETTINGS, json.dumps({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
+        write_atomically(run / LAUNCH / SETTINGS, to_json({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
         return Submitted(run, _queue(run))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from bitlm_dist.bench.contest import Timing
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import Flops, peak_flops
 from bitlm_dist.training.run_folder import environment
@@ -36,7 +36,7 @@ class Results:
 
     def to_json(self) -> str:
         """One JSON object, with ``ratio_tokens_per_second`` over each other side."""
-        return json.dumps({**asdict(self), "ratio_tokens_per_second": self.ratios})
+        return to_json({**asdict(self), "ratio_tokens_per_second": self.ratios})
 
     def save(self, file: Path) -> None:
         """Write the JSON, whole or not at all."""

@@ -1,6 +1,5 @@
 """One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from io import RawIOBase
@@ -10,6 +9,7 @@ from typing import Any
 from bitlm_dist.checkpoint.saver import Saved
 from bitlm_dist.config import LoggingConfig
 from bitlm_dist.errors import UserError, say
+from bitlm_dist.files import to_json
 
 METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
 
@@ -22,7 +22,7 @@ class _Lines:
         self._stream: RawIOBase | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._left += json.dumps(line).encode() + b"\n"
+        self._left += to_json(line).encode() + b"\n"
         try:
             self._stream = self._stream or self._file.open("ab", buffering=0)
             while self._left:

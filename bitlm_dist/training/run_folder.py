@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import flatten, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, try_lock, write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, to_json, try_lock, write_atomically
 from bitlm_dist.launch.attempts import LAUNCH
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
@@ -94,7 +94,7 @@ class RunFolder:
         """
         with self._writing():
             write_atomically(self.path / "config.yaml", to_yaml(config))
-            write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            write_atomically(self.path / "environment.json", to_json(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
                 self._save_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
 
@@ -203,7 +203,18 @@ class RunFolder:
         """Loss of every step on record, in order."""
         file = self.path / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
-        return [float(json.loads(line)["loss"]) for line in lines if isfinite(_step_of(line))]
+        losses = [json.loads(line)["loss"] for line in lines if isfinite(_step_of(line))]
+        return [nan if loss is None else float(loss) for loss in losses]
+
+    def last_finite_loss(self) -> tuple[float, int] | None:
+        """The last finite loss on record, and its step; None: there is none."""
+        file = self.path / METRICS
+        for line in reversed(file.read_text().splitlines() if file.is_file() else []):
+            if isfinite(_step_of(line)):
+                found = json.loads(line)
+                if found["loss"] is not None and isfinite(found["loss"]):
+                    return float(found["loss"]), int(found["step"])
+        return None
 
     def last_evaluation(self, step: int) -> int:
         """The last step up to ``step`` that an evaluation is on record for; 0: none."""

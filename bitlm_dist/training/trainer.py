@@ -26,6 +26,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpointing import Checkpoints
+from bitlm_dist.training.divergence import Finiteness
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
@@ -38,7 +39,6 @@ from bitlm_dist.training.weights import saved_as, state_name, weight_name
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
-MAX_SKIPPED = 20  # non-finite steps in a row
 
 
 class Trainer:
@@ -85,10 +85,10 @@ class Trainer:
             "environment": environment(),
         }
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
-        self.step = self.tokens = self._skipped = self._sequence = 0  # ``_sequence``: the next one to be read
+        self.step = self.tokens = self._sequence = 0  # ``_sequence``: the next one to be read
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._steps_here = 0  # that this process has taken
-        self._finite = True  # loss and gradient norm of the last step
+        self._finiteness = Finiteness(self.folder)
         self.evaluations = PeriodicEvaluation(config, layout)
         self._stop = self._stop_requests()
         self._stopped_by: str | None = None
@@ -121,6 +121,7 @@ class Trainer:
 
         Raises:
             UserError: a checkpoint cannot be written, data are damaged, or three evaluations in a row failed.
+            DivergedError: loss or gradient norm was not finite in too many steps in a row or, with the weights, at the end.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
         with self._stop_requests() as self._stop, self._logs() as log:
@@ -141,6 +142,7 @@ class Trainer:
                         self._save(wait=self.step == last)
                 self._agree()  # a stop may have come with the last evaluation
                 self._save_finally()
+                self.check_end()
             except Exception:
                 self._give_way()
                 raise
@@ -216,9 +218,6 @@ class Trainer:
                 raise UserError(advice) from error
             raise RuntimeError(advice) from error
         self._steps_here += 1
-        self._skipped = 0 if update.made else self._skipped + 1
-        if self._skipped >= MAX_SKIPPED:
-            raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")
         self.step += 1
         self._sequence += self.sequences
         tokens = self.sequences * self.config.data.sequence_length
@@ -227,8 +226,9 @@ class Trainer:
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_began
-        self._finite = isfinite(loss) and isfinite(update.norm)
-        self.checkpoints.judge(self.step, self._finite)
+        finite = isfinite(loss) and isfinite(update.norm)
+        self.checkpoints.judge(self.step, finite)
+        self._finiteness.record(self.step, finite)
         return {
             **self._spent(),
             "sequences": self._sequence,
@@ -267,8 +267,19 @@ class Trainer:
             self._save_finally()
             raise self.evaluations.error(self.step)
 
+    def check_end(self) -> None:
+        """Hold that the run, if it is at its end, left a model that is worth something.
+
+        Raises:
+            DivergedError: its last loss or gradient norm, or a weight, is not finite.
+        """
+        if self.step >= self.config.training.steps:
+            self._finiteness.check_end(self.step)
+
     def _save(self, wait: bool) -> None:
-        self.checkpoints.save(self.step, self._contents, self._finite, wait)
+        if self.step == self.config.training.steps:
+            self._finiteness.check_weights(self.engine, self.layout)
+        self.checkpoints.save(self.step, self._contents, self._finiteness.now, wait)
 
     def _contents(self) -> tuple[dict[str, Sliced], dict[str, Any]]:
         """What a checkpoint of this step holds."""
@@ -322,6 +333,7 @@ class Trainer:
         self.engine.restore(optimizer_state)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
+        self._finiteness.now = state.get("finite", True)
         self.evaluations.last = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
         self.evaluations.failures = state.get("evaluation_failures", 0)  # older checkpoints do not count them
 

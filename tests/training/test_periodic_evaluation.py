@@ -47,9 +47,7 @@ def test_a_failed_evaluation_is_reported_and_counted_and_training_goes_on(tiny, 
 def test_the_third_failure_in_a_row_ends_a_run_which_is_saved_first(tiny, tmp_path):
     evaluation = Evaluation(2, 3, 4)
     trainer = Trainer(tiny("--evaluation.every_steps", "1"))
-    with pytest.raises(
-        UserError, match=r"3 evaluations in a row failed, the last at step 4, .*set evaluation.every_steps = 0"
-    ):
+    with pytest.raises(UserError, match=r"3 evaluations in a row failed, the last at step 4, .*set evaluation.every_steps = 0"):
         trainer.fit(evaluate=evaluation)
     trainer.close()
     assert store.complete_steps(tmp_path / "run" / "checkpoints") == [4]

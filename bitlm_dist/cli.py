@@ -162,6 +162,7 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         parameters = f"{trainer.engine.parameters:,} parameters"
         say(f"{config.run.dir}: {parameters}, step {begun} of {steps}; attention by {trainer.attention}")
         say(trainer.feed.summary())
+        say(_epochs_in_words(trainer.epochs_at_end(), config))
         if trainer.device.type == "cpu":
             for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
                 if warning:
@@ -180,6 +181,12 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
         say(loss_chart(trainer.folder.losses()))
     if trainer.stopped_by and speaks:
         say(f"{trainer.stopped_by}: saved at step {trainer.step}; the same command goes on from there")
+
+
+def _epochs_in_words(epochs: Mapping[str, float], config: Config) -> str:
+    assert config.data.path is not None
+    every = ((key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items())
+    return f"{config.training.steps:,} steps are " + ", ".join(f"{number:.3g} epochs of {name}" for name, number in every)
 
 
 @contextmanager
@@ -272,18 +279,23 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run folders; ratios are to the first.")],
     plot: Annotated[Path | None, typer.Option(help="Draw bits a byte over --axis: .svg, .png or .pdf.")] = None,
-    axis: Annotated[str, typer.Option(help="tokens, cpu_seconds or seconds.")] = "tokens",
+    axis: Annotated[
+        str | None,
+        typer.Option(
+            help="predicted_tokens (the default where all runs counted them), text_bytes, tokens, cpu_seconds or seconds."
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")] = False,
 ) -> None:
     """Put runs side by side: bits a byte, its ratio to the first run, and cost, as training evaluated them."""
     from bitlm_dist.evaluation import compare as comparison
 
     check_plot(plot)
-    if axis not in comparison.AXES:
+    if axis not in (None, *comparison.AXES):
         raise UserError(f"--axis {axis}: choose from {', '.join(comparison.AXES)}")
     records = [comparison.read_record(run) for run in runs]
     if plot:
-        comparison.plot(records, axis, plot)
+        comparison.plot(records, comparison.axis_of(records, axis), plot)
     if markdown:
         print(comparison.markdown(records))
     else:

@@ -88,14 +88,15 @@ def status_command(run: Run, as_json: AsJson = False) -> None:
         print(to_json(asdict(found)))
         return
     left = "" if found.seconds_left is None else str(timedelta(seconds=round(found.seconds_left)))
-    speed = "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}"
+    speeds = ["" if rate is None else f"{rate:,.0f}" for rate in (found.tokens_per_second, found.predicted_tokens_per_second)]
     rows = [
         ("state", found.state),
         ("job", found.job),
         ("attempts", found.attempts),
         ("last attempt that ended", found.last),
         ("step", f"{found.step:,} of {found.steps:,}"),
-        ("tokens a second", speed),
+        ("tokens per second", speeds[0]),
+        ("predicted tokens per second", speeds[1]),
         ("newest checkpoint", "none" if found.checkpoint < 0 else f"step {found.checkpoint:,}"),
         ("time left", left),
         ("nodes left out", ", ".join(found.excluded) or "none"),

@@ -27,7 +27,8 @@ class Status:
         attempts: starts so far.
         last: what came of the newest attempt that has ended.
         step, steps: done, and in all.
-        tokens_per_second: of the last steps.
+        tokens_per_second: positions, of the last steps.
+        predicted_tokens_per_second: tokens that carried loss, of the last steps.
         checkpoint: newest complete one, -1: none.
         seconds_left: of training at that speed; None: not known.
         excluded: nodes found bad.
@@ -40,6 +41,7 @@ class Status:
     step: int
     steps: int
     tokens_per_second: float | None
+    predicted_tokens_per_second: float | None
     checkpoint: int
     seconds_left: float | None
     excluded: list[str]
@@ -54,7 +56,13 @@ def status_of(run: Path) -> Status:
     step = int(recent[-1]["step"]) if recent else 0
     seconds = [entry["seconds"] for entry in recent]
     spent = seconds[-1] - seconds[0] if len(recent) > 1 else 0.0
-    rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / spent if spent > 0 else None
+
+    def rate_of(name: str) -> float | None:
+        """Of a count; None where there are no two steps, or an older version did not count it."""
+        ends = [entry.get(name) for entry in (recent[0], recent[-1])] if spent > 0 else [None]
+        return None if None in ends else (ends[1] - ends[0]) / spent
+
+    rate = rate_of("tokens")
     left = (config.training.steps - step) * config.training.global_batch_tokens
     ended = [attempt for attempt in every if attempt.outcome]
     return Status(
@@ -65,6 +73,7 @@ def status_of(run: Path) -> Status:
         step=step,
         steps=config.training.steps,
         tokens_per_second=rate,
+        predicted_tokens_per_second=rate_of("predicted_tokens"),
         checkpoint=attempts.newest_checkpoint(run),
         seconds_left=left / rate if rate else None,
         excluded=agent.left_out(run),

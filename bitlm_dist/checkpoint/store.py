@@ -200,6 +200,7 @@ def describe(folder: Path) -> dict[str, Any]:
         return {
             "step": state["step"],
             "tokens": state["tokens"],
+            "predicted_tokens": state.get("predicted_tokens"),  # older versions did not count them
             "bytes": sum(file["bytes"] for file in files.values()),
             "saved": (folder / MANIFEST).stat().st_mtime,
             "healthy": read_health(folder),

@@ -14,9 +14,15 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.values import ratio_of, shown
 from bitlm_dist.training.metrics import EVALUATIONS
 
-AXES = {"tokens": "tokens seen", "cpu_seconds": "CPU-seconds of training", "seconds": "seconds of training"}
-COLUMNS = ("run", "m", "tokens", "bits a byte", "chain", "ratio", "CPU-s")
-MORE = ("seed", "nats a token", "delta", "Brier-1 -2 …", "command")  # in Markdown, where a line may be long
+AXES = {
+    "predicted_tokens": "predicted tokens",
+    "text_bytes": "bytes of text",
+    "tokens": "positions",
+    "cpu_seconds": "CPU-seconds of training",
+    "seconds": "seconds of training",
+}
+COLUMNS = ("run", "m", "tokens", "predicted", "bits per byte", "chain", "ratio", "CPU-s")
+MORE = ("seed", "nats per token", "delta", "Brier-1 -2 …", "command")  # in Markdown, where a line may be long
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,24 @@ def rows_of(records: Sequence[Record]) -> list[list[str]]:
     return [_row(record, records[0].bits_per_byte) for record in records]
 
 
+def _millions(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def axis_of(records: Sequence[Record], asked: str | None) -> str:
+    """The axis to draw runs over: the one asked for, else predicted tokens where every run counted them, else positions.
+
+    Raises:
+        UserError: a run was evaluated by a version that did not count what is asked for.
+    """
+    lacking = [r.folder for r in records if any(entry.get(asked or "predicted_tokens") is None for entry in r.evaluations)]
+    if asked is None:
+        return "tokens" if lacking else "predicted_tokens"
+    if lacking:
+        raise UserError(f"--axis {asked}: {lacking[0]} was trained by a version that did not count it: use tokens")
+    return asked
+
+
 def _row(record: Record, reference: float | None) -> list[str]:
     last, report = record.last, record.last["validation"]
     chain = report["chain_bits_per_byte"]
@@ -82,6 +106,7 @@ def _row(record: Record, reference: float | None) -> list[str]:
         record.folder.name,
         str(record.config.model.block_size),
         f"{last['tokens'] / 1e6:.2f}M",
+        shown(_millions(last.get("predicted_tokens")), "{:.2f}M"),
         f"{'' if report['exact'] else '<= '}{shown(report['bits_per_byte'])} ± {shown(report['bits_per_byte_se'])}",
         "" if chain is None else f"{chain:.4f}",
         shown(ratio_of(record.bits_per_byte, reference), "{:.3f}"),
@@ -107,7 +132,7 @@ def markdown(records: Sequence[Record]) -> str:
 
 
 def plot(records: Sequence[Record], axis: str, file: Path) -> None:
-    """Bits a byte over what was spent, a curve a run; the band is one standard error."""
+    """Bits per byte over what was spent, a curve a run; the band is one standard error."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -121,7 +146,7 @@ def plot(records: Sequence[Record], axis: str, file: Path) -> None:
         low, high = ([v + sign * e for v, e in zip(value, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(spent, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel(AXES[axis])
-    axes.set_ylabel("bits a byte, held out")
+    axes.set_ylabel("bits per byte, held out")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(file)

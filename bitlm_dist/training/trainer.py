@@ -18,6 +18,7 @@ from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.vocabulary import make_codes
+from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import check_machine
@@ -78,7 +79,8 @@ class Trainer:
         if layout.rank == 0:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
-        self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
+        byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths()
+        self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout, byte_lengths=byte_lengths)
         self._identity = {
             "fingerprint": {**self.feed.fingerprint(), BATCH: config.training.global_batch_tokens},
             "config": config.model_dump(mode="json"),
@@ -86,6 +88,8 @@ class Trainer:
         }
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
         self.step = self.tokens = self._sequence = 0  # ``_sequence``: the next one to be read
+        self.predicted_tokens: int | None = 0  # None: the run began with a version that did not count them
+        self.text_bytes: int | None = 0
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._steps_here = 0  # that this process has taken
         self._finiteness = Finiteness(self.folder)
@@ -222,10 +226,14 @@ class Trainer:
         self._sequence += self.sequences
         tokens = self.sequences * self.config.data.sequence_length
         self.tokens += tokens
-        loss = float(update.loss)  # waits for the device
+        # all that the host wants to know, in one wait for the device; fp64 holds counts up to 2^53
+        loss, predicted, text = torch.cat([update.loss.double().view(1), update.counts.double()]).tolist()
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_began
+        if self.predicted_tokens is not None and self.text_bytes is not None:
+            self.predicted_tokens += int(predicted)
+            self.text_bytes += int(text)
         finite = isfinite(loss) and isfinite(update.norm)
         self.checkpoints.judge(self.step, finite)
         self._finiteness.record(self.step, finite)
@@ -235,14 +243,31 @@ class Trainer:
             "loss": loss,
             "grad_norm": update.norm,
             "tokens_per_second": tokens / seconds,
+            "predicted_tokens_per_second": predicted / seconds,
             "lr_factor": update.factor,
             "skipped": int(not update.made),
             "evaluation_failures": self.evaluations.failures,
-            **self.feed.counts(self.step),
+            **(self._read() if self.layout.rank == 0 else {}),
         }
 
+    def _read(self) -> dict[str, float]:
+        """How much of each source was read."""
+        return {**self.feed.counts(self.step), **self.feed.epochs(self._sequence)}
+
+    def epochs_at_end(self) -> dict[str, float]:
+        """Epochs of each source that the whole run takes, see :meth:`Feed.epochs`."""
+        return self.feed.epochs(self._sequence + (self.config.training.steps - self.step) * self.sequences)
+
     def _spent(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        """What the run has cost up to now; ``tokens`` counts positions, with BOS blocks and padding."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "predicted_tokens": self.predicted_tokens,
+            "text_bytes": self.text_bytes,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -332,6 +357,7 @@ class Trainer:
         tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
         self.engine.restore(optimizer_state)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
+        self.predicted_tokens, self.text_bytes = state.get("predicted_tokens"), state.get("text_bytes")
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
         self._finiteness.now = state.get("finite", True)
         self.evaluations.last = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)

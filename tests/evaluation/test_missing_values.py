@@ -1,14 +1,15 @@
 """Text in which some value of a report has nothing to be computed from; means over batches of unequal size."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
 from bitlm_dist.cli import _show_report
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
-from bitlm_dist.evaluation.compare import best, markdown, plot, read_record, rows_of
+from bitlm_dist.errors import UserError
+from bitlm_dist.evaluation.compare import axis_of, best, markdown, plot, read_record, rows_of
 from bitlm_dist.evaluation.likelihood import evaluate
 from bitlm_dist.evaluation.values import ratio_of, shown
 from bitlm_dist.model.language_model import Batch
@@ -132,5 +133,11 @@ def test_runs_without_a_value_are_compared_with_dashes(tiny, tmp_path):
     (row,) = rows_of([record])
     assert "<= – ± –" in row
     assert "| – |" in markdown([record])
+    assert axis_of([record], None) == "tokens", "as it was written by a version that did not count predicted tokens"
+    with pytest.raises(UserError, match="--axis text_bytes: .*run was trained by a version that did not count it: use tokens"):
+        axis_of([record], "text_bytes")
+    counted = replace(record, evaluations=[{**entry, "predicted_tokens": 30} for entry in record.evaluations])
+    assert axis_of([counted], None) == "predicted_tokens"
+    assert axis_of([counted, record], None) == "tokens"
     plot([record], "tokens", tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").is_file()

@@ -1,5 +1,6 @@
 """What the ranks of test_periodic_evaluation.py do: evaluate while they train, which fails on one of them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,6 @@ from bitlm_dist.training.trainer import Trainer
 
 def one_rank_fails(file: str, words: list[str]) -> tuple[int, int, int]:
     """Train; rank 1 cannot evaluate step 4 -> steps taken, failures on record, the last step evaluated."""
-    import os
-
     ranks = read_ranks(os.environ)
     config = load(Path(file), words).config
     trainer = Trainer(config, layout=layout_of(config.parallel, ranks.world, ranks.rank))

@@ -61,7 +61,7 @@ def test_the_third_failure_in_a_row_ends_a_run_which_is_saved_first(tiny, tmp_pa
 
 
 @pytest.mark.distributed
-def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(tiny_file, prepared, tmp_path):
+def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(tiny, tiny_file, prepared, tmp_path):
     from ranks import run_ranks
 
     words = ["--data.path", str(prepared), "--run.dir", str(tmp_path / "run"), "--evaluation.every_steps", "2"]
@@ -72,3 +72,11 @@ def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(ti
     assert [line["step"] for line in lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 6]
     assert "the evaluation of step 4 failed on rank 1: ValueError: only here" in (folder / "log.1").read_text()
     assert "training goes on (1 of 3 failed evaluations in a row end it)" in (folder / "log.0").read_text()
+
+    # What a step counts is that of all ranks.
+    alone = Trainer(tiny("--run.dir", str(tmp_path / "alone")))
+    alone.fit()
+    alone.close()
+    names = ("predicted_tokens", "text_bytes", "epochs")
+    counts = [[[line[name] for name in names] for line in lines(tmp_path / run / "metrics.jsonl")] for run in ("run", "alone")]
+    assert counts[0] == counts[1]

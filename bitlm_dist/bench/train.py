@@ -56,7 +56,7 @@ class StackRunner(Runner):
         self.config, self.load, self.device = config, load, mesh.device()
         self.engine = Engine(config, plain_codes(load.vocabulary), load.eos, Layout())
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
-        self.log = MetricsLog(Path(self.folder.name), config.logging)
+        self.log = MetricsLog(Path(self.folder.name), config, step=0)
         self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
         self.step = 0
 

@@ -28,6 +28,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
 from bitlm_dist.training.stopping import STOP_FILE
+from bitlm_dist.training.wandb_log import remember_sent
 
 CODES = "codes.npz"
 LOCK = "run.lock"
@@ -192,10 +193,15 @@ class RunFolder:
             return BitCodes(torch.from_numpy(found["codes"]), int(found["bits"]))
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget metrics of steps that a killed run took after its last checkpoint."""
-        for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / SAVES):
-            lines = file.read_text().splitlines() if file.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= step]
+        """Forget metrics of steps that a killed run took after its last checkpoint; what W&B was sent of them is kept in mind."""
+        files = [self.path / name for name in (METRICS, EVALUATIONS, SAVES)]
+        every = [file.read_text().splitlines() if file.is_file() else [] for file in files]
+        steps = [[_step_of(line) for line in lines] for lines in every]
+        whole = [[int(number) for number in numbers if isfinite(number)] for numbers in steps]
+        remember_sent(self.path, {file.name: max(numbers, default=0) for file, numbers in zip(files, whole, strict=True)})
+
+        for file, lines, numbers in zip(files, every, steps, strict=True):
+            kept = [line for line, number in zip(lines, numbers, strict=True) if number <= step]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(line + "\n" for line in kept))
 

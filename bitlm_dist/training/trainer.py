@@ -36,6 +36,7 @@ from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
 from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
 from bitlm_dist.training.teacher import Teacher
+from bitlm_dist.training.wandb_log import check_wandb
 from bitlm_dist.training.weights import saved_as, state_name, weight_name
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -61,6 +62,7 @@ class Trainer:
         self.attention = check_machine(config)
         check_batch(config, layout)
         check_engine(config, layout)
+        check_wandb(config.logging)
         if config.evaluation.every_steps and layout.model > 1:
             raise UserError(
                 f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in one process: "
@@ -94,6 +96,7 @@ class Trainer:
         self._steps_here = 0  # that this process has taken
         self._finiteness = Finiteness(self.folder)
         self.evaluations = PeriodicEvaluation(config, layout)
+        self._flush: Callable[[], None] = lambda: None  # of the log, while there is one
         self._stop = self._stop_requests()
         self._stopped_by: str | None = None
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
@@ -156,8 +159,8 @@ class Trainer:
 
     @contextmanager
     def _logs(self) -> Iterator[MetricsLog | NoLog]:
-        log = MetricsLog(self.folder.path, self.config.logging) if self.layout.rank == 0 else NoLog()
-        self.checkpoints.report = log.write_save
+        log = MetricsLog(self.folder.path, self.config, self.step) if self.layout.rank == 0 else NoLog()
+        self.checkpoints.report, self._flush = log.write_save, log.flush
         try:
             yield log
         finally:
@@ -304,6 +307,7 @@ class Trainer:
     def _save(self, wait: bool) -> None:
         if self.step == self.config.training.steps:
             self._finiteness.check_weights(self.engine, self.layout)
+        self._flush()  # a process that is killed later goes on from here
         self.checkpoints.save(self.step, self._contents, self._finiteness.now, wait)
 
     def _contents(self) -> tuple[dict[str, Sliced], dict[str, Any]]:

@@ -54,15 +54,7 @@ def status_of(run: Path) -> Status:
     config = load(folder / "config.yaml").config
     recent = list(deque(_metrics(run), maxlen=RECENT))
     step = int(recent[-1]["step"]) if recent else 0
-    seconds = [entry["seconds"] for entry in recent]
-    spent = seconds[-1] - seconds[0] if len(recent) > 1 else 0.0
-
-    def rate_of(name: str) -> float | None:
-        """Of a count; None where there are no two steps, or an older version did not count it."""
-        ends = [entry.get(name) for entry in (recent[0], recent[-1])] if spent > 0 else [None]
-        return None if None in ends else (ends[1] - ends[0]) / spent
-
-    rate = rate_of("tokens")
+    rate = _rate(recent, "tokens")
     left = (config.training.steps - step) * config.training.global_batch_tokens
     ended = [attempt for attempt in every if attempt.outcome]
     return Status(
@@ -73,11 +65,22 @@ def status_of(run: Path) -> Status:
         step=step,
         steps=config.training.steps,
         tokens_per_second=rate,
-        predicted_tokens_per_second=rate_of("predicted_tokens"),
+        predicted_tokens_per_second=_rate(recent, "predicted_tokens"),
         checkpoint=attempts.newest_checkpoint(run),
         seconds_left=left / rate if rate else None,
         excluded=agent.left_out(run),
     )
+
+
+def _rate(recent: list[dict[str, Any]], name: str) -> float | None:
+    """A count per second of training; None where there are no two steps, or an older version did not count it."""
+    if len(recent) < 2:
+        return None
+    first, last = recent[0], recent[-1]
+    spent = last["seconds"] - first["seconds"]
+    if spent <= 0 or first.get(name) is None or last.get(name) is None:
+        return None
+    return float(last[name] - first[name]) / spent
 
 
 def _state(run: Path, numbers: list[str], every: list[attempts.Attempt]) -> str:

@@ -138,9 +138,9 @@ def plot(records: Sequence[Record], axis: str, file: Path) -> None:
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.subplots()
     for record in records:
-        points = [(entry, value) for entry in record.evaluations if (value := best(entry["validation"])) is not None]
+        points = [(entry, found) for entry in record.evaluations if (found := best(entry["validation"])) is not None]
         spent = [entry[axis] for entry, _ in points]
-        value = [value for _, value in points]
+        value = [found for _, found in points]
         error = [entry["validation"]["bits_per_byte_se"] or 0.0 for entry, _ in points]
         (line,) = axes.plot(spent, value, marker="o", markersize=3, label=record.folder.name)
         low, high = ([v + sign * e for v, e in zip(value, error, strict=True)] for sign in (-1, 1))

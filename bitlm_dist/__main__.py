@@ -6,9 +6,12 @@ from typing import NoReturn
 
 
 def main() -> None:
-    """Run the command line; an error that the user can fix is one line on standard error and exit code 2."""
+    """Run the command line.
+
+    An error that the user can fix is one line on standard error and exit code 2; exit code 3 says that training diverged.
+    """
     from bitlm_dist.cpu_threads import set_cpu_threads
-    from bitlm_dist.errors import UserError, only_lost_peer, say_failure, say_once, silence_announcements
+    from bitlm_dist.errors import DIVERGED, DivergedError, UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
     set_cpu_threads(os.environ)
     silence_announcements()
@@ -36,6 +39,10 @@ def main() -> None:
         if ranks.world > 1 and distributed is not None and distributed.is_initialized():
             _end_at_once(2)
         sys.exit(2)
+    except DivergedError as error:
+        report_failure(os.environ, ranks.rank, str(error), lost_peer=False, refused=False, diverged=True)
+        say_once(f"bitlm: {error}", ranks.rank)
+        sys.exit(DIVERGED)
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report_failure(os.environ, ranks.rank, words, lost_peer=only_lost_peer(words), refused=False)

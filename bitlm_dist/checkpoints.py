@@ -1,6 +1,5 @@
 """The command `bitlm checkpoint`."""
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 from math import inf, isfinite
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.files import to_json
 from bitlm_dist.paths import seen_from
 from bitlm_dist.terminal import AsJson, Run, path_argument, say, show_table
 
@@ -31,7 +31,7 @@ def list_command(run: Run, as_json: AsJson = False) -> None:
         except UserError as error:
             rows.append({"folder": str(folder), "problem": str(error)})
     if as_json:
-        print(json.dumps(rows, indent=1))
+        print(to_json(rows, indent=1))
         return
     columns = ("checkpoint", "tokens", "MiB", "saved", "healthy")
     show_table(str(run), columns, (_line(row) for row in rows if "problem" not in row))
@@ -68,7 +68,7 @@ def diff_command(first: Checkpoint, second: Checkpoint, as_json: AsJson = False)
     states = compare_states(*folders)
     if as_json:
         listed = [{key: None if value == inf else value for key, value in asdict(d).items()} for d in differences]
-        print(json.dumps({"tensors": counts, "differences": listed, "state": states}, indent=1))
+        print(to_json({"tensors": counts, "differences": listed, "state": states}, indent=1))
     else:
         kinds = []
         for kind, count in counts.items():

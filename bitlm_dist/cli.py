@@ -1,6 +1,5 @@
 """The command `bitlm`. Heavy imports wait until a command needs them, so that --help and errors come at once."""
 
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,8 @@ from bitlm_dist.bench.command import bench
 from bitlm_dist.checkpoints import checkpoints
 from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.errors import UserError
+from bitlm_dist.evaluation.values import ratio_of, shown
+from bitlm_dist.files import to_json
 from bitlm_dist.launching import launching
 from bitlm_dist.prepared import prepared
 from bitlm_dist.terminal import (
@@ -127,7 +128,7 @@ def prep(
         say(f"{out} is not finished: the same command goes on from there")
         raise typer.Exit(130) from None
     if as_json:
-        print(json.dumps(asdict(report)))
+        print(to_json(asdict(report)))
     elif not quiet:
         say(
             f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, {report.text_bytes / 1e6:.1f} MB of text in "
@@ -181,15 +182,17 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     speaks = layout.rank == 0
     begun, steps = trainer.step, config.training.steps
     if trainer.done:
+        trainer.close()
+        trainer.check_end()
         if speaks:
             say(f"{config.run.dir} is trained: step {begun} of {steps}")
             attempts.report(os.environ, attempts.DONE, begun, "")
-        trainer.close()
         return
     if speaks:
         parameters = f"{trainer.engine.parameters:,} parameters"
         say(f"{config.run.dir}: {parameters}, step {begun} of {steps}; attention by {trainer.attention}")
         say(trainer.feed.summary())
+        say(_epochs_in_words(trainer.epochs_at_end(), config))
         if trainer.device.type == "cpu":
             for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
                 if warning:
@@ -211,6 +214,12 @@ def _train(config: Config, resume: bool, layout: "Layout", heartbeat: "Heartbeat
     if trainer.stopped_by and speaks:
         where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
         say(f"{trainer.stopped_by}: {where}; the same command goes on from there")
+
+
+def _epochs_in_words(epochs: Mapping[str, float], config: Config) -> str:
+    assert config.data.path is not None
+    every = ((key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items())
+    return f"{config.training.steps:,} steps are " + ", ".join(f"{number:.3g} epochs of {name}" for name, number in every)
 
 
 @contextmanager
@@ -295,28 +304,28 @@ def evaluate(
     with _evaluator(config, split) as score:
         report = score(model)
     if as_json:
-        print(json.dumps({"run": str(run), "step": step, "split": split, **report}))
+        print(to_json({"run": str(run), "step": step, "split": split, **report}))
         return
     _show_report(f"{run}, step {step}, {split}", report)
 
 
 def _show_report(title: str, report: Mapping[str, Any]) -> None:
-    ratio = report["bits_per_byte"] / report["unigram_bits_per_byte"]
-    per_byte = "approximate bits a byte" if report["bytes_note"] else "bits a byte"
+    ratio = ratio_of(report["bits_per_byte"], report["unigram_bits_per_byte"])
+    per_byte = "approximate bits per byte" if report["bytes_note"] else "bits per byte"
     rows = [
         (
             f"{per_byte} ({'exact' if report['exact'] else 'bound'} ± s.e.)",
-            f"{report['bits_per_byte']:.4f} ± {report['bits_per_byte_se']:.4f}",
+            f"{shown(report['bits_per_byte'])} ± {shown(report['bits_per_byte_se'])}",
         ),
-        (f"unigram entropy, {per_byte}", f"{report['unigram_bits_per_byte']:.4f}"),
-        ("ratio to unigram entropy", f"{ratio:.4f}"),
-        ("nats a token", f"{report['nats_per_token']:.4f}"),
-        ("context-shuffle delta, nats a token", f"{report['context_shuffle_delta_nats']:.4f}"),
-        ("invalid-code rate", f"{report['invalid_code_rate']:.4f}"),
+        (f"unigram entropy, {per_byte}", shown(report["unigram_bits_per_byte"])),
+        ("ratio to unigram entropy", shown(ratio)),
+        ("nats per token", shown(report["nats_per_token"])),
+        ("context-shuffle delta, nats per token", shown(report["context_shuffle_delta_nats"])),
+        ("invalid-code rate", shown(report["invalid_code_rate"])),
         ("tokens, bytes", f"{report['tokens']:,}, {report['bytes']:,}"),
     ]
     if report["chain_bits_per_byte"] is not None:
-        rows.insert(1, (f"{per_byte} (chain rule in the block)", f"{report['chain_bits_per_byte']:.4f}"))
+        rows.insert(1, (f"{per_byte} (chain rule in the block)", shown(report["chain_bits_per_byte"])))
     if report["brier"]:
         rows.append(("Brier-1, -2, … of the next tokens", "  ".join(f"{score:.2f}" for score in report["brier"])))
     accuracy = report["accuracy_by_time"].items()
@@ -330,19 +339,24 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
 @app.command()
 def compare(
     runs: Annotated[list[Path], path_argument("RUN…", "Run folders; ratios are to the first.")],
-    plot: Annotated[Path | None, path_option("--plot", "Draw bits a byte over --axis: .svg, .png or .pdf.", "FILE")] = None,
-    axis: Annotated[str, typer.Option(help="tokens, cpu_seconds or seconds.")] = "tokens",
+    plot: Annotated[Path | None, path_option("--plot", "Draw bits per byte over --axis: .svg, .png or .pdf.", "FILE")] = None,
+    axis: Annotated[
+        str | None,
+        typer.Option(
+            help="predicted_tokens (the default where all runs counted them), text_bytes, tokens, cpu_seconds or seconds."
+        ),
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")] = False,
 ) -> None:
     """Put runs side by side: bits a byte, its ratio to the first run, and cost, as training evaluated them."""
     from bitlm_dist.evaluation import compare as comparison
 
     check_plot(plot)
-    if axis not in comparison.AXES:
+    if axis not in (None, *comparison.AXES):
         raise UserError(f"--axis {axis}: choose from {', '.join(comparison.AXES)}")
     records = [comparison.read_record(run) for run in runs]
     if plot:
-        comparison.plot(records, axis, plot)
+        comparison.plot(records, comparison.axis_of(records, axis), plot)
     if markdown:
         print(comparison.markdown(records))
     else:
@@ -389,7 +403,7 @@ def generate(
     rate = progress.tokens / max(progress.seconds, 1e-9)
     if as_json:
         counts = {"backbone_passes": progress.backbone_passes, "head_passes": progress.head_passes}
-        print(json.dumps({"text": tokenizer.decode_after(ids, new), "token_ids": new, **counts, "tokens_per_second": rate}))
+        print(to_json({"text": tokenizer.decode_after(ids, new), "token_ids": new, **counts, "tokens_per_second": rate}))
     else:
         passes = f"{progress.backbone_passes} backbone and {progress.head_passes} head passes"
         console.print(f"\n[dim]{progress.tokens} tokens, {passes}, {rate:.0f} tokens/s[/dim]")

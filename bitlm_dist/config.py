@@ -347,6 +347,10 @@ class LoggingConfig(Section):
     """Write TensorBoard events into the run folder."""
     wandb_project: str | None = None
     """Log to this Weights & Biases project too (extra `wandb`)."""
+    wandb_name: str | None = None
+    """Name of the run there; none: that of the run folder."""
+    wandb_tags: tuple[str, ...] = ()
+    """Tags of the run there, e.g. [baseline, "m=4"]."""
 
 
 class Config(Section):

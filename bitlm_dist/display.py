@@ -29,12 +29,16 @@ PLAIN_SECONDS = 10.0  # the same where the work has no steps
 
 @contextmanager
 def training_progress(console: Console, begun: int, steps: int) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """A bar with loss, tokens/s and time left on a terminal; a line now and then elsewhere. Yields what takes the metrics."""
+    """A bar with loss, tokens/s and time left on a terminal; a line now and then elsewhere. Yields what takes the metrics.
+
+    Speed counts all positions, as memory and FLOPs do, and beside them the predicted tokens, from which a model learns.
+    """
     if not console.is_terminal:
 
         def line(metrics: Mapping[str, Any]) -> None:
             if metrics["step"] % PLAIN_EVERY == 0 or metrics["step"] == steps:
-                text = "step {step}/{steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  {tokens_per_second:,.0f} tokens/s"
+                text = "step {step}/{steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
+                text += "{tokens_per_second:,.0f} tokens/s, {predicted_tokens_per_second:,.0f} of them predicted"
                 console.print(text.format(steps=steps, **metrics), soft_wrap=True)
 
         yield line
@@ -44,16 +48,17 @@ def training_progress(console: Console, begun: int, steps: int) -> Iterator[Call
         MofNCompleteColumn(),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s, {task.fields[predicted]:,.0f} predicted"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task("train", total=steps, completed=begun, loss=float("nan"), rate=0.0)
+        task = bar.add_task("train", total=steps, completed=begun, loss=float("nan"), rate=0.0, predicted=0.0)
 
         def update(metrics: Mapping[str, Any]) -> None:
-            bar.update(task, completed=metrics["step"], loss=metrics["loss"], rate=metrics["tokens_per_second"])
+            rates = {"rate": metrics["tokens_per_second"], "predicted": metrics["predicted_tokens_per_second"]}
+            bar.update(task, completed=metrics["step"], loss=metrics["loss"], **rates)
 
         yield update
 

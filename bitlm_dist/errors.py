@@ -8,11 +8,16 @@ import warnings
 
 FIRST_SPEAKS = 5.0  # seconds that other ranks wait with what rank 0 most likely says too
 FOLLOWER = 20.0  # seconds that a rank waits which only lost its peers: the launcher ends it meanwhile
+DIVERGED = 3  # exit code
 LOST_PEER = ("closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
 
 
 class UserError(ValueError):
     """Something the user can mend: the message is one line that names the key or file and the remedy. The command exits with 2."""
+
+
+class DivergedError(RuntimeError):
+    """Training arrived at numbers that are not finite: one line with what happened and where to go on. The command exits with 3."""
 
 
 def silence_announcements() -> None:

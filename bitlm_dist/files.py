@@ -1,9 +1,11 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and the JSON in them."""
 
 import errno
 import fcntl
 import hashlib
+import json
 import os
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +22,41 @@ def write_atomically(file: Path, text: str) -> None:
         os.fsync(stream.fileno())
     partial.rename(file)
     sync_folder(file.parent)
+
+
+def to_json(value: Any, **layout: Any) -> str:
+    """JSON that strict readers take, where Python would write NaN and Infinity, which are no JSON.
+
+    A number that is not finite becomes null, and the object gets a key ``not_finite`` with the names of all that did, e.g.
+    ``["loss", "sides.bits.mfu"]``. In a list of objects each has its own.
+
+    Args:
+        value: dicts, lists, strings, numbers, booleans and None.
+        layout: how ``json.dumps`` is to write it: ``indent``, ``separators``, ``sort_keys``.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **layout)
+    except ValueError:
+        flagged = [_flagged(entry) for entry in value] if isinstance(value, list) else _flagged(value)
+        return json.dumps(flagged, allow_nan=False, **layout)
+
+
+def _flagged(value: Any) -> Any:
+    found: list[str] = []
+    finite = _finite(value, "", found)
+    return {**finite, "not_finite": found} if found and isinstance(finite, dict) else finite
+
+
+def _finite(value: Any, name: str, found: list[str]) -> Any:
+    """``value`` with None for numbers that are not finite, whose names are added to ``found``."""
+    if isinstance(value, dict):
+        return {key: _finite(inner, f"{name}.{key}" if name else str(key), found) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner, f"{name}.{i}" if name else str(i), found) for i, inner in enumerate(value)]
+    if isinstance(value, float) and not isfinite(value):
+        found.append(name)
+        return None
+    return value
 
 
 def sha256_of(file: Path) -> str:

@@ -1,15 +1,15 @@
 """The command `bitlm launch`."""
 
-import json
 from dataclasses import asdict
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bitlm_dist import errors
 from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.config_loading import absolute
-from bitlm_dist.errors import say as say_on_stderr
+from bitlm_dist.files import to_json
 from bitlm_dist.terminal import OVERRIDES, AsJson, Run, Words, config_of, expanded_path, say, show_table
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def slurm_command(
     config = absolute(config_of(words or []).config)
     job = submit.job_of(config, settings, nodes, tuple(filter(None, exclude.split(","))))
     for warning in warnings_of(config):
-        say_on_stderr(f"warning: {warning}")
+        errors.say(f"warning: {warning}")
     if dry_run:
         print(render(job), end="")
         return
@@ -77,6 +77,7 @@ def local_command(
 ) -> None:
     """Train on this machine with as many processes, watched and restarted as on a cluster; Ctrl-C saves and ends."""
     from bitlm_dist.launch import submit
+    from bitlm_dist.launch.attempts import DIVERGED, read_attempts
     from bitlm_dist.launch.local import run_here
 
     settings = _cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
@@ -89,7 +90,10 @@ def local_command(
     verdict = run_here(config.run.dir, ranks, settings.env, say)
     if verdict.action != "end":
         say(f"bitlm: {verdict.reason}")
-    raise typer.Exit(0 if verdict.action in ("end", "requeue") else 1)
+    if verdict.action in ("end", "requeue"):
+        raise typer.Exit(0)
+    diverged = read_attempts(config.run.dir)[-1].outcome == DIVERGED
+    raise typer.Exit(errors.DIVERGED if diverged else 1)
 
 
 @launching.command("status")
@@ -99,17 +103,18 @@ def status_command(run: Run, as_json: AsJson = False) -> None:
 
     found = status_of(run)
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(to_json(asdict(found)))
         return
     left = "" if found.seconds_left is None else str(timedelta(seconds=round(found.seconds_left)))
-    speed = "" if found.tokens_per_second is None else f"{found.tokens_per_second:,.0f}"
+    speeds = ["" if rate is None else f"{rate:,.0f}" for rate in (found.tokens_per_second, found.predicted_tokens_per_second)]
     rows = [
         ("state", found.state),
         ("job", found.job),
         ("attempts", found.attempts),
         ("last attempt that ended", found.last),
         ("step", f"{found.step:,} of {found.steps:,}"),
-        ("tokens a second", speed),
+        ("tokens per second", speeds[0]),
+        ("predicted tokens per second", speeds[1]),
         ("newest checkpoint", "none" if found.checkpoint < 0 else f"step {found.checkpoint:,}"),
         ("time left", left),
         ("nodes left out", ", ".join(found.excluded) or "none"),

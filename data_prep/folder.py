@@ -19,7 +19,7 @@ from bitlm_dist.data_prep.units import LENGTHS, UNITS, read_record
 
 from bitlm_dist.data.manifest import MANIFEST, SPLITS
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import DISK_FULL, sha256_of, try_lock, write_atomically
+from bitlm_dist.files import DISK_FULL, sha256_of, to_json, try_lock, write_atomically
 
 CLAIM, WORK, INDEX, REPORT = "settings.json", ".work", "index.json", "report.md"
 STATISTICS = "statistics.npz"  # as bitlm_dist.data.vocabulary has it, whose import would bring torch
@@ -38,7 +38,7 @@ def claimed(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
             if not (out / CLAIM).is_file():
-                write_atomically(out / CLAIM, json.dumps(settings, indent=1) + "\n")
+                write_atomically(out / CLAIM, to_json(settings, indent=1) + "\n")
             shutil.rmtree(out / WORK, ignore_errors=True)
             (out / WORK).mkdir()
             try:
@@ -134,7 +134,7 @@ def _write_index(file: Path, out: Path, names: Sequence[str], split: str) -> Non
             for shard in record["shards"]:
                 for part in ("raw_data", "zip_data"):
                     shard[part]["basename"] = os.path.join(record["name"], shard[part]["basename"])
-                stream.write((",\n" if begun else "\n") + json.dumps(shard))
+                stream.write((",\n" if begun else "\n") + to_json(shard))
                 begun = True
         stream.write("\n]}\n")
 

@@ -7,7 +7,6 @@ worker. A shard is: the number of samples, their offsets (both uint32), the colu
 
 import hashlib
 import itertools
-import json
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,8 @@ import numpy as np
 import xxhash
 import zstandard
 from numpy.typing import NDArray
+
+from bitlm_dist.files import to_json
 
 SHARD_BYTES = 1 << 26  # as streaming's default
 LEVEL = 3  # of zstd: a fourth of the time of level 9 for 17 % more bytes
@@ -33,7 +34,7 @@ def write_shards(folder: Path, documents: Sequence[Tokens], dtype: str) -> list[
         dtype: ``uint16`` or ``uint32``.
     """
     columns = _columns(dtype)
-    header = json.dumps(columns, sort_keys=True).encode()
+    header = to_json(columns, sort_keys=True).encode()
     shards: list[dict[str, Any]] = []
     samples: list[bytes] = []
     size = 8 + len(header)

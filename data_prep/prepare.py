@@ -18,7 +18,6 @@ byte. It then holds::
 
 import hashlib
 import itertools
-import json
 import shutil
 import time
 from collections import Counter, deque
@@ -45,7 +44,7 @@ from bitlm_dist.data_prep.worker import Count, Job, usage
 
 from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION, SPLITS
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_tree, write_atomically
+from bitlm_dist.files import sync_tree, to_json, write_atomically
 
 BPE = "bpe:"
 BPE_BYTES = 500_000_000  # of text that a BPE is trained on at most
@@ -202,7 +201,7 @@ class _Preparation:
         with self._clock("index"):
             (self._out / folder.REPORT).write_text(markdown(manifest), encoding="utf-8")
             folder.flush(self._out)
-            write_atomically(self._out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+            write_atomically(self._out / MANIFEST, to_json(manifest, indent=1) + "\n")
         return self._report(manifest, reused)
 
     def _tokenizer(self, name: str, given: Tokenizer | None) -> Tokenizer:
@@ -265,7 +264,7 @@ class _Preparation:
         names: list[str] = []
         waiting: deque[Future[Any]] = deque()
         reused = 0
-        key = json.dumps([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
+        key = to_json([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
         for unit in self._units(self._kept(totals, "preparing"), key):
             names.append(unit.name)
             if units.is_done(self._out, unit.name):

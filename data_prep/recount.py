@@ -10,7 +10,7 @@ from bitlm_dist.data_prep.tokenizer import TOKENIZER, Tokenizer
 from bitlm_dist.data_prep.units import dtype_of
 
 from bitlm_dist.data.manifest import MANIFEST, SPLITS, read_manifest
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 
 def write_token_bytes(folder: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def write_token_bytes(folder: Path) -> dict[str, Any]:
         equal = all(sizes["token_bytes"] == sizes["bytes"] for sizes in manifest["splits"].values())
         nothing = round_trip.summed([])
         manifest["round_trip"] = {**nothing, "lossless": equal and not tokenizer.folds_case()}
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    write_atomically(folder / MANIFEST, to_json(manifest, indent=1) + "\n")
     return manifest
 
 

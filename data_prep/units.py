@@ -23,6 +23,7 @@ from bitlm_dist.data_prep.clock import Clock
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 
 from bitlm_dist.data.manifest import SPLITS
+from bitlm_dist.files import to_json
 
 MEGABYTE = 1_000_000
 UNITS, LENGTHS = "units", "lengths.npy"
@@ -141,7 +142,7 @@ def write(unit: Unit, tokenizer: Tokenizer, out: Path, validation: float) -> dic
             record[split]["token_bytes"] = int(token_bytes[chosen].sum())
         file.parent.mkdir(exist_ok=True)
         partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(json.dumps(record) + "\n")
+        partial.write_text(to_json(record) + "\n")
         partial.rename(file)
     return dict(clock.seconds)
 

@@ -25,6 +25,8 @@ from bitlm_dist.kernels.tiles import SMALL, WIDTHS, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bitlm_dist.files import to_json
+
 BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 # Compute capability -> bytes of shared memory a block may have, the tensor-core instruction.
@@ -167,8 +169,8 @@ def write(budgets: dict[str, dict[str, dict[str, int]]], file: Path) -> None:
     """JSON with a line a kernel, so that a change shows as one."""
     versions = []
     for version, kernels in sorted(budgets.items()):
-        lines = ",\n".join(f"    {json.dumps(name)}: {json.dumps(used)}" for name, used in sorted(kernels.items()))
-        versions.append(f"  {json.dumps(version)}: {{\n{lines}\n  }}")
+        lines = ",\n".join(f"    {to_json(name)}: {to_json(used)}" for name, used in sorted(kernels.items()))
+        versions.append(f"  {to_json(version)}: {{\n{lines}\n  }}")
     file.write_text("{\n" + ",\n".join(versions) + "\n}\n")
 
 

@@ -15,7 +15,7 @@ from bitlm_dist.launch.attempts import LAUNCH, Limits
 from bitlm_dist.launch.verdicts import bad_nodes
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 SETTINGS, EXCLUDED = "settings.json", "excluded.json"
 FIRST_PORT, PORTS = 15_000, 15_000
@@ -73,7 +73,7 @@ def judge(folder: Path) -> list[str]:
     if 2 * len(bad) >= len(attempt.nodes) and (len(bad) > 1 or refused):
         attempts.end(run, attempt, outcome, words if refused else f"most nodes look bad, so none is left out: {reason}")
         return ["bad"]
-    write_atomically(run / LAUNCH / EXCLUDED, json.dumps(sorted({*_found_bad(run), *bad})) + "\n")
+    write_atomically(run / LAUNCH / EXCLUDED, to_json(sorted({*_found_bad(run), *bad})) + "\n")
     attempts.end(run, attempt, attempts.BAD_NODES, reason)
     return ["bad"]
 

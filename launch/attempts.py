@@ -27,12 +27,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bitlm_dist import errors
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 LAUNCH, CANCELLED = "launch", "cancelled"
 VARIABLE = "BITLM_ATTEMPT"  # the attempt's folder, for its ranks
 DONE, STOPPED, REFUSED, FAILED, HUNG, LOST, BAD_NODES = "done", "stopped", "refused", "failed", "hung", "lost", "bad nodes"
+DIVERGED = "diverged"
 SIGN = "bitlm: "  # before each line that tells the user what to mend
 OWN_FILES = (LAUNCH, "run.lock", "stop")  # beside config.yaml, what a folder may hold in which no step was taken
 STOP_REQUEST, BY_USER = "stop file", "the file `stop` in the run folder"
@@ -164,14 +166,14 @@ def begin(run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limit
         Attempt(number, job, restart, tuple(nodes), time.time(), newest_checkpoint(run), limits=limits, submission=submission)
     )
     began = {key: value for key, value in attempt.items() if key not in ("outcome", "reason", "reached", "ended")}
-    write_atomically(folder / "attempt.json", json.dumps(began) + "\n")
+    write_atomically(folder / "attempt.json", to_json(began) + "\n")
     return folder
 
 
 def end(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
     """Record what came of an attempt."""
     record = {"outcome": outcome, "reason": reason, "reached": newest_checkpoint(run), "ended": time.time()}
-    write_atomically(folder_of(run, attempt.number) / "end.json", json.dumps(record) + "\n")
+    write_atomically(folder_of(run, attempt.number) / "end.json", to_json(record) + "\n")
 
 
 def stop_files(environment: Mapping[str, str]) -> list[Path]:
@@ -188,21 +190,31 @@ def report(environment: Mapping[str, str], outcome: str, step: int, by: str) -> 
     """Rank 0 of a launched run says that it ended as it should, and what stopped it; does nothing otherwise."""
     if VARIABLE in environment:
         record = {"outcome": outcome, "step": step, "by": by}
-        write_atomically(Path(environment[VARIABLE]) / "outcome.json", json.dumps(record) + "\n")
+        write_atomically(Path(environment[VARIABLE]) / "outcome.json", to_json(record) + "\n")
 
 
-def report_failure(environment: Mapping[str, str], rank: int, message: str, lost_peer: bool, refused: bool) -> None:
+def report_failure(
+    environment: Mapping[str, str], rank: int, message: str, lost_peer: bool, refused: bool, diverged: bool = False
+) -> None:
     """A rank of a launched run says why it ends; does nothing otherwise.
 
     Args:
         lost_peer: whether it only missed another one.
         refused: whether the user has to mend something.
+        diverged: whether training arrived at numbers that are not finite.
     """
     if VARIABLE not in environment:
         return
-    record = {"time": time.time(), "host": os.uname().nodename, "message": message, "lost_peer": lost_peer, "refused": refused}
+    record = {
+        "time": time.time(),
+        "host": os.uname().nodename,
+        "message": message,
+        "lost_peer": lost_peer,
+        "refused": refused,
+        "diverged": diverged,
+    }
     with suppress(OSError):  # the error itself is what must be seen
-        write_atomically(Path(environment[VARIABLE]) / "failures" / f"rank-{rank}.json", json.dumps(record) + "\n")
+        write_atomically(Path(environment[VARIABLE]) / "failures" / f"rank-{rank}.json", to_json(record) + "\n")
 
 
 def first_failure(folder: Path) -> dict[str, Any] | None:
@@ -236,12 +248,16 @@ def outcome_of(folder: Path, code: int) -> tuple[str, str]:
         return STOPPED, f"{why}, " + (f"saved at step {outcome['step']}" if outcome["step"] else "before the first step")
     if failure and failure["refused"]:
         return REFUSED, str(failure["message"])
+    if failure and failure.get("diverged"):
+        return DIVERGED, str(failure["message"])
     if hung:
         return HUNG, f"rank {hung['rank']} on {hung['host']} {hung['what']}"
     if failure:
         return FAILED, f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
     if (folder / "stop").is_file():
         return STOPPED, _why(folder / "stop")
+    if code == errors.DIVERGED:
+        return DIVERGED, f"a rank ended with exit code {code}: see {folder}/logs"
     return _said_at_start(folder) or (FAILED, f"the ranks ended with exit code {code} and left no word: see {folder}/logs")
 
 
@@ -258,7 +274,7 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excl
 
     Restarts count as long as no new checkpoint is made; one that is further than any before resets the count, so that a run of
     weeks may fail many times, but none goes round in circles. What must be mended ends a run that has never got anywhere; later it
-    is more likely the weather.
+    is more likely the weather. A run that diverged is not restarted: it is a function of its config, and would diverge again.
 
     Args:
         max_restarts: in a row without a new checkpoint.
@@ -272,6 +288,8 @@ def decide(attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excl
         return Verdict("end", "cancelled")
     if last.outcome == STOPPED and last.reason.startswith(BY_USER):
         return Verdict("end", last.reason)
+    if last.outcome == DIVERGED:
+        return Verdict("give up", last.reason)
     idle, advanced = _idle(attempts)
     if last.outcome == REFUSED and not advanced:
         return Verdict("give up", last.reason)

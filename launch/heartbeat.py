@@ -20,7 +20,7 @@ from typing import Any
 
 from bitlm_dist.launch.attempts import VARIABLE, Limits
 
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 NO_STEP = -1
 
@@ -90,7 +90,7 @@ class Heartbeat:
         begun = step > self._first  # the first step is made: nothing is imported or compiled any more
         beat = {"time": time.time(), "step": step, "begun": begun, "host": os.uname().nodename, "process": os.getpid()}
         partial = self._file(self._rank).with_name(f".rank-{self._rank}")
-        partial.write_text(json.dumps(beat))  # not flushed to disk: it is worth nothing after a power cut
+        partial.write_text(to_json(beat))  # not flushed to disk: it is worth nothing after a power cut
         partial.rename(self._file(self._rank))
 
     def _forgive_a_pause(self) -> None:
@@ -140,7 +140,7 @@ class Heartbeat:
         file = self._attempt / "hung.json"
         if not file.exists():
             record = {"rank": rank, "host": beat["host"], "what": what, "noticed_by": self._rank}
-            write_atomically(file, json.dumps(record) + "\n")
+            write_atomically(file, to_json(record) + "\n")
 
     def _give_up(self) -> None:
         print("bitlm: a rank hangs; this one is here:", file=sys.stderr, flush=True)

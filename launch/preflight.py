@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from bitlm_dist.launch.ranks import Ranks, read_ranks
 
 from bitlm_dist.disks import free_bytes, problem_of, shared_memory_problem, temporary_problem
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -58,7 +58,7 @@ def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float, c
 
 
 def _write(attempt: Path, node: str, found: dict[str, Any]) -> None:
-    write_atomically(attempt / "nodes" / f"{node}.json", json.dumps(found) + "\n")
+    write_atomically(attempt / "nodes" / f"{node}.json", to_json(found) + "\n")
 
 
 def _disk(attempt: Path, node: str) -> float:

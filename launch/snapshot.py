@@ -1,12 +1,11 @@
 """Which code a run was started with: the commit, and a patch of what was changed since."""
 
-import json
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 
 
 def save_code(folder: Path) -> None:
@@ -25,7 +24,7 @@ def save_code(folder: Path) -> None:
         "changed": bool(patch),
         "untracked": untracked,
     }
-    write_atomically(folder / "code.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / "code.json", to_json(record, indent=1) + "\n")
     if patch:
         write_atomically(folder / "code.patch", patch)
     else:

@@ -29,7 +29,8 @@ class Status:
         attempts: starts so far.
         last: what came of the newest attempt that has ended.
         step, steps: done, and in all.
-        tokens_per_second: of the last steps.
+        tokens_per_second: positions, of the last steps.
+        predicted_tokens_per_second: tokens that carried loss, of the last steps.
         checkpoint: newest complete one, -1: none.
         seconds_left: of training at that speed; None: not known.
         excluded: nodes found bad.
@@ -42,6 +43,7 @@ class Status:
     step: int
     steps: int
     tokens_per_second: float | None
+    predicted_tokens_per_second: float | None
     checkpoint: int
     seconds_left: float | None
     excluded: list[str]
@@ -54,8 +56,7 @@ def status_of(run: Path) -> Status:
     config = load(folder / "config.yaml").config
     recent = list(deque(_lines(run / METRICS), maxlen=RECENT))
     step = int(recent[-1]["step"]) if recent else 0
-    seconds = [entry["seconds"] for entry in recent]
-    rate = (recent[-1]["tokens"] - recent[0]["tokens"]) / (seconds[-1] - seconds[0]) if len(recent) > 1 else None
+    rate = _rate(recent, "tokens")
     left = (config.training.steps - step) * config.training.global_batch_tokens
     ended = [attempt for attempt in every if attempt.outcome]
     return Status(
@@ -66,10 +67,22 @@ def status_of(run: Path) -> Status:
         step=step,
         steps=config.training.steps,
         tokens_per_second=rate,
+        predicted_tokens_per_second=_rate(recent, "predicted_tokens"),
         checkpoint=attempts.newest_checkpoint(run),
         seconds_left=left / rate if rate else None,
         excluded=agent.left_out(run),
     )
+
+
+def _rate(recent: list[dict[str, Any]], name: str) -> float | None:
+    """A count per second of training; None where there are no two steps, or an older version did not count it."""
+    if len(recent) < 2:
+        return None
+    first, last = recent[0], recent[-1]
+    spent = last["seconds"] - first["seconds"]
+    if spent <= 0 or first.get(name) is None or last.get(name) is None:
+        return None
+    return float(last[name] - first[name]) / spent
 
 
 def _state(run: Path, numbers: list[str], every: list[attempts.Attempt]) -> str:

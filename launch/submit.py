@@ -1,6 +1,5 @@
 """From a config to a queued job, and what a user does with it afterwards."""
 
-import json
 import re
 import tempfile
 import time
@@ -20,7 +19,7 @@ from bitlm_dist.launch.snapshot import save_code
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import load, to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import try_lock, write_atomically
+from bitlm_dist.files import to_json, try_lock, write_atomically
 
 NODE = re.compile(r"[\w.\[\]-]+")
 JOBS, SCRIPT = "jobs", "job.sh"  # numbers of the run's jobs, one a line; what is submitted
@@ -83,7 +82,7 @@ def save(job: Job, config: Config) -> None:
     if checkpoints is not None:
         checkpoints.mkdir(parents=True, exist_ok=True)  # containers mount it
     settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
-    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
@@ -133,7 +132,7 @@ def resume(run: Path) -> Submitted:
     if not before.exists() or not before.samefile(run):
         raise UserError(f"{run} was launched as {before} and has been moved: use `bitlm launch slurm {run}/config.yaml`")
     with _submitting(run):
-        write_atomically(run / LAUNCH / SETTINGS, json.dumps({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
+        write_atomically(run / LAUNCH / SETTINGS, to_json({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
         return Submitted(run, _queue(run))
 
 

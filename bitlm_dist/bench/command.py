@@ -168,7 +168,7 @@ def _kernels(
     if plot:
         kernels.plot(many, plot)
     if as_json:
-        print(kernels.to_json(many))
+        print(kernels.results_json(many))
         return
     for results in many:
         show_table(f"bench {kind}", *results.table())

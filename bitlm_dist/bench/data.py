@@ -4,7 +4,7 @@ from typing import Any
 
 from bitlm_dist.bench.contest import Contender, Runner, contest
 from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
-from bitlm_dist.bench.train import Load, build_stack
+from bitlm_dist.bench.train import Load, build_stack, predicted_share
 from bitlm_dist.codes import bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.data.mixed_feed import training_feed
@@ -74,7 +74,8 @@ def bench_data(config: Config, load: Load, steps: int, repeats: int) -> Results:
     }
     timings = contest(contenders, repeats=repeats)
     flops = {TRAINING: training_flops(config, bits_needed(load.vocabulary), load.vocabulary)}
-    sides: dict[str, Any] = {name: describe(timing, flops.get(name, Flops(0, 0, 0, 0))) for name, timing in timings.items()}
+    share = predicted_share(training_feed(config), config)
+    sides: dict[str, Any] = {name: describe(timing, flops.get(name, Flops(0, 0, 0, 0)), share) for name, timing in timings.items()}
     return Results(
         kind="data",
         first=COLD,

@@ -85,7 +85,7 @@ def bench_generate(config: Config, request: Request, against: list[str], sampler
     bits, keys = bits_needed(request.vocabulary), request.prompt + request.tokens / 2
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
-        sides[name] = describe(timing, generation_flops(configs[name], bits, request.vocabulary, keys))
+        sides[name] = describe(timing, generation_flops(configs[name], bits, request.vocabulary, keys), 1.0)
     return Results(
         kind="generate",
         first=first,

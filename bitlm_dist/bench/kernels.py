@@ -1,6 +1,5 @@
 """`bitlm bench attention` and `in-block`: the table, the plot and the file of what kernels/bench.py measures."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlm_dist.bench.results import environment_of
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import to_json, write_atomically
 from bitlm_dist.kernels.bench import BLOCKS, DENSE, Shape, Side, bench_attention, bench_in_block, device_of
 from bitlm_dist.planning.flops import peak_bandwidth, peak_flops
 
@@ -75,15 +74,15 @@ def _peak(kind: str, shape: Shape) -> float | None:
     return None if shape.dtype == "float32" else peak_flops(device_of())
 
 
-def to_json(many: Sequence[KernelResults]) -> str:
+def results_json(many: Sequence[KernelResults]) -> str:
     """One JSON object; seconds of every repeat."""
     found: list[dict[str, Any]] = [asdict(results) for results in many]
-    return json.dumps({"environment": environment_of(), "results": found})
+    return to_json({"environment": environment_of(), "results": found})
 
 
 def save(many: Sequence[KernelResults], file: Path) -> None:
     """Write the JSON, whole or not at all."""
-    write_atomically(file, to_json(many) + "\n")
+    write_atomically(file, results_json(many) + "\n")
 
 
 def plot(many: Sequence[KernelResults], file: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from bitlm_dist.bench.contest import Timing
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.evaluation.values import ratio_of, shown
+from bitlm_dist.files import to_json, write_atomically
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import Flops, peak_flops
 from bitlm_dist.training.run_folder import environment
@@ -30,13 +31,21 @@ class Results:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Median tokens/s of the first side over each other side's."""
+        """Median tokens/s, which count all positions, of the first side over each other side's."""
         own = self.sides[self.first]["tokens_per_second"]["median"]
         return {name: own / side["tokens_per_second"]["median"] for name, side in self.sides.items() if name != self.first}
 
+    @property
+    def predicted_ratios(self) -> dict[str, float]:
+        """As :attr:`ratios`, of predicted tokens; empty for results of a version that did not count them."""
+        rates = {name: side.get("predicted_tokens_per_second") for name, side in self.sides.items()}
+        own = rates.pop(self.first)
+        return {name: ratio for name, rate in rates.items() if (ratio := ratio_of(own, rate)) is not None}
+
     def to_json(self) -> str:
-        """One JSON object, with ``ratio_tokens_per_second`` over each other side."""
-        return json.dumps({**asdict(self), "ratio_tokens_per_second": self.ratios})
+        """One JSON object, with ``ratio_tokens_per_second`` and ``ratio_predicted_tokens_per_second`` over each other side."""
+        ratios = {"ratio_tokens_per_second": self.ratios, "ratio_predicted_tokens_per_second": self.predicted_ratios}
+        return to_json({**asdict(self), **ratios})
 
     def save(self, file: Path) -> None:
         """Write the JSON, whole or not at all."""
@@ -86,12 +95,13 @@ def environment_of() -> dict[str, Any]:
     return found
 
 
-def describe(timing: Timing, flops: Flops) -> dict[str, Any]:
-    """One side of the results."""
+def describe(timing: Timing, flops: Flops, predicted_share: float) -> dict[str, Any]:
+    """One side of the results; ``predicted_share`` of its positions hold a token that is predicted."""
     peak = peak_flops(mesh.device())
     low, high = timing.spread
     return {
         "tokens_per_second": {"median": timing.median, "lowest": low, "highest": high, "all": timing.rates},
+        "predicted_tokens_per_second": timing.median * predicted_share,
         "cpu_seconds_per_token": timing.cpu_seconds_per_token,
         "seconds_before": timing.seconds_before,
         "flops_per_token": {**asdict(flops), "total": flops.total},
@@ -110,7 +120,9 @@ def table_of(results: Results) -> tuple[list[str], list[list[str]]]:
         ["tokens/s, median", *(f"{rate['median']:,.1f}" for rate in rates)],
         ["lowest … highest", *(f"{rate['lowest']:,.1f} … {rate['highest']:,.1f}" for rate in rates)],
         [f"{results.first} / this side", *(f"{ratios[name]:.2f}" if name in ratios else "" for name in results.sides)],
-        ["CPU-ms a token", *(f"{1e3 * side['cpu_seconds_per_token']:.3f}" for side in sides)],
+        ["predicted tokens/s", *(shown(side.get("predicted_tokens_per_second"), "{:,.1f}") for side in sides)],
+        [f"{results.first} / this side", *(shown(results.predicted_ratios.get(name), "{:.2f}") for name in results.sides)],
+        ["CPU-ms per token", *(f"{1e3 * side['cpu_seconds_per_token']:.3f}" for side in sides)],
         *([["ms to the first block", *before]] if results.kind == "generate" else []),
         *(_flops_rows(results) if results.kind != "data" else []),
         ["peak memory, MiB", *(f"{side['peak_bytes'] / 2**20:,.0f}" for side in sides)],

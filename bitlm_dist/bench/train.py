@@ -13,6 +13,7 @@ from bitlm_dist.bench.results import Results, describe, environment_of, settings
 from bitlm_dist.codes import BitCodes, bits_needed, natural
 from bitlm_dist.config import Config
 from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.mixed_feed import MixedFeed
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import check_machine, rounded
 from bitlm_dist.model.language_model import Batch
@@ -55,7 +56,7 @@ class StackRunner(Runner):
         self.config, self.load, self.device = config, load, mesh.device()
         self.engine = Engine(config, plain_codes(load.vocabulary), load.eos, Layout())
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
-        self.log = MetricsLog(Path(self.folder.name), config.logging)
+        self.log = MetricsLog(Path(self.folder.name), config, step=0)
         self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
         self.step = 0
 
@@ -136,7 +137,10 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
     bits = bits_needed(load.vocabulary)
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
-        sides[name] = describe(timing, training_flops(configs[name], bits, load.vocabulary))
+        synthetic = name == "plain" or not load.real
+        c = configs[name]
+        share = synthetic_share(c) if synthetic else predicted_share(Feed.of_config(c, "train", c.data.shuffle), c)
+        sides[name] = describe(timing, training_flops(configs[name], bits, load.vocabulary), share)
     return Results(
         kind="train",
         first=config.model.output,
@@ -151,6 +155,19 @@ def bench_train(config: Config, load: Load, against: list[str], repeats: int) ->
         },
         environment=environment_of(),
     )
+
+
+def synthetic_share(config: Config) -> float:
+    """Share of the positions of :func:`synthetic_batch` whose token is predicted: all but the document's first block."""
+    return 1 - config.model.block_size / config.data.sequence_length
+
+
+def predicted_share(feed: Feed | MixedFeed, config: Config) -> float:
+    """Share of the positions that training reads from a feed whose token is predicted; the feed is closed."""
+    try:
+        return feed.predicted_share(config.training.steps)
+    finally:
+        feed.close()
 
 
 def refuse_itself(config: Config, against: list[str]) -> None:

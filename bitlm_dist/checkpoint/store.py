@@ -31,7 +31,7 @@ from torch import Tensor
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import INDEX, Entry, Written, index_of
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sha256_of, sync_folder, write_atomically
+from bitlm_dist.files import sha256_of, sync_folder, to_json, write_atomically
 
 FORMAT = 2
 MANIFEST, STATE, HEALTH, LATEST = "manifest.json", "state.json", "health.json", "latest"
@@ -102,12 +102,12 @@ def complete(
     files = {file_of(rank): found._asdict() for rank, found in enumerate(written)}
     texts = {
         INDEX: index_of({file_of(rank): entries for rank, entries in enumerate(shares)}),
-        STATE: json.dumps({"step": step, **state}, indent=1) + "\n",
+        STATE: to_json({"step": step, **state}, indent=1) + "\n",
     }
     for name, text in texts.items():
         write_atomically(building / name, text)
         files[name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_atomically(building / MANIFEST, json.dumps({"format": FORMAT, "files": files}, indent=1) + "\n")
+    write_atomically(building / MANIFEST, to_json({"format": FORMAT, "files": files}, indent=1) + "\n")
     if final.exists():  # incomplete, or a rerun of the same step
         remove(final)
     building.rename(final)
@@ -209,6 +209,7 @@ def describe(folder: Path) -> dict[str, Any]:
         return {
             "step": state["step"],
             "tokens": state["tokens"],
+            "predicted_tokens": state.get("predicted_tokens"),  # older versions did not count them
             "bytes": sum(file["bytes"] for file in files.values()),
             "saved": (folder / MANIFEST).stat().st_mtime,
             "healthy": read_health(folder),
@@ -219,16 +220,26 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def read_health(folder: Path) -> bool | None:
-    """Whether loss and gradient norm were finite in its step and the next one; None: that step has not been taken."""
+    """Whether loss and gradient norm were finite in its step and the next one; None: they were, but that step is yet to come."""
     try:
         return bool(json.loads((folder / HEALTH).read_text())["healthy"])
     except (OSError, ValueError, KeyError, TypeError):
+        pass
+    try:
+        return None if read_state(folder).get("finite", True) else False
+    except (OSError, ValueError, AttributeError):
         return None
+
+
+def newest_healthy(root: Path) -> Path | None:
+    """The newest complete checkpoint that is not known to be unhealthy."""
+    folders = [folder_of(root, step) for step in reversed(complete_steps(root))]
+    return next((folder for folder in folders if read_health(folder) is not False), None)
 
 
 def write_health(folder: Path, healthy: bool) -> None:
     """See :func:`read_health`."""
-    write_atomically(folder / HEALTH, json.dumps({"healthy": healthy}) + "\n")
+    write_atomically(folder / HEALTH, to_json({"healthy": healthy}) + "\n")
 
 
 def set_aside(folder: Path, why: str) -> Path:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.files import to_json
 from bitlm_dist.parallel.sliced import Slice, Sliced
 
 INDEX = "index.json"
@@ -102,7 +103,7 @@ def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> Wr
     for entry in entries:
         begin, end = end, end + entry.bytes
         header[entry.key] = {"dtype": entry.dtype, "shape": entry.size, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # numbers are aligned
     digest, size = hashlib.sha256(), 0
     with file.open("wb") as stream:
@@ -127,7 +128,7 @@ def index_of(files: Mapping[str, Sequence[Entry]]) -> str:
         for entry in entries:
             found = tensors.setdefault(entry.name, {"dtype": entry.dtype, "shape": entry.shape, "slices": []})
             found["slices"].append({"start": entry.start, "shape": entry.size, "file": file})
-    return json.dumps({name: tensors[name] for name in sorted(tensors)}, separators=(",", ":")) + "\n"
+    return to_json({name: tensors[name] for name in sorted(tensors)}, separators=(",", ":")) + "\n"
 
 
 @dataclass(frozen=True)

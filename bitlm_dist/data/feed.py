@@ -1,7 +1,7 @@
 """Batches as a function of the position: sequence number s of a run is the same on any layout and after any restart."""
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Feed:
     ) -> None:
         self.manifest = read_manifest(folder)
         self._shards = Shards(folder, split, cache, seed, cache_limit)
-        self._shuffle, self._seed = shuffle, seed
+        self._split, self._shuffle, self._seed = split, shuffle, seed
         self._block, self._length, self._packer = block, sequence_length, packer
         self._starts = [0]  # global number of each epoch's first sequence, as far as known
         self._plan = lru_cache(maxsize=2)(self._make_plan)
@@ -87,7 +87,11 @@ class Feed:
 
     def __len__(self) -> int:
         """Sequences of the first epoch."""
-        return len(self._plan(0))
+        return self._per_epoch
+
+    @cached_property
+    def _per_epoch(self) -> int:
+        return len(self._plan(0))  # which is not kept once later epochs are read
 
     def _locate(self, number: int) -> tuple[int, int]:
         while self._starts[-1] <= number:
@@ -115,11 +119,26 @@ class Feed:
         """Sequences of each source, where there are several."""
         return {}
 
+    def epochs(self, sequences: int) -> dict[str, float]:
+        """Epochs that the first ``sequences`` sequences are, in lengths of the first epoch; under the key of metrics.jsonl."""
+        return {"epochs": sequences / len(self)}
+
+    @property
+    def predicted(self) -> int:
+        """Tokens of an epoch that carry loss: every token of every document once, and each document's first EOS."""
+        return int(self._shards.lengths.sum()) + len(self._shards.lengths)
+
+    def predicted_share(self, step: int) -> float:
+        """Share of an epoch's positions whose token is predicted; the others are BOS, EOS padding, repeated blocks and padding."""
+        return self.predicted / (len(self) * self._length)
+
     def summary(self) -> str:
         """One line about what is read."""
         padding, repeated, cut = (f"{100 * share:.2g} %" for share in self._plan(0).waste)
+        size = self.manifest["splits"][self._split]["bytes"]
         return (
-            f"{len(self):,} sequences an epoch, {self._packer}: {padding} padding, {repeated} repeated, {cut} of the documents cut"
+            f"{len(self):,} sequences per epoch: {len(self) * self._length:,} positions, of which {self.predicted:,} are predicted "
+            f"tokens ({size:,} bytes of text); {self._packer}: {padding} padding, {repeated} repeated, {cut} of the documents cut"
         )
 
     def epoch_batches(self, count: int, limit: int, device: torch.device) -> Iterator[Batch]:

@@ -39,6 +39,17 @@ class MixedFeed:
         """Sequences that the steps before ``step`` took from each source."""
         return {f"sequences/{n}": int(c) for n, c in zip(self._names, self._mixture.before(step), strict=True)}
 
+    def epochs(self, sequences: int) -> dict[str, float]:
+        """As :meth:`Feed.epochs`, of each source, under ``epochs/NAME``; ``sequences`` are those of whole steps."""
+        taken = self._mixture.before(sequences // self._mixture.per_step)
+        every = zip(self._names, self._feeds, taken, strict=True)
+        return {f"epochs/{name}": int(count) / len(feed) for name, feed, count in every}
+
+    def predicted_share(self, step: int) -> float:
+        """As :meth:`Feed.predicted_share`, over the sequences that the steps before ``step`` take from each source."""
+        taken = self._mixture.before(step)
+        return sum(int(n) * feed.predicted_share(step) for n, feed in zip(taken, self._feeds, strict=True)) / int(taken.sum())
+
     def fingerprint(self) -> dict[str, Any]:
         """See :meth:`Feed.fingerprint`; what belongs to one source has its name."""
         found: dict[str, Any] = {}

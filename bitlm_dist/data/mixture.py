@@ -49,7 +49,7 @@ class Mixture:
     """
 
     def __init__(self, weights: Sequence[Knots], per_step: int, seed: int, limits: Sequence[int | None]) -> None:
-        self._weights, self._size, self._seed = weights, per_step, seed
+        self._weights, self.per_step, self._seed = weights, per_step, seed
         self._limits = np.array([np.iinfo(np.int64).max if limit is None else limit for limit in limits])
         self._open = np.ones(len(weights), dtype=bool)  # sources that have not reached their limits, at the last step known
         self._before = np.zeros((1, len(weights)), dtype=np.int64)  # [T + 1, K] sequences of each source before each step
@@ -82,16 +82,16 @@ class Mixture:
         if (total <= 0).any():
             step = int(steps[(total <= 0).argmax()])
             raise UserError(f"data.sources: no source has anything left at step {step}: raise max_epochs or lower training.steps")
-        ends = np.cumsum(shares, 1) / total[:, None] * self._size
-        ends[:, -1] = self._size
+        ends = np.cumsum(shares, 1) / total[:, None] * self.per_step
+        ends[:, -1] = self.per_step
         whole = np.floor(ends + uniform(self._seed, 0, steps)[:, None]).astype(np.int64)
-        return np.diff(np.minimum(whole, self._size), axis=1, prepend=0)
+        return np.diff(np.minimum(whole, self.per_step), axis=1, prepend=0)
 
     def _make_order(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Source of each of a step's sequences [B], and which of that source's sequences it is [B]."""
         before = self.before(step)
         counts = self.before(step + 1) - before
-        mixed = np.argsort(uniform(self._seed, 1, step, np.arange(self._size)), kind="stable")
+        mixed = np.argsort(uniform(self._seed, 1, step, np.arange(self.per_step)), kind="stable")
         sources = np.repeat(np.arange(len(counts)), counts)[mixed]
         numbers = np.empty_like(sources)
         for source, (first, count) in enumerate(zip(before, counts, strict=True)):
@@ -100,6 +100,6 @@ class Mixture:
 
     def place(self, sequence: int) -> tuple[int, int]:
         """Source of a sequence of the run, and its number among those of that source."""
-        step, place = divmod(sequence, self._size)
+        step, place = divmod(sequence, self.per_step)
         sources, numbers = self._order(step)
         return int(sources[place]), int(numbers[place])

@@ -13,7 +13,7 @@ from bitlm_dist.data import http_download
 from bitlm_dist.data.manifest import MANIFEST, check_file, read_manifest
 from bitlm_dist.data.streaming_import import streaming
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, to_json, write_atomically
 
 RECORD = "remote.json"
 TRIES, TIMEOUT = 5, 60.0  # of one file, with back-off between them: 1, 2, 4, 8 seconds and a little
@@ -59,7 +59,7 @@ def mirror(url: str, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    write_atomically(building / RECORD, json.dumps({"url": url.rstrip("/")}) + "\n")
+    write_atomically(building / RECORD, to_json({"url": url.rstrip("/")}) + "\n")
     sync_tree(building)
     building.rename(folder)
     sync_folder(folder.parent)

@@ -27,19 +27,22 @@ EVALUATION_SEED = 2**31  # fixed, so that two models are scored with the same no
 
 @dataclass(frozen=True)
 class Report:
-    """Held-out quality; every nat is a mean over the predicted tokens (document tokens and each document's first EOS)."""
+    """Held-out quality; every nat is a mean over the predicted tokens (document tokens and each document's first EOS).
+
+    None or an empty collection: there was nothing to compute the value from, e.g. no whole block to sample.
+    """
 
     tokens: int
     bytes: int
     exact: bool  # False: bits_per_byte is an upper bound
-    nats_per_token: float
-    bits_per_byte: float
-    bits_per_byte_se: float
+    nats_per_token: float | None
+    bits_per_byte: float | None
+    bits_per_byte_se: float | None  # None with fewer than two sequences, which have no spread
     chain_bits_per_byte: float | None
-    unigram_bits_per_byte: float
-    context_shuffle_delta_nats: float
+    unigram_bits_per_byte: float | None
+    context_shuffle_delta_nats: float | None
     brier: list[float]  # Brier-n of the next n tokens, n = 1..min(m, 4), times 100
-    invalid_code_rate: float
+    invalid_code_rate: float | None
     accuracy_by_time: dict[str, float]
 
 
@@ -66,29 +69,37 @@ def evaluate(
     """
     device = next(model.parameters()).device
     score = _score_softmax if isinstance(model, SoftmaxLM) else _score_bits
-    scores, sequences, ids, drawn, invalid = [], [], [], [], []
+    scores: list[_Scores] = []
+    sequences: list[Tensor] = []
+    ids: list[Tensor] = []
+    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
+    invalid: list[Tensor] = []
     left = config.sampled_blocks
     at_start = torch.from_numpy(byte_lengths.first - byte_lengths.inside).to(device)  # what a document's first token has more
     more_bytes = torch.zeros((), dtype=torch.int64, device=device)
     for number, batch in enumerate(feed.epoch_batches(BATCH, config.sequences, device)):
         targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
+        if not len(targets.block):
+            continue  # padding alone
+
         scores.append(score(model, targets, config.strata, number % SHUFFLE_EVERY == 0))
         sequences.append(targets.sample.unsqueeze(1).expand_as(targets.valid)[targets.valid])
         ids.append(targets.tokens[targets.valid])
         more_bytes = more_bytes + (at_start[targets.tokens[:, 0]] * _opens(batch, targets, feed.manifest["bos"])).sum()
         if left > 0:
-            drawn.append(_sample_twice(model, targets, left, sampling))
+            if targets.valid.all(-1).any():
+                drawn.append(_sample_twice(model, targets, left, sampling))
             invalid.append(_invalid(model, targets, left, sampling))
             left -= len(invalid[-1])
     return _report(
         scores,
-        torch.cat(sequences),
-        torch.cat(ids),
+        _joined(sequences),
+        _joined(ids),
         byte_lengths.inside,
         int(more_bytes),
         exact=isinstance(model, SoftmaxLM),
         brier=brier_scores(*(torch.cat(part) for part in zip(*drawn, strict=True))) if drawn else [],
-        invalid_rate=float(torch.cat(invalid).double().mean()) if invalid else 0.0,
+        invalid_rate=_mean(invalid),
     )
 
 
@@ -96,6 +107,17 @@ def _opens(batch: Batch, targets: Targets, bos: int) -> Tensor:
     """Whether each target block is the first of a document, after its block of BOS: [V] bool."""
     blocks = batch.tokens.unflatten(1, (-1, targets.tokens.shape[1]))
     return blocks[targets.sample - batch.sample[0], targets.block - 1, 0] == bos
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Batches end to end, on the CPU; an empty int64 tensor where there are none."""
+    return torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.int64)
+
+
+def _mean(parts: list[Tensor]) -> float | None:
+    """Mean over all elements of all batches; None: there are none."""
+    every = _joined(parts).double()
+    return float(every.mean()) if every.numel() else None
 
 
 def _source(targets: Targets) -> Source:
@@ -112,7 +134,7 @@ def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bo
     clean, context = model.codes.encode(targets.tokens), head.read(targets.context)
     result = _bound(model, clean, context, targets, strata)
     shuffled = chain = None
-    if shuffle:
+    if shuffle and len(clean) > 1:  # a block has no other context than its own to be given
         other = head.read(targets.context.roll(len(clean) // 2, 0))
         shuffled = _bound(model, clean, other, targets, strata).nats[valid]
     if head.chained:
@@ -125,7 +147,7 @@ def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bo
 def _score_softmax(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:
     assert isinstance(model, SoftmaxLM)
     hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
-    other = model.nats(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle else None
+    other = model.nats(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle and len(tokens) > 1 else None
     return _Scores(model.nats(hidden, tokens), other)
 
 
@@ -156,40 +178,49 @@ def _report(
     *,
     exact: bool,
     brier: list[float],
-    invalid_rate: float,
+    invalid_rate: float | None,
 ) -> Report:
-    value = torch.cat([batch.nats for batch in scores]).double().cpu()
+    value = _joined([batch.nats for batch in scores]).double()
     deltas = [batch.shuffled - batch.nats for batch in scores if batch.shuffled is not None]
     chain = [batch.chain for batch in scores if batch.chain is not None]
-    accuracy = [batch.accuracy for batch in scores if batch.accuracy is not None]
-    tokens, size = len(value), int(byte_lengths[ids.cpu().numpy()].sum()) + more_bytes
-    bits_per_byte = 1 / math.log(2) / size  # of one nat of the whole text
+    tokens, size = len(value), int(byte_lengths[ids.numpy()].sum()) + more_bytes
     counts = ids.bincount().double()
     share = counts[counts > 0] / tokens
+
+    def per_byte(nats: float | None) -> float | None:
+        """Bits per byte of text, from nats of the whole text."""
+        return None if nats is None or not size else nats / math.log(2) / size
+
     return Report(
         tokens=tokens,
         bytes=size,
         exact=exact,
-        nats_per_token=float(value.mean()),
-        bits_per_byte=float(value.sum()) * bits_per_byte,
-        bits_per_byte_se=_cluster_error(sequence.cpu(), value) * bits_per_byte,
-        chain_bits_per_byte=float(torch.cat(chain).double().sum()) * bits_per_byte if chain else None,
-        unigram_bits_per_byte=float(-(share * share.log()).sum()) * tokens * bits_per_byte,
-        context_shuffle_delta_nats=float(torch.cat(deltas).double().mean()),
+        nats_per_token=_mean([value]),
+        bits_per_byte=per_byte(float(value.sum())),
+        bits_per_byte_se=per_byte(_cluster_error(sequence, value)),
+        chain_bits_per_byte=per_byte(float(torch.cat(chain).double().sum())) if chain else None,
+        unigram_bits_per_byte=per_byte(float(-(share * share.log()).sum()) * tokens),
+        context_shuffle_delta_nats=_mean(deltas),
         brier=brier,
         invalid_code_rate=invalid_rate,
-        accuracy_by_time=_by_time(accuracy) if accuracy else {},
+        accuracy_by_time=_by_time(scores),
     )
 
 
-def _by_time(accuracy: list[Tensor]) -> dict[str, float]:
-    """Mean over batches of the bit accuracy [S] at each stratum's time, from noisy to clean."""
-    levels = torch.stack(accuracy).mean(0).tolist()
+def _by_time(scores: list[_Scores]) -> dict[str, float]:
+    """Bit accuracy at each stratum's time, from noisy to clean: a mean over all predicted tokens, so larger batches weigh more."""
+    known = [(batch.accuracy.double().cpu(), len(batch.nats)) for batch in scores if batch.accuracy is not None]
+    if not known:
+        return {}
+    total = sum(tokens for _, tokens in known)
+    levels = torch.stack([accuracy * (tokens / total) for accuracy, tokens in known]).sum(0).tolist()
     return {f"{t:.2f}": level for t, level in zip(strata_times(len(levels)).tolist(), levels, strict=True)}
 
 
-def _cluster_error(sequence: Tensor, value: Tensor) -> float:
-    """Standard error of the sum, with sequences as independent clusters of tokens."""
-    residual = torch.zeros(int(sequence.max()) + 1, dtype=torch.float64).index_add(0, sequence, value - value.mean())
+def _cluster_error(sequence: Tensor, value: Tensor) -> float | None:
+    """Standard error of the sum, with sequences as independent clusters of tokens; None: one cluster has no spread."""
     count = len(sequence.unique())
-    return float(residual.square().sum().sqrt()) * math.sqrt(count / max(1, count - 1))
+    if count < 2:
+        return None
+    residual = torch.zeros(int(sequence.max()) + 1, dtype=torch.float64).index_add(0, sequence, value - value.mean())
+    return float(residual.square().sum().sqrt()) * math.sqrt(count / (count - 1))

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.compilation import compiled_regions, compiles
 from bitlm_dist.config import Config
+from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.model.build import build_chunks
 from bitlm_dist.model.initialization import global_names, split_dimension
 from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
@@ -34,6 +36,7 @@ class Update:
     norm: float  # of the gradient, before clipping
     factor: float  # of the learning rates
     made: bool  # False: the norm was not finite
+    counts: Tensor  # [2] int64, of the global batch: predicted tokens (those that carry loss), UTF-8 bytes of their text
 
 
 class Engine:
@@ -43,9 +46,13 @@ class Engine:
         config: checked.
         codes, eos: see :func:`~bitlm_dist.model.build.build_model`.
         layout: of the job.
+        byte_lengths: UTF-8 bytes of each token id, by which the text of a batch is counted; None: it is not, its bytes are 0.
+        bos: id that opens a document; only to count bytes.
     """
 
-    def __init__(self, config: Config, codes: BitCodes, eos: int, layout: Layout) -> None:
+    def __init__(
+        self, config: Config, codes: BitCodes, eos: int, layout: Layout, byte_lengths: ByteLengths | None = None, bos: int = 0
+    ) -> None:
         mesh.initialize(layout)
         self.config, self.layout = config, layout
         self.microbatch = check_batch(config, layout)
@@ -64,6 +71,10 @@ class Engine:
             else:
                 self.optimizers = Optimizers(named, config.optimizer, layout)
         self.head = ShardedHead(config, self.chunks[-1], layout) if apart else None
+        self._bos = bos
+        self._byte_lengths: Tensor | None = None  # [2, V]: of a token that follows another, and of a document's first one
+        if byte_lengths is not None:
+            self._byte_lengths = torch.from_numpy(np.stack([byte_lengths.inside, byte_lengths.first])).to(mesh.device())
         self._compiles = compiles(config.training.compile, mesh.device())
         self._left = 0  # microbatches of the step that the head has not seen
         for chunk in self.chunks:
@@ -113,19 +124,32 @@ class Engine:
     def step(self, batch: Batch, step: int) -> Update:
         """Update the model on this data rank's share of a global batch, the ``step``-th."""
         with compiled_regions("inductor" if self._compiles else None):
-            loss = self._forward_backward(batch, step)
+            loss, counts = self._forward_backward(batch, step)
         factor = schedule_factor(self.config.optimizer, step, self.config.training.steps)
         parts = [self.optimizers] if self.head is None else [self.optimizers, self.head]
         norm, made = step_together(parts, self.config.optimizer.clip_norm, factor)
         for wrapped in self._wrapped:
             wrapped.zero_grad_buffer()
-        return Update(loss, norm, factor, made)
+        return Update(loss, norm, factor, made, counts)
 
-    def _forward_backward(self, batch: Batch, step: int) -> Tensor:
+    def _counts(self, batch: Batch) -> Tensor:
+        """Predicted tokens and bytes of their text in the global batch, [2]; the host waits for nothing."""
+        one = self.chunks[0]
+        mask = target_mask(batch, one.block_size, one.eos)
+        if self._byte_lengths is None:
+            text = torch.zeros_like(mask, dtype=torch.int64)
+        else:
+            first = torch.zeros_like(batch.tokens)
+            first[:, 1:] = batch.tokens[:, :-1] == self._bos
+            text = self._byte_lengths[first, batch.tokens]
+        return mesh.sum_over_data(torch.stack([mask.sum(), (text * mask).sum()]))
+
+    def _forward_backward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+        """Loss [] and :attr:`Update.counts` of the global batch."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        one = self.chunks[0]
-        valid = mesh.sum_over_data(target_mask(batch, one.block_size, one.eos).sum()).clamp_min(1)
+        counts = self._counts(batch)
+        valid = counts[0].clamp_min(1)
         count = len(batch.tokens) // self.microbatch
         self._left = count
         parts = [batch.part(slice(i * self.microbatch, (i + 1) * self.microbatch)) for i in range(count)]
@@ -138,7 +162,7 @@ class Engine:
             micro_batch_size=self.microbatch,
             forward_only=False,
         )
-        return mesh.sum_over_all(sum((part["loss"] for part in found), torch.zeros((), device=mesh.device())))
+        return mesh.sum_over_all(sum((part["loss"] for part in found), torch.zeros((), device=mesh.device()))), counts
 
     def _forward(self, parts: Iterator[Batch], wrapped: nn.Module, *, valid: Tensor, step: int) -> tuple[Tensor, Any]:
         batch, seed = next(parts), self.config.training.seed

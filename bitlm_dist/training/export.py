@@ -21,7 +21,7 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
 from bitlm_dist.config_loading import read_run, to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sha256_of, sync_folder, sync_tree, write_atomically
+from bitlm_dist.files import sha256_of, sync_folder, sync_tree, to_json, write_atomically
 from bitlm_dist.training.checkpoint_place import run_of
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import averaged_name, weight_name
@@ -62,7 +62,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
     if len(groups) > 1:
         weight_map = {entry.name: file for file, group in zip(files, groups, strict=True) for entry in group}
         total = sum(entry.bytes for entry in entries)
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        text = to_json({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
         write_atomically(building / INDEX, text + "\n")
     write_atomically(building / "config.yaml", to_yaml(read_run(run.path)))  # its paths are not those of this folder
     shutil.copy(run.path / CODES, building)
@@ -70,7 +70,7 @@ def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int 
     record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}
     for path in [building / "config.yaml", building / CODES, *(building / "tokenizer").iterdir()]:
         files[str(path.relative_to(building))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_atomically(building / RECORD, json.dumps({**record, "files": files, "environment": environment()}, indent=1) + "\n")
+    write_atomically(building / RECORD, to_json({**record, "files": files, "environment": environment()}, indent=1) + "\n")
     sync_tree(building)
     building.rename(out)
     sync_folder(out.parent)

@@ -1,16 +1,16 @@
 """One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
 
-import importlib.util
-import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
 from bitlm_dist.checkpoint.saver import Saved
-from bitlm_dist.config import LoggingConfig
-from bitlm_dist.errors import UserError, say
+from bitlm_dist.config import Config
+from bitlm_dist.errors import say
+from bitlm_dist.files import to_json
+from bitlm_dist.training.wandb_log import WandbLog
 
 METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
 
@@ -23,7 +23,7 @@ class _Lines:
         self._stream: RawIOBase | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._left += json.dumps(line).encode() + b"\n"
+        self._left += to_json(line).encode() + b"\n"
         try:
             self._stream = self._stream or self._file.open("ab", buffering=0)
             while self._left:
@@ -40,33 +40,36 @@ class _Lines:
 
 
 class MetricsLog:
-    """Writes every step's metrics to the run folder before the next step begins; no failure to write ends a run."""
+    """Writes every step's metrics to the run folder before the next step begins; no failure to write ends a run.
 
-    def __init__(self, folder: Path, config: LoggingConfig) -> None:
-        self._folder, self._config = folder, config
+    Args:
+        folder: of the run, whose files hold nothing of steps after ``step``.
+        config: of the run.
+        step: steps taken; what TensorBoard has of later ones, which a killed process took, is hidden there.
+
+    Raises:
+        UserError: see :class:`WandbLog`.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int) -> None:
+        self._folder, self._config, self._step = folder, config, step
         self._steps, self._evaluations, self._saves = (_Lines(folder / name) for name in (METRICS, EVALUATIONS, SAVES))
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb = WandbLog(folder, config) if config.logging.wandb_project else None
         self._opened = False
-        if config.wandb_project and importlib.util.find_spec("wandb") is None:
-            raise UserError("logging.wandb_project needs the package wandb: pip install 'bitlm-dist[wandb]'")
 
     def _open(self) -> None:
         """Begin this process's events. A start that takes no step leaves none, so they wait for something to write."""
         self._opened = True
-        if self._config.tensorboard:
+        if self._config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"))
-        if self._config.wandb_project:
-            import wandb
-
-            self._wandb = wandb.init(project=self._config.wandb_project, dir=str(self._folder), resume="allow")
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
 
     def write(self, metrics: Mapping[str, Any]) -> None:
         """Record one step; ``metrics`` has the key ``step``."""
         self._steps.write(metrics)
-        self._publish(metrics)
+        self._publish(METRICS, metrics["step"], metrics)
 
     def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Record an evaluation after ``spent`` (with the key ``step``), under the key ``validation``."""
@@ -77,37 +80,51 @@ class MetricsLog:
             for name, value in report.items()
             if isinstance(value, float)
         }
-        self._publish({"step": spent["step"], **numbers})
+        self._publish(EVALUATIONS, spent["step"], numbers)
 
     def write_save(self, saved: Saved) -> None:
         """Record a completed checkpoint."""
         self._saves.write(asdict(saved))
-        self._publish({f"checkpoint/{name}": value for name, value in asdict(saved).items()} | {"step": saved.step}, late=True)
+        self._publish(SAVES, saved.step, {f"checkpoint/{name}": value for name, value in asdict(saved).items()})
 
-    def _publish(self, metrics: Mapping[str, Any], late: bool = False) -> None:
-        """``late``: of a step that may be over; Weights & Biases takes it with the next one."""
+    def _publish(self, file: str, step: int, values: Mapping[str, Any]) -> None:
+        """Send what has a value to TensorBoard and W&B."""
         if not self._opened:
             self._open()
-        step = metrics["step"]
-        if self._board:
-            try:
-                for name, value in metrics.items():
-                    if name != "step":
-                        self._board.add_scalar(name, value, step)
-            except OSError as error:
-                say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
-                self._board = None
+        known = {name: value for name, value in values.items() if value is not None and name != "step"}
+
+        def add() -> None:
+            for name, value in known.items():
+                self._board.add_scalar(name, value, step)
+
+        self._on_board(add)
         if self._wandb:
-            self._wandb.log(dict(metrics), **({"commit": False} if late else {"step": step}))
+            self._wandb.send(file, step, known, fills_row=file == METRICS)
+
+    def flush(self) -> None:
+        """Bring all events to TensorBoard's file, where otherwise up to two minutes of them wait in memory.
+
+        It comes before a checkpoint: a process that is killed afterwards and goes on from there repeats no step before it.
+        """
+        self._on_board(lambda: self._board.flush())
+
+    def _on_board(self, action: Callable[[], None]) -> None:
+        """Do something with TensorBoard's writer; a disk that is full ends that, not the run."""
+        if self._board is None:
+            return
+        try:
+            action()
+        except OSError as error:
+            say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
+            self._board = None
 
     def close(self) -> None:
         """Flush everything."""
         for lines in (self._steps, self._evaluations, self._saves):
             lines.close()
-        if self._board:
-            self._board.close()
+        self._on_board(lambda: self._board.close())
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.close()
 
 
 class NoLog:
@@ -120,6 +137,9 @@ class NoLog:
         """Nothing."""
 
     def write_save(self, saved: Saved) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
         """Nothing."""
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import absolute, flatten, paths_of, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, try_lock, write_atomically
+from bitlm_dist.files import sync_folder, sync_tree, to_json, try_lock, write_atomically
 from bitlm_dist.launch.attempts import check_free
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
@@ -30,6 +30,7 @@ from bitlm_dist.paths import absolute as absolute_path
 from bitlm_dist.training.checkpoint_place import CHECKPOINTS, CheckpointPlace
 from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
 from bitlm_dist.training.stopping import STOP_FILE
+from bitlm_dist.training.wandb_log import remember_sent
 
 CODES = "codes.npz"
 LOCK = "run.lock"
@@ -98,7 +99,7 @@ class RunFolder:
         with self._writing():
             self._place.make_link()
             write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
-            write_atomically(self.path / "environment.json", json.dumps(environment(), indent=1) + "\n")
+            write_atomically(self.path / "environment.json", to_json(environment(), indent=1) + "\n")
             if not (self.path / "tokenizer").is_dir():
                 self._save_vocabulary(Tokenizer.of_folder(tokenizer_folder), codes)
 
@@ -197,10 +198,15 @@ class RunFolder:
             return BitCodes(torch.from_numpy(found["codes"]), int(found["bits"]))
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget metrics of steps that a killed run took after its last checkpoint."""
-        for file in (self.path / METRICS, self.path / EVALUATIONS, self.path / SAVES):
-            lines = file.read_text().splitlines() if file.is_file() else []
-            kept = [line for line in lines if _step_of(line) <= step]
+        """Forget metrics of steps that a killed run took after its last checkpoint; what W&B was sent of them is kept in mind."""
+        files = [self.path / name for name in (METRICS, EVALUATIONS, SAVES)]
+        every = [file.read_text().splitlines() if file.is_file() else [] for file in files]
+        steps = [[_step_of(line) for line in lines] for lines in every]
+        whole = [[int(number) for number in numbers if isfinite(number)] for numbers in steps]
+        remember_sent(self.path, {file.name: max(numbers, default=0) for file, numbers in zip(files, whole, strict=True)})
+
+        for file, lines, numbers in zip(files, every, steps, strict=True):
+            kept = [line for line, number in zip(lines, numbers, strict=True) if number <= step]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(line + "\n" for line in kept))
 
@@ -208,7 +214,18 @@ class RunFolder:
         """Loss of every step on record, in order."""
         file = self.path / METRICS
         lines = file.read_text().splitlines() if file.is_file() else []
-        return [float(json.loads(line)["loss"]) for line in lines if isfinite(_step_of(line))]
+        losses = [json.loads(line)["loss"] for line in lines if isfinite(_step_of(line))]
+        return [nan if loss is None else float(loss) for loss in losses]
+
+    def last_finite_loss(self) -> tuple[float, int] | None:
+        """The last finite loss on record, and its step; None: there is none."""
+        file = self.path / METRICS
+        for line in reversed(file.read_text().splitlines() if file.is_file() else []):
+            if isfinite(_step_of(line)):
+                found = json.loads(line)
+                if found["loss"] is not None and isfinite(found["loss"]):
+                    return float(found["loss"]), int(found["step"])
+        return None
 
     def last_evaluation(self, step: int) -> int:
         """The last step up to ``step`` that an evaluation is on record for; 0: none."""

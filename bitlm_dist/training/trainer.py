@@ -19,6 +19,7 @@ from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixed_feed import training_feed
 from bitlm_dist.data.vocabulary import make_codes
+from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError, say
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import check_machine
@@ -29,18 +30,20 @@ from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpoint_place import steps_of
 from bitlm_dist.training.checkpointing import Checkpoints
 from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
+from bitlm_dist.training.divergence import Finiteness
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
+from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
 from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
 from bitlm_dist.training.sharded_head import check_engine
 from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
 from bitlm_dist.training.teacher import Teacher
+from bitlm_dist.training.wandb_log import check_wandb
 from bitlm_dist.training.weights import saved_as, state_name, weight_name
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
-MAX_SKIPPED = 20  # non-finite steps in a row
 
 
 class Trainer:
@@ -62,6 +65,7 @@ class Trainer:
         self.attention = check_machine(config)
         check_batch(config, layout)
         check_engine(config, layout)
+        check_wandb(config.logging)
         if config.evaluation.every_steps and layout.model > 1:
             raise UserError(
                 f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in one process: "
@@ -80,18 +84,22 @@ class Trainer:
         if layout.rank == 0:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
-        self.engine = Engine(config, codes, eos=manifest["eos"], layout=layout)
+        byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths
+        self.engine = Engine(config, codes, manifest["eos"], layout, byte_lengths, manifest["bos"])
         self._identity = {
             "fingerprint": {**self.feed.fingerprint(), BATCH: config.training.global_batch_tokens},
             "config": absolute(config).model_dump(mode="json"),
             "environment": environment(),
         }
         self.sequences = config.training.global_batch_tokens // config.data.sequence_length
-        self.step = self.tokens = self._skipped = self._sequence = 0  # ``_sequence``: the next one to be read
+        self.step = self.tokens = self._sequence = 0  # ``_sequence``: the next one to be read
+        self.predicted_tokens: int | None = 0  # None: the run began with a version that did not count them
+        self.text_bytes: int | None = 0
         self.seconds = self.cpu_seconds = 0.0  # spent in steps
         self._steps_here = 0  # that this process has taken
-        self._finite = True  # loss and gradient norm of the last step
-        self._evaluated = 0  # the last step that was
+        self._finiteness = Finiteness(self.folder)
+        self.evaluations = PeriodicEvaluation(config, layout)
+        self._flush: Callable[[], None] = lambda: None  # of the log, while there is one
         self._stop = self._stop_requests()
         self._stopped_by: str | None = None
         self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
@@ -119,7 +127,12 @@ class Trainer:
 
         Args:
             observe: called with every step's metrics.
-            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl.
+            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl. It must
+                not communicate with other ranks.
+
+        Raises:
+            UserError: a checkpoint cannot be written, data are damaged, or three evaluations in a row failed.
+            DivergedError: loss or gradient norm was not finite in too many steps in a row or, with the weights, at the end.
         """
         last = min(until or self.config.training.steps, self.config.training.steps)
         with self._stop_requests() as self._stop, self._logs() as log:
@@ -140,6 +153,7 @@ class Trainer:
                         self._save(wait=self.step == last)
                 self._agree()  # a stop may have come with the last evaluation
                 self._save_finally()
+                self.check_end()
             except Exception:
                 self._give_way()
                 raise
@@ -149,8 +163,8 @@ class Trainer:
 
     @contextmanager
     def _logs(self) -> Iterator[MetricsLog | NoLog]:
-        log = MetricsLog(self.folder.path, self.config.logging) if self.layout.rank == 0 else NoLog()
-        self.checkpoints.report = log.write_save
+        log = MetricsLog(self.folder.path, self.config, self.step) if self.layout.rank == 0 else NoLog()
+        self.checkpoints.report, self._flush = log.write_save, log.flush
         try:
             yield log
         finally:
@@ -214,7 +228,7 @@ class Trainer:
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.step >= self.config.training.steps and not self._evaluation_due()
+        return self.step >= self.config.training.steps and not self.evaluations.due(self.step)
 
     def train_step(self) -> dict[str, Any]:
         """One optimizer step over the next global batch -> its metrics."""
@@ -234,62 +248,98 @@ class Trainer:
             raise RuntimeError(advice) from error
         self._record()
         self._steps_here += 1
-        self._skipped = 0 if update.made else self._skipped + 1
-        if self._skipped >= MAX_SKIPPED:
-            raise RuntimeError(f"the gradient norm was not finite in {MAX_SKIPPED} steps in a row, up to step {self.step}")
         self.step += 1
         self._sequence += self.sequences
         tokens = self.sequences * self.config.data.sequence_length
         self.tokens += tokens
-        loss = float(update.loss)  # waits for the device
+        # all that the host wants to know, in one wait for the device; fp64 holds counts up to 2^53
+        loss, predicted, text = torch.cat([update.loss.double().view(1), update.counts.double()]).tolist()
         seconds = time.perf_counter() - began
         self.seconds += seconds
         self.cpu_seconds += time.process_time() - cpu_began
-        self._finite = isfinite(loss) and isfinite(update.norm)
-        self.checkpoints.judge(self.step, self._finite)
+        if self.predicted_tokens is not None and self.text_bytes is not None:
+            self.predicted_tokens += int(predicted)
+            self.text_bytes += int(text)
+        finite = isfinite(loss) and isfinite(update.norm)
+        self.checkpoints.judge(self.step, finite)
+        self._finiteness.record(self.step, finite)
         return {
             **self._spent(),
             "sequences": self._sequence,
             "loss": loss,
             "grad_norm": update.norm,
             "tokens_per_second": tokens / seconds,
+            "predicted_tokens_per_second": predicted / seconds,
             "lr_factor": update.factor,
             "skipped": int(not update.made),
-            **self.feed.counts(self.step),
+            "evaluation_failures": self.evaluations.failures,
+            **(self._read() if self.layout.rank == 0 else {}),
         }
 
+    def _read(self) -> dict[str, float]:
+        """How much of each source was read."""
+        return {**self.feed.counts(self.step), **self.feed.epochs(self._sequence)}
+
+    def epochs_at_end(self) -> dict[str, float]:
+        """Epochs of each source that the whole run takes, see :meth:`Feed.epochs`."""
+        return self.feed.epochs(self._sequence + (self.config.training.steps - self.step) * self.sequences)
+
     def _spent(self) -> dict[str, Any]:
-        return {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "cpu_seconds": self.cpu_seconds}
+        """What the run has cost up to now; ``tokens`` counts positions, with BOS blocks and padding."""
+        return {
+            "step": self.step,
+            "tokens": self.tokens,
+            "predicted_tokens": self.predicted_tokens,
+            "text_bytes": self.text_bytes,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+        }
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _evaluation_due(self) -> bool:
-        every = self.config.evaluation.every_steps
-        due = self._due(every) or (every > 0 and self.step == self.config.training.steps)
-        return due and self.step > self._evaluated
-
     def _evaluate_if_due(self, evaluate: Evaluator | None, log: MetricsLog | NoLog) -> None:
-        """Evaluate, unless something asks to stop meanwhile: then the resumed run does."""
-        if evaluate is None or not self._evaluation_due():
+        """Evaluate, unless something asks to stop meanwhile: then the resumed run does.
+
+        Raises:
+            UserError: it was the third failure in a row; the run is saved.
+        """
+        if evaluate is None or not self.evaluations.due(self.step):
             return
-        try:
+
+        def score() -> Mapping[str, Any]:
             with self.engine.evaluating() as model, self._stop.interruptible():
-                found = evaluate(model)
-        except Interrupted:
-            return
-        self._record()
-        log.write_evaluation(self._spent(), found)
-        self._evaluated = self.step
+                return evaluate(model)
+
+        report = self.evaluations.run(self.step, score)
+        if report is not None:
+            self._record()
+            log.write_evaluation(self._spent(), report)
+        elif self.evaluations.given_up:
+            self._save_finally()
+            raise self.evaluations.error(self.step)
+
+    def check_end(self) -> None:
+        """Hold that the run, if it is at its end, left a model that is worth something.
+
+        Raises:
+            DivergedError: its last loss or gradient norm, or a weight, is not finite.
+        """
+        if self.step >= self.config.training.steps:
+            self._finiteness.check_end(self.step)
 
     def _save(self, wait: bool) -> None:
-        self.checkpoints.save(self.step, self._contents, self._finite, wait)
+        if self.step == self.config.training.steps:
+            self._finiteness.check_weights(self.engine, self.layout)
+        self._flush()  # a process that is killed later goes on from here
+        self.checkpoints.save(self.step, self._contents, self._finiteness.now, wait)
 
     def _contents(self) -> tuple[dict[str, Sliced], dict[str, Any]]:
         """What a checkpoint of this step holds."""
         state = {
             **self._spent(),
             "next_sequence": self._sequence,
+            "evaluation_failures": self.evaluations.failures,
             **self._identity,
         }
         return self._saved(self.engine.weights(), self.engine.state()), state
@@ -335,8 +385,11 @@ class Trainer:
         tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
         self.engine.restore(optimizer_state)
         self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
+        self.predicted_tokens, self.text_bytes = state.get("predicted_tokens"), state.get("text_bytes")
         self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
-        self._evaluated = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
+        self._finiteness.now = state.get("finite", True)
+        self.evaluations.last = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
+        self.evaluations.failures = state.get("evaluation_failures", 0)  # older checkpoints do not count them
 
     def close(self) -> None:
         """Let go of the data and of the run folder."""

@@ -1,5 +1,6 @@
 import importlib
 import json
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 from bitlm_dist.bench.contest import Contender, contest
 from bitlm_dist.bench.results import read_results
 from bitlm_dist.cli import app
+from bitlm_dist.data.feed import Feed
 from bitlm_dist.errors import UserError
 
 
@@ -52,9 +54,21 @@ def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, pr
         assert len(rate["all"]) == 2
         assert side["mfu"] is None
         assert side["peak_bytes"] > 2**20
+    shares = {n: s["predicted_tokens_per_second"] / s["tokens_per_second"]["median"] for n, s in found["sides"].items()}
+    split = json.loads((prepared / "manifest.json").read_text())["splits"]["train"]
+    for name, block in (("bits", 4), ("softmax", 1)):
+        with closing(Feed(prepared, "train", block=block, sequence_length=32, seed=0, shuffle=True)) as feed:
+            assert shares[name] == pytest.approx((split["tokens"] + split["documents"]) / (32 * len(feed)))
+    assert shares["plain"] == pytest.approx(1 - 4 / 32), "of synthetic text only the first block is not predicted"
+    ratios = found["ratio_tokens_per_second"], found["ratio_predicted_tokens_per_second"]
+    assert ratios[1]["softmax"] / ratios[0]["softmax"] == pytest.approx(shares["bits"] / shares["softmax"])
     assert found["settings"]["vocabulary"] == 300
     assert plot.read_text().startswith("<?xml")
     assert "tokens/s, median" in run("bench", "show", out, "--plot", tmp_path / "again.png")
+    for side in found["sides"].values():  # as a version wrote it that did not count them
+        del side["predicted_tokens_per_second"]
+    out.write_text(json.dumps(found))
+    assert "predicted tokens/s" in run("bench", "show", out)
     out.write_text(json.dumps({**found, "version": 99}))
     with pytest.raises(UserError, match=r"holds results of version 99, this program reads 2: run the bench again"):
         read_results(out)

@@ -70,7 +70,10 @@ def test_a_run_on_a_mixture_resumes_bitwise_and_logs_its_sources(mixed, tmp_path
         lines.append([json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()])
     keep = ("loss", "sequences/data-0", "sequences/data-1")
     assert [[line[key] for key in keep] for line in lines[0]] == [[line[key] for key in keep] for line in lines[1]]
-    assert lines[0][0]["sequences/data-1"] == 0
+    assert lines[0][0]["sequences/data-1"] == lines[0][0]["epochs/data-1"] == 0
+    for name, feed in zip(("data-0", "data-1"), trainer.feed._feeds, strict=True):
+        for line in lines[1]:
+            assert line[f"epochs/{name}"] == pytest.approx(line[f"sequences/{name}"] / len(feed))
     assert sum(lines[0][-1][key] for key in keep[1:]) == 64
     with pytest.raises(UserError, match="holds a run with data.sources = .*, now"):
         Trainer(mixed([0.5, 0.5], "--run.dir", str(tmp_path / "run"), "--training.steps", "8"))

@@ -61,7 +61,7 @@ def test_bad_comparisons_are_one_line(tmp_path, tiny, prepared):
     for words, message in (
         ((tmp_path / "none",), "is no run folder"),
         ((tmp_path / "run",), "holds no evaluations: train it with --evaluation.every_steps N"),
-        ((tmp_path / "run", "--axis", "miles"), "--axis miles: choose from tokens"),
+        ((tmp_path / "run", "--axis", "miles"), "--axis miles: choose from predicted_tokens, text_bytes, tokens, cpu_seconds"),
         ((tmp_path / "run", "--plot", "x.doc"), "--plot x.doc: name a file that ends in"),
     ):
         with pytest.raises(UserError, match=message):

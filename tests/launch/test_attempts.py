@@ -3,7 +3,20 @@ from dataclasses import replace
 
 import pytest
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import BAD_NODES, BY_USER, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED, Attempt, Limits, decide
+from bitlm_dist.launch.attempts import (
+    BAD_NODES,
+    BY_USER,
+    DIVERGED,
+    DONE,
+    FAILED,
+    HUNG,
+    LOST,
+    REFUSED,
+    STOPPED,
+    Attempt,
+    Limits,
+    decide,
+)
 
 
 def attempt(outcome, begun=0, reached=0, reason="why"):
@@ -19,6 +32,8 @@ def attempt(outcome, begun=0, reached=0, reason="why"):
         (attempt(STOPPED, 0, 5), True, "end"),
         (attempt(STOPPED, 0, 5, BY_USER + ", saved at step 5"), False, "end"),
         (attempt(REFUSED), False, "give up"),
+        (attempt(DIVERGED, 0, 5), False, "give up"),
+        (attempt(DIVERGED, 0, 5), True, "end"),
         (attempt(FAILED, 0, 5), False, "restart"),
         (attempt(FAILED, 0, 5), True, "end"),
         (attempt(HUNG), False, "restart"),
@@ -100,6 +115,16 @@ def test_files_decide_and_codes_only_where_there_are_none(folder):
     assert attempts.outcome_of(folder, 1) == (STOPPED, "the time limit, saved at step 12")
     attempts.report(environment(folder), DONE, 20, "")
     assert attempts.outcome_of(folder, 1) == (DONE, "step 20")
+
+
+def test_a_run_that_diverged_is_told_from_one_that_failed(folder):
+    assert attempts.outcome_of(folder, 3)[0] == DIVERGED, "the exit code counts where no file says more"
+    attempts.report_failure(environment(folder), 1, "gloo: closed by peer", lost_peer=True, refused=False)
+    attempts.report_failure(environment(folder), 0, "no finite loss", lost_peer=False, refused=False, diverged=True)
+    assert attempts.outcome_of(folder, 1) == (DIVERGED, "no finite loss")
+    record = folder / "failures" / "rank-0.json"  # as an older version writes it
+    record.write_text(json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "diverged"}))
+    assert attempts.outcome_of(folder, 1)[0] == FAILED
 
 
 def test_a_stop_file_of_the_user_is_told_from_the_launcher_s(folder):

@@ -1,0 +1,231 @@
+"""Curves over restarts: each step stands once in metrics.jsonl, in TensorBoard and at Weights & Biases."""
+
+import json
+import struct
+import sys
+import time
+import types
+from collections import Counter
+
+import pytest
+
+from bitlm_dist.checkpoint.saver import Saved
+from bitlm_dist.errors import UserError
+from bitlm_dist.training import metrics, wandb_log
+from bitlm_dist.training.metrics import MetricsLog
+from bitlm_dist.training.run_folder import RunFolder
+from bitlm_dist.training.trainer import Trainer
+
+KILLED, SAVED, END = 9, 4, 12  # the first process is killed after step 9, the second begins at 5 and ends with 12
+
+
+def write(log, first, last, evaluations=()):
+    """Steps, evaluations, and a save after step ``SAVED``."""
+    for step in range(first, last + 1):
+        log.write({"step": step, "loss": 1.0 / step, "predicted_tokens": None})
+        if step in evaluations:
+            log.write_evaluation({"step": step}, {"bits_per_byte": 2.0 / step, "tokens": 7})
+        if step == SAVED:
+            log.flush()
+            log.write_save(Saved(step, 0.1, 0.2, 3, 3))
+
+
+def on_board(folder, name):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [event.step for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_each_step_once_after_a_kill(tiny, tmp_path):
+    config = tiny("--logging.tensorboard", "true")
+    killed = MetricsLog(tmp_path, config, step=0)
+    write(killed, 1, KILLED, evaluations=(4, 8))
+    killed.flush()  # all that a killed process may leave behind, and nothing closes its file
+    RunFolder(tmp_path).drop_metrics_after(SAVED)
+    log = MetricsLog(tmp_path, config, step=SAVED)
+    write(log, SAVED + 1, END, evaluations=(8, 12))
+    log.close()
+    assert on_board(tmp_path, "loss") == list(range(1, END + 1))
+    assert on_board(tmp_path, "validation/bits_per_byte") == [4, 8, 12]
+    assert on_board(tmp_path, "checkpoint/bytes") == [SAVED]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, END + 1))
+
+
+@pytest.mark.integration
+def test_what_a_checkpoint_covers_is_in_tensorboard_s_file_before_it(tiny, tmp_path):
+    """Else a kill would lose steps for good: the resumed run repeats only those after the checkpoint."""
+    trainer = Trainer(tiny("--logging.tensorboard", "true", "--checkpoint.every_steps", "3"))
+    seen = {}
+
+    def observe(line):
+        if line["step"] == 4:
+            seen[4] = on_board(tmp_path / "run", "loss")
+
+    trainer.fit(observe=observe)
+    trainer.close()
+    assert seen[4][:3] == [1, 2, 3]
+
+
+class FakeRun:
+    """What the package knows of a run on its server: rows by step, of which a process may go on filling its last one."""
+
+    def __init__(self, rows):
+        self.rows, self.fails = rows, False
+        self.step = max(rows, default=-1) + 1
+
+    def log(self, values, step):
+        if self.fails:
+            raise RuntimeError("the network is\ndown")
+        assert step >= self.step, "a row that is closed"
+        self.step = step
+        row = self.rows.setdefault(step, {})
+        assert not row.keys() & values.keys(), "sent twice"
+        row |= values
+
+    def finish(self):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """In place of the package: what `init` was called with, and the rows of every run by id."""
+    found = types.SimpleNamespace(calls=[], runs={}, error=None, last=None)
+
+    def init(**settings):
+        found.calls.append(settings)
+        if found.error is not None:
+            raise found.error
+        found.last = FakeRun(found.runs.setdefault(settings["id"], {}))
+        return found.last
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    return found
+
+
+def restart(folder, config):
+    """A process that is killed after step 9, one that is killed after step 6, and one that ends."""
+    log = MetricsLog(folder, config, step=0)
+    write(log, 1, KILLED, evaluations=(7,))
+    if log._wandb._run is not None:
+        log._wandb.close()  # the package sends what it was given, even if its process is killed
+    for last in (6, END):
+        RunFolder(folder).drop_metrics_after(SAVED)
+        log = MetricsLog(folder, config, step=SAVED)
+        write(log, SAVED + 1, last, evaluations=(7, 8, 12))
+        log.close()
+
+
+def test_restarts_are_one_wandb_run_with_each_step_once(tiny, tmp_path, server):
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    config = tiny("--logging.wandb_project", "p", "--logging.wandb_tags", "[a, m=4]")
+    restart(folder, config)
+    assert {call["id"] for call in server.calls} == {json.loads((folder / wandb_log.WANDB).read_text())["id"]}
+    assert len(server.calls) == 3
+    for call in server.calls:
+        assert (call["project"], call["name"], call["tags"], call["resume"]) == ("p", "my-run", ["a", "m=4"], "allow")
+        assert call["config"]["model"]["block_size"] == 4
+    (rows,) = server.runs.values()
+    assert {step: row["loss"] for step, row in rows.items()} == {step: 1.0 / step for step in range(1, END + 1)}
+    assert {step: row["validation/bits_per_byte"] for step, row in rows.items() if "validation/bits_per_byte" in row} == {
+        7: 2.0 / 7,
+        KILLED + 1: 2.0 / 8,
+        12: 2.0 / 12,
+    }, "the first process had no time for the evaluation of step 8, whose row is closed: the next one takes it"
+    assert [step for step, row in rows.items() if "checkpoint/bytes" in row] == [SAVED]
+
+
+def test_wandb_that_does_not_start_is_refused_the_first_time_and_no_obstacle_later(tiny, tmp_path, server, capsys):
+    config = tiny("--logging.wandb_project", "p", "--logging.wandb_name", "other name")
+    server.error = RuntimeError("api_key not\nconfigured")
+    with pytest.raises(UserError, match=r"logging.wandb_project = p: W&B does not start \(api_key not configured\): "):
+        MetricsLog(tmp_path, config, step=0)
+    assert list(tmp_path.iterdir()) == []
+    server.error = None
+    log = MetricsLog(tmp_path, config, step=0)
+    assert server.calls[-1]["name"] == "other name"
+    server.last.fails = True
+    write(log, 1, 3)
+    log.close()
+    server.error = RuntimeError("no network")
+    log = MetricsLog(tmp_path, config, step=3)
+    write(log, 4, 5)
+    log.close()
+    said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
+    assert said == [
+        "bitlm: W&B takes no more metrics (the network is down); training goes on without it",
+        "bitlm: W&B does not start (no network); training goes on without it, and the next start of the run tries again",
+    ]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_missing_package_is_said_before_anything_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(wandb_log, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"logging.wandb_project needs the package wandb: pip install 'bitlm-dist\[wandb\]'"):
+        Trainer(tiny("--logging.wandb_project", "p"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_record_is_named(tiny, tmp_path):
+    (tmp_path / "wandb.json").write_text('{"id": "x"')
+    with pytest.raises(UserError, match=r"wandb.json is damaged: remove it, and the run goes on as a new one"):
+        RunFolder(tmp_path).drop_metrics_after(0)
+
+
+def records(file):
+    """What the package wrote while it was offline: a log of LevelDB's format, of protocol buffers."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, part = file.read_bytes(), 7, b""  # after the header
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # too little of the block is left for a record
+            at += 32768 - at % 32768
+            continue
+        if len(data) < at + 7:
+            return  # being written
+        _, size, kind = struct.unpack("<IHB", data[at : at + 7])
+        part += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield Record.FromString(part)
+            part = b""
+
+
+@pytest.mark.slow
+def test_the_real_package_offline(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs the package wandb: pip install 'bitlm-dist[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = tiny("--logging.wandb_project", "p", "--logging.wandb_tags", "[a, b]")
+    folder = tmp_path / "my-run"
+    folder.mkdir()
+    restart(folder, config)
+    files = list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 3
+    end, steps, losses, runs = time.monotonic() + 60, Counter(), {}, []
+    for file in files:  # the package's own process goes on writing for a moment
+        while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    for record in (record for file in files for record in records(file)):
+        if record.WhichOneof("record_type") == "run":
+            runs.append(record.run)
+        elif record.WhichOneof("record_type") == "history":
+            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            if "loss" in row:
+                steps[row["_step"]] += 1
+                losses[row["_step"]] = row["loss"]
+    saved = json.loads((folder / wandb_log.WANDB).read_text())["id"]
+    assert {run.run_id for run in runs} == {saved}
+    for run in runs:
+        assert (run.display_name, run.project, sorted(run.tags)) == ("my-run", "p", ["a", "b"])
+        sent = {update.key or update.nested_key[0]: update.value_json for update in run.config.update}
+        assert json.loads(sent["model"])["block_size"] == 4
+    assert steps == Counter(range(1, END + 1)), "each step once over all files"
+    assert losses == pytest.approx({step: 1.0 / step for step in range(1, END + 1)})
+
+
+def test_files_that_are_dropped_from_are_those_that_are_written():
+    assert (metrics.METRICS, metrics.EVALUATIONS, metrics.SAVES) == ("metrics.jsonl", "evaluations.jsonl", "saves.jsonl")

@@ -51,8 +51,10 @@ MAY_CHANGE = (
     "data.cache_limit",
     "data.workers",
     "data.path",
+    "data.new_mixture",
 )
-LENGTHEN, BATCH = "training.steps", "training.global_batch_tokens"
+LENGTHEN, BATCH, SOURCES = "training.steps", "training.global_batch_tokens", "data.sources"
+ALLOWING = {BATCH: "checkpoint.new_global_batch", SOURCES: "data.new_mixture"}  # keys that allow a change of others
 
 
 class RunFolder:
@@ -152,12 +154,11 @@ class RunFolder:
         old, new = (dict(flatten(config.model_dump(mode="json"))) for config in (found, wanted))
         for key, value in new.items():
             lengthened = key == LENGTHEN and wanted.optimizer.schedule == "constant"
-            allowed = lengthened or (key == BATCH and wanted.checkpoint.new_global_batch)
-            if old.get(key) != value and not key.startswith(MAY_CHANGE) and not allowed:
-                note = {
-                    LENGTHEN: " (the schedule depends on it)",
-                    BATCH: " (checkpoint.new_global_batch = true allows it)",
-                }.get(key, "")
+            if _same(key, old.get(key), value) or key.startswith(MAY_CHANGE) or lengthened:
+                continue
+            if not is_allowed(key, wanted):
+                note = f" ({ALLOWING[key]} = true allows it)" if key in ALLOWING else ""
+                note = " (the schedule depends on it)" if key == LENGTHEN else note
                 raise UserError(
                     f"run.dir = {self.path} holds a run with {key} = {old.get(key)}, now {value}{note}: "
                     "choose another run.dir or the same value"
@@ -210,6 +211,18 @@ class RunFolder:
         file = self.path / EVALUATIONS
         steps = [_step_of(line) for line in file.read_text().splitlines()] if file.is_file() else []
         return int(max((s for s in steps if s <= step), default=0))
+
+
+def is_allowed(key: str, config: Config) -> bool:
+    """Whether a config asks for a change of a key that a run keeps otherwise."""
+    return key in ALLOWING and bool(dict(flatten(config.model_dump()))[ALLOWING[key]])
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    """Whether two values mean the same run. Folders of sources may move: their contents are compared with the checkpoint."""
+    if key == SOURCES and old and new:
+        old, new = ([{**source, "path": None} for source in sources] for sources in (old, new))
+    return bool(old == new)
 
 
 def _step_of(line: str) -> float:

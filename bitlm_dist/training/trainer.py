@@ -26,6 +26,7 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpointing import Checkpoints
+from bitlm_dist.training.continuation import continued, record
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import out_of_memory
 from bitlm_dist.training.metrics import MetricsLog, NoLog
@@ -74,6 +75,8 @@ class Trainer:
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
             )
         self.feed = training_feed(config)
+        if not done:
+            self.feed.check_steps(config.training.steps)
         if layout.rank == 0:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
@@ -266,6 +269,7 @@ class Trainer:
         state = {
             **self._spent(),
             "next_sequence": self._sequence,
+            "mixture": record(self.feed, self.sequences, self.step, self._sequence),
             **self._identity,
         }
         return self._saved(self.engine.weights(), self.engine.state()), state
@@ -298,15 +302,7 @@ class Trainer:
             raise UserError(
                 f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
             )
-        for field, value in self._identity["fingerprint"].items():
-            saved = state["fingerprint"].get(field)
-            if saved == value or (field == BATCH and self.config.checkpoint.new_global_batch):
-                continue
-            advice = "; checkpoint.new_global_batch = true allows it" if field == BATCH else ""
-            raise UserError(
-                f"{checkpoint} was trained with another {field} ({saved}, now {value}): "
-                f"the data would not continue where it stopped{advice}"
-            )
+        self.feed = continued(self.feed, self.config, self._identity["fingerprint"], checkpoint, state)
         weights, optimizer_state = self.engine.weights(), self.engine.state()
         tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
         self.engine.restore(optimizer_state)

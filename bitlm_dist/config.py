@@ -67,6 +67,8 @@ class DataConfig(Section):
     """Tokens a packed sequence (L); a multiple of model.block_size."""
     sources: tuple[SourceConfig, ...] = ()
     """Folders to train on instead of data.path alone, which still gives tokenizer, codes and the validation split."""
+    new_mixture: bool = False
+    """Let a run continue with other data.sources, from its latest checkpoint on."""
     packing: Literal["greedy", "best_fit"] = "greedy"
     """Documents into sequences: greedy cuts whatever does not fit, best_fit cuts only documents longer than a sequence."""
     shuffle: bool = True
@@ -464,8 +466,6 @@ def _source_problems(c: Config) -> Iterator[str]:
         if abs(total - 1) > 1e-6:
             yield f"data.sources: the weights add up to {total:g} at step {step}: they must add up to 1"
             return
-    if c.data.sources and c.checkpoint.new_global_batch:
-        yield "checkpoint.new_global_batch = true: with data.sources the batch decides where a sequence comes from; set it false"
 
 
 def interpolate(knots: Sequence[tuple[int, float]], step: int) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bitlm_dist.config import Config
 from bitlm_dist.data.manifest import read_manifest
+from bitlm_dist.data.mixture import BEGINNING
 from bitlm_dist.data.packing import Plan, assemble, pack
 from bitlm_dist.data.shards import Shards
 from bitlm_dist.model.language_model import Batch
@@ -37,6 +38,9 @@ class Feed:
         packer: see :func:`~bitlm_dist.data.packing.pack`.
         cache, cache_limit: see :class:`~bitlm_dist.data.shards.Shards`.
     """
+
+    origin = BEGINNING  # a single source has no mixture: see MixedFeed
+    shares: ClassVar[list[Any]] = []
 
     def __init__(
         self,
@@ -115,13 +119,29 @@ class Feed:
         """Sequences first..first+count-1."""
         return batch_of(self.sequence, first, count, device)
 
+    @property
+    def index(self) -> str:
+        """Hash of the split's index, which is the same wherever the folder lies."""
+        return self._shards.fingerprint
+
+    def taken(self, step: int, sequence: int) -> dict[str, int]:
+        """See :meth:`MixedFeed.taken`."""
+        return {self.index: sequence}
+
+    def check_steps(self, steps: int) -> None:
+        """A single source is read as often as it takes."""
+
     def counts(self, step: int) -> dict[str, int]:
         """Sequences of each source, where there are several."""
         return {}
 
-    def epochs(self, sequences: int) -> dict[str, float]:
-        """Epochs that the first ``sequences`` sequences are, in lengths of the first epoch; under the key of metrics.jsonl."""
-        return {"epochs": sequences / len(self)}
+    def epochs(self, step: int, sequence: int) -> dict[str, float]:
+        """Epochs that were read before ``step``, whose first sequence is ``sequence``, in lengths of the first epoch.
+
+        Returns:
+            The number under its key of metrics.jsonl.
+        """
+        return {"epochs": sequence / len(self)}
 
     @property
     def predicted(self) -> int:
@@ -150,7 +170,7 @@ class Feed:
     def fingerprint(self) -> dict[str, Any]:
         """What decides which sequence has which number; a resumed run must find the same."""
         return {
-            "data.index": self._shards.fingerprint,
+            "data.index": self.index,
             "data.tokenizer": self.manifest["tokenizer"]["fingerprint"],
             "data.sequence_length": self._length,
             "data.packing": self._packer,

@@ -13,6 +13,7 @@ from bitlm_dist.data.ahead import Ahead
 from bitlm_dist.data.feed import Feed
 from bitlm_dist.data.leftovers import remove_leftovers
 from bitlm_dist.data.mixed_feed import MixedFeed, training_feed
+from bitlm_dist.data.mixture import Origin
 from bitlm_dist.disks import check_shared_memory
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
@@ -39,7 +40,7 @@ class Loader:
     def __init__(
         self, config: Config, feed: Feed | MixedFeed, *, begun: int, first: int, count: int, stride: int, device: torch.device
     ) -> None:
-        self._steps = _Steps(config, begun, first, count, stride)
+        self._steps = _Steps(config, feed.origin, begun, first, count, stride)
         self._device, self._workers = device, config.data.workers
         self._iterator: Iterator[Any] | None = None
         if self._workers:
@@ -118,8 +119,8 @@ class _From:
 class _Steps(Dataset[Any]):
     """Batches by step. A worker opens the shards itself, when the first is asked for."""
 
-    def __init__(self, config: Config, begun: int, first: int, count: int, stride: int) -> None:
-        self._config = config
+    def __init__(self, config: Config, origin: Origin, begun: int, first: int, count: int, stride: int) -> None:
+        self._config, self._origin = config, origin
         self._begun, self._first, self._count, self._stride = begun, first, count, stride
         self.feed: Feed | MixedFeed | None = None
 
@@ -127,7 +128,7 @@ class _Steps(Dataset[Any]):
         in_worker = self.feed is None or torch.utils.data.get_worker_info() is not None
         try:
             if self.feed is None:
-                self.feed = training_feed(self._config)
+                self.feed = training_feed(self._config, self._origin)
             return self.feed.batch(self._first + (step - self._begun) * self._stride, self._count, CPU)
         except UserError as error:
             if in_worker:  # raised there it would come with a traceback

@@ -6,7 +6,8 @@ that shares are right on average and no step strays by more than a sequence. Not
 Legend: K sources, B sequences a step, T steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +18,25 @@ from bitlm_dist.errors import UserError
 
 CHUNK = 4096  # steps that are worked out at once
 Knots = Sequence[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a mixture takes over within a run.
+
+    Attributes:
+        step: first step of the run that reads it.
+        sequence: number of that step's first sequence.
+        taken: sequences of each source that were read before, by the source's key. A source that left the mixture keeps its entry,
+            so that it continues where it stopped if it comes back.
+    """
+
+    step: int = 0
+    sequence: int = 0
+    taken: Mapping[str, int] = field(default_factory=dict)
+
+
+BEGINNING = Origin()
 
 
 def weight_at(knots: Knots, steps: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -46,34 +66,49 @@ class Mixture:
         seed: of the run.
         limits: sequences that a source has at most; None: any number. A source whose next step would go beyond it has no share from
             that step on, and the others have its share in proportion.
+        step, sequence: of the run, where this mixture takes over.
+        taken: sequences [K] of each source that were read before; they count towards its limit. None: none.
     """
 
-    def __init__(self, weights: Sequence[Knots], per_step: int, seed: int, limits: Sequence[int | None]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Knots],
+        per_step: int,
+        seed: int,
+        limits: Sequence[int | None],
+        *,
+        step: int = 0,
+        sequence: int = 0,
+        taken: Sequence[int] | None = None,
+    ) -> None:
         self._weights, self.per_step, self._seed = weights, per_step, seed
+        self._step, self._sequence = step, sequence
         self._limits = np.array([np.iinfo(np.int64).max if limit is None else limit for limit in limits])
         self._open = np.ones(len(weights), dtype=bool)  # sources that have not reached their limits, at the last step known
-        self._before = np.zeros((1, len(weights)), dtype=np.int64)  # [T + 1, K] sequences of each source before each step
+        # [T + 1, K] sequences of each source before each step, from the first one of this mixture on
+        self._before = np.array([[0] * len(weights) if taken is None else taken], dtype=np.int64)
         self._order = lru_cache(maxsize=4)(self._make_order)
 
     def before(self, step: int) -> NDArray[np.int64]:
-        """Sequences [K] that the steps before ``step`` take from each source.
+        """Sequences [K] that the steps before ``step``, which is one of this mixture's, take from each source.
 
         Raises:
             UserError: all sources have reached their limits before.
         """
-        while len(self._before) <= step:
+        while len(self._before) <= step - self._step:
             self._extend()
-        return self._before[step]
+        return self._before[step - self._step]
 
     def _extend(self) -> None:
-        first = len(self._before) - 1
+        first = self._step + len(self._before) - 1
         counts = self._counts(np.arange(first, first + CHUNK))
         totals = self._before[-1] + np.cumsum(counts, 0)
-        over = (totals > self._limits).any(1)
+        # an earlier mixture may have read more of a source than this one allows
+        over = ((totals > self._limits) & (counts > 0)).any(1)
         good = int(over.argmax()) if over.any() else CHUNK
         self._before = np.concatenate([self._before, totals[:good]])
         if good < CHUNK:
-            self._open &= totals[good] <= self._limits
+            self._open &= (totals[good] <= self._limits) | (counts[good] == 0)
 
     def _counts(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sequences of each source in each step, [T, K]."""
@@ -100,6 +135,6 @@ class Mixture:
 
     def place(self, sequence: int) -> tuple[int, int]:
         """Source of a sequence of the run, and its number among those of that source."""
-        step, place = divmod(sequence, self.per_step)
-        sources, numbers = self._order(step)
+        step, place = divmod(sequence - self._sequence, self.per_step)
+        sources, numbers = self._order(self._step + step)
         return int(sources[place]), int(numbers[place])

@@ -54,8 +54,10 @@ MAY_CHANGE = (
     "data.cache_limit",
     "data.workers",
     "data.path",
+    "data.new_mixture",
 )
-LENGTHEN, BATCH = "training.steps", "training.global_batch_tokens"
+LENGTHEN, BATCH, SOURCES = "training.steps", "training.global_batch_tokens", "data.sources"
+ALLOWING = {BATCH: "checkpoint.new_global_batch", SOURCES: "data.new_mixture"}  # keys that allow a change of others
 
 
 class RunFolder:
@@ -158,12 +160,11 @@ class RunFolder:
         old, new = (_comparable(config) for config in (found, wanted))
         for key, value in new.items():
             lengthened = key == LENGTHEN and wanted.optimizer.schedule == "constant"
-            allowed = lengthened or (key == BATCH and wanted.checkpoint.new_global_batch)
-            if old.get(key) != value and not key.startswith(MAY_CHANGE) and not allowed:
-                note = {
-                    LENGTHEN: " (the schedule depends on it)",
-                    BATCH: " (checkpoint.new_global_batch = true allows it)",
-                }.get(key, "")
+            if old.get(key) == value or key.startswith(MAY_CHANGE) or lengthened:
+                continue
+            if not is_allowed(key, wanted):
+                note = f" ({ALLOWING[key]} = true allows it)" if key in ALLOWING else ""
+                note = " (the schedule depends on it)" if key == LENGTHEN else note
                 raise UserError(
                     f"run.dir = {self.path} holds a run with {key} = {old.get(key)}, now {value}{note}: "
                     "choose another run.dir or the same value"
@@ -237,8 +238,13 @@ class RunFolder:
 def _comparable(config: Config) -> dict[str, Any]:
     """Values by dotted key; where sources lie does not count, as their fingerprints are compared."""
     values = dict(flatten(absolute(config).model_dump(mode="json")))
-    values["data.sources"] = [{**source, "path": Path(source["path"]).name} for source in values["data.sources"]]
+    values[SOURCES] = [{**source, "path": Path(source["path"]).name} for source in values[SOURCES]]
     return values
+
+
+def is_allowed(key: str, config: Config) -> bool:
+    """Whether a config asks for a change of a key that a run keeps otherwise."""
+    return key in ALLOWING and bool(dict(flatten(config.model_dump()))[ALLOWING[key]])
 
 
 def _step_of(line: str) -> float:

@@ -29,6 +29,7 @@ from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
 from bitlm_dist.parallel.sliced import Sliced
 from bitlm_dist.training.checkpoint_place import steps_of
 from bitlm_dist.training.checkpointing import Checkpoints
+from bitlm_dist.training.continuation import continued, record
 from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
 from bitlm_dist.training.divergence import Finiteness
 from bitlm_dist.training.engine import Engine
@@ -81,6 +82,8 @@ class Trainer:
                 f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
             )
         self.feed = training_feed(config)
+        if not done:
+            self.feed.check_steps(config.training.steps)
         if layout.rank == 0:
             self.folder.claim(config, config.data.path / "tokenizer", codes)
         self.device = mesh.device()
@@ -278,11 +281,12 @@ class Trainer:
 
     def _read(self) -> dict[str, float]:
         """How much of each source was read."""
-        return {**self.feed.counts(self.step), **self.feed.epochs(self._sequence)}
+        return {**self.feed.counts(self.step), **self.feed.epochs(self.step, self._sequence)}
 
     def epochs_at_end(self) -> dict[str, float]:
         """Epochs of each source that the whole run takes, see :meth:`Feed.epochs`."""
-        return self.feed.epochs(self._sequence + (self.config.training.steps - self.step) * self.sequences)
+        steps = self.config.training.steps
+        return self.feed.epochs(steps, self._sequence + (steps - self.step) * self.sequences)
 
     def _spent(self) -> dict[str, Any]:
         """What the run has cost up to now; ``tokens`` counts positions, with BOS blocks and padding."""
@@ -340,6 +344,7 @@ class Trainer:
             **self._spent(),
             "next_sequence": self._sequence,
             "evaluation_failures": self.evaluations.failures,
+            "mixture": record(self.feed, self.sequences, self.step, self._sequence),
             **self._identity,
         }
         return self._saved(self.engine.weights(), self.engine.state()), state
@@ -372,15 +377,7 @@ class Trainer:
             raise UserError(
                 f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
             )
-        for field, value in self._identity["fingerprint"].items():
-            saved = state["fingerprint"].get(field)
-            if saved == value or (field == BATCH and self.config.checkpoint.new_global_batch):
-                continue
-            advice = "; checkpoint.new_global_batch = true allows it" if field == BATCH else ""
-            raise UserError(
-                f"{checkpoint} was trained with another {field} ({saved}, now {value}): "
-                f"the data would not continue where it stopped{advice}"
-            )
+        self.feed = continued(self.feed, self.config, self._identity["fingerprint"], checkpoint, state)
         weights, optimizer_state = self.engine.weights(), self.engine.state()
         tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
         self.engine.restore(optimizer_state)

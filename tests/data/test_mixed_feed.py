@@ -93,7 +93,7 @@ def test_an_epoch_may_be_capped(mixed, second):
 
 def test_too_little_data_is_found_before_the_first_step(mixed):
     with pytest.raises(UserError, match="no source has anything left at step .*: raise max_epochs or lower training.steps"):
-        training_feed(mixed([0.0, 1.0], "--training.steps", "400", max_epochs=1))
+        Trainer(mixed([0.0, 1.0], "--training.steps", "400", max_epochs=1))
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,36 @@ def test_each_source_is_read_in_order_and_in_its_share(parts, per_step, seed, la
     assert places(again, late * per_step, per_step) == found[late * per_step : (late + 1) * per_step]
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4).filter(lambda p: np.all(np.sum(p, 0) > 0)),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    st.integers(0, 60),
+    st.integers(0, 2**32 - 1),
+)
+def test_another_mixture_continues_every_source(parts, per_step, change, seed):
+    """Shares and batch change at a step: of each source nothing is lost and nothing comes twice, and no limit begins anew."""
+    old, new = ([part / sum(column) for part in column] for column in zip(*parts, strict=True))
+    first = Mixture(constant(*old), per_step[0], seed, [None] * len(parts))
+    sequence, taken = change * per_step[0], first.before(change).tolist()
+    limits = [None] * (len(parts) - 1) + [taken[-1] + 3 * per_step[1] if len(parts) > 1 else None]
+    second = Mixture(constant(*new), per_step[1], seed, limits, step=change, sequence=sequence, taken=taken)
+    if new[-1] == 1:  # nothing else is there when the limit is reached
+        return
+    found = places(first, 0, sequence) + places(second, sequence, 50 * per_step[1])
+    for source, weight in enumerate(new):
+        mine = [number for s, number in found if s == source]
+        assert mine == list(range(len(mine)))
+        assert limits[source] is None or len(mine) <= limits[source]
+        inside = sum(1 for s, _ in found[sequence : sequence + per_step[1]] if s == source)
+        assert abs(inside - weight * per_step[1]) < 1 + 1e-9
+
+
+def test_a_limit_below_what_was_read_ends_the_source(seed):
+    mixed = Mixture(constant(0.5, 0.5), 8, seed, [40, None], step=20, sequence=160, taken=[100, 60])
+    assert mixed.before(30).tolist() == [100, 60 + 80]
+
+
 def test_shares_are_right_on_average(seed):
     mixed = Mixture(constant(0.05, 0.3, 0.65), 7, seed, [None] * 3)
     steps = 20_000

@@ -43,12 +43,10 @@ WAITS = {
     "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: copy of pageable memory to the device": "offload",
     "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: copy to the host": "offload",
     "zero/stage3.py complete_grad_norm_calculation_for_cpu_offload: item": "offload",
-    "zero/stage3.py partition_grads: copy of pageable memory to the device": "offload",
     "zero/stage_1_and_2.py _wait_for_offload_copies: synchronize": "offload",
     "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload: copy of pageable memory to the device": "offload",
     "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload: item": "offload",
     "zero/stage_1_and_2.py has_overflow: copy of pageable memory to the device": "offload",
-    "zero/stage_1_and_2.py step: copy of pageable memory to the device": "offload",
     "zero/stage_1_and_2.py update_offload_overflow_tracker: item": "offload",
 }
 TENSOR_BYTES = 512  # what a tensor takes at least

@@ -311,7 +311,7 @@ def evaluate(
 
 def _show_report(title: str, report: Mapping[str, Any]) -> None:
     ratio = ratio_of(report["bits_per_byte"], report["unigram_bits_per_byte"])
-    per_byte = "approximate bits per byte" if report["bytes_note"] else "bits per byte"
+    per_byte = "approximate bits per byte" if report.get("bytes_note") else "bits per byte"
     rows = [
         (
             f"{per_byte} ({'exact' if report['exact'] else 'bound'} ± s.e.)",
@@ -332,7 +332,7 @@ def _show_report(title: str, report: Mapping[str, Any]) -> None:
     if accuracy:
         rows.append(("bit accuracy at t", "  ".join(f"{t}: {100 * a:.1f}%" for t, a in accuracy)))
     show_table(title, ("measure", "value"), rows)
-    if report["bytes_note"]:
+    if report.get("bytes_note"):
         say(f"warning: bits per byte are approximate: {report['bytes_note']}")
 
 

@@ -14,6 +14,8 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from bitlm_dist.files import to_json
+
 NEIGHBOR = "a"  # any token that every decoder leaves as it is
 BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 BYTE_CHARACTERS = frozenset(tokenizers.pre_tokenizers.ByteLevel.alphabet())  # how a byte-level vocabulary spells the 256 bytes
@@ -83,7 +85,7 @@ def _measure(decoder: Any, steps: Sequence[dict[str, Any]]) -> Callable[[str, bo
     size: Callable[[str], int] = lambda text: len(text.encode())  # noqa: E731
     if at is not None:  # what comes before turns one spelling into another; the parts of a character that follow are no text yet
         decoder = tokenizers.decoders.Sequence([])
-        decoder.__setstate__(json.dumps({"type": "Sequence", "decoders": list(steps[:at])}).encode())
+        decoder.__setstate__(to_json({"type": "Sequence", "decoders": list(steps[:at])}).encode())
         size = _spelled_bytes
     decode: Callable[[list[str]], str] = " ".join if decoder is None else decoder.decode
     alone, pair = size(decode([NEIGHBOR])), size(decode([NEIGHBOR, NEIGHBOR]))

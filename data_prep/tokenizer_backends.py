@@ -18,6 +18,7 @@ from bitlm_dist.data_prep.token_bytes import by_decoder
 from numpy.typing import NDArray
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.files import to_json
 
 BOS_NAMES = ("<bos>", "<s>", "<|begin_of_text|>", "<|begin▁of▁sentence|>", "[BOS]", "<|startoftext|>")
 EOS_NAMES = ("<eos>", "</s>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<|endoftext|>", "[EOS]")
@@ -103,7 +104,7 @@ class HuggingFace:
         for i in self._unwanted.nonzero()[0].tolist():
             if i < len(vocabulary):
                 vocabulary[i][1] = never
-        model = tokenizers.Tokenizer.from_str(json.dumps(document))
+        model = tokenizers.Tokenizer.from_str(to_json(document))
         _switch_off(model)
         return model
 

@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict, replace
+from typing import ClassVar
 
 import pytest
 import torch
+from bitlm_dist.data_prep.token_bytes import ByteLengths
 
 from bitlm_dist.cli import _show_report
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
@@ -25,6 +27,8 @@ class Sequences:
         self.tokens, self.ids = (torch.tensor(part) for part in zip(*rows, strict=True))
         self.sizes = sizes
 
+    manifest: ClassVar = {"bos": BOS}
+
     def epoch_batches(self, count, limit, device):
         first = 0
         for size in self.sizes:
@@ -44,8 +48,9 @@ def sequence(*texts):
 
 
 def score(model, rows, sizes=None, byte_length=1):
-    lengths = torch.full((300,), byte_length).numpy()
-    lengths[[BOS, EOS]] = 0
+    sizes_of_tokens = torch.full((300,), byte_length).numpy()
+    sizes_of_tokens[[BOS, EOS]] = 0
+    lengths = ByteLengths(sizes_of_tokens, sizes_of_tokens)
     settings = EvaluationConfig(strata=STRATA, sampled_blocks=8)
     return evaluate(model, Sequences(rows, sizes or [len(rows)]), lengths, settings, SamplingConfig())
 

@@ -87,8 +87,8 @@ def test_bits_per_byte_of_a_lossy_tokenizer_are_marked_wherever_they_stand(lossy
     (run, printed), (plain, _) = run_of(lossy), run_of(llama)
     assert "warning: bits per byte are approximate: the tokenizer does not give every text back" in printed
     shown = bitlm("eval", run)
-    assert "approximate bits a byte (bound" in shown
-    assert "unigram entropy, approximate bits a byte" in shown
+    assert "approximate bits per byte (bound" in shown
+    assert "unigram entropy, approximate bits per byte" in shown
     assert "warning: bits per byte are approximate" in shown
     (line,) = (run / "evaluations.jsonl").read_text().splitlines()
     assert "of the bytes" in json.loads(line)["validation"]["bytes_note"]

@@ -35,14 +35,11 @@ def main() -> None:
         message = error.format_message() if isinstance(error, usage_error) else str(error)  # type: ignore[attr-defined]
         report_failure(os.environ, ranks.rank, message, lost_peer=False, refused=True)
         say_once(message if "\n" in message else f"bitlm: {message}", ranks.rank)
-        distributed = sys.modules.get("torch.distributed")
-        if ranks.world > 1 and distributed is not None and distributed.is_initialized():
-            _end_at_once(2)
-        sys.exit(2)
+        _end(2, ranks.world)
     except DivergedError as error:
         report_failure(os.environ, ranks.rank, str(error), lost_peer=False, refused=False, diverged=True)
         say_once(f"bitlm: {error}", ranks.rank)
-        sys.exit(DIVERGED)
+        _end(DIVERGED, ranks.world)
     except Exception as error:
         words = f"{type(error).__name__}: {' '.join(str(error).split())}"
         report_failure(os.environ, ranks.rank, words, lost_peer=only_lost_peer(words), refused=False)
@@ -51,6 +48,14 @@ def main() -> None:
         say_failure(error, ranks.rank)
         _end_at_once(1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _end(code: int, world: int) -> NoReturn:
+    """End with an exit code, at once if this rank leaves others in a process group."""
+    distributed = sys.modules.get("torch.distributed")
+    if world > 1 and distributed is not None and distributed.is_initialized():
+        _end_at_once(code)
+    sys.exit(code)
 
 
 def _end_at_once(code: int) -> NoReturn:

@@ -289,7 +289,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="validation or train.")] = "validation",
     as_json: AsJson = False,
 ) -> None:
-    """Score a run on held-out text: bits a byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
+    """Score a run on held-out text: bits per byte (an upper bound), the checks beside it, the unigram entropy of the same text."""
     from bitlm_dist.data.manifest import SPLITS, read_manifest
     from bitlm_dist.training.weights import load_trained
 
@@ -348,7 +348,7 @@ def compare(
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")] = False,
 ) -> None:
-    """Put runs side by side: bits a byte, its ratio to the first run, and cost, as training evaluated them."""
+    """Put runs side by side: bits per byte, its ratio to the first run, and cost, as training evaluated them."""
     from bitlm_dist.evaluation import compare as comparison
 
     check_plot(plot)

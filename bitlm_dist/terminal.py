@@ -29,6 +29,8 @@ def expanded_path(name: str) -> Callable[[str], str]:
     """
 
     def expand(text: str) -> str:
+        if Path(text).exists():  # a name with a dollar sign or tilde, which the shell has been told to leave alone
+            return text
         try:
             return expanded(text)
         except UserError as error:
@@ -48,10 +50,8 @@ def path_option(name: str, words: str, metavar: str = "PATH") -> Any:
 
 
 def _path(text: str) -> Path:
-    if "$" in text and Path(text).exists():  # a name with a dollar sign, which the shell has been told to leave alone
-        return Path(text)
     try:
-        return Path(expanded(text))
+        return Path(text) if Path(text).exists() else Path(expanded(text))  # as in expanded_path
     except UserError as error:  # a ValueError, whose words typer would not print
         raise typer.BadParameter(f"{text}: {error}") from None
 

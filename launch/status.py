@@ -111,7 +111,18 @@ def is_trained(run: Path, config: Config) -> bool:
         return False
     steps, every = config.training.steps, config.evaluation.every_steps
     evaluated = max((entry["step"] for entry in _lines(run / EVALUATIONS)), default=0)
-    return attempts.newest_checkpoint(run) >= steps and (not every or evaluated >= steps)
+    newest = attempts.newest_checkpoint(run)
+    return newest >= steps and (not every or evaluated >= steps) and _is_healthy(run / "checkpoints" / f"step-{newest:08d}")
+
+
+def _is_healthy(checkpoint: Path) -> bool:
+    """What :func:`bitlm_dist.checkpoint.store.read_health` says, without torch; a run that ended in NaN has to say so again."""
+    for name, key in (("health.json", "healthy"), ("state.json", "finite")):
+        try:
+            return bool(json.loads((checkpoint / name).read_text())[key])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return True
 
 
 def _lines(file: Path) -> Iterator[dict[str, Any]]:

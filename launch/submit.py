@@ -80,11 +80,21 @@ def save(job: Job, config: Config) -> None:
     """Write what the job needs into the run folder."""
     folder, checkpoints = job.run / LAUNCH, checkpoints_of(config)
     if checkpoints is not None:
-        checkpoints.mkdir(parents=True, exist_ok=True)  # containers mount it
+        _make(checkpoints, config.run.dir / "checkpoints")
     settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
     write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
+
+
+def _make(checkpoints: Path, link: Path) -> None:
+    """Make the folder of checkpoints on another disk, as containers mount it."""
+    if link.is_symlink() and not link.exists() and (link.parent / "config.yaml").is_file():
+        raise UserError(f"{link} leads to {link.resolve()}, which is not there: mount its disk, or mend the link")
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"checkpoint.dir = {checkpoints} cannot be written ({error}): choose another folder") from error
 
 
 def settings_of(job: Job) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class MixedFeed:
         Raises:
             UserError: there is not enough for all ``steps``.
         """
-        self._mixture.before(steps)
+        self._mixture.before(max(steps, self.origin.step))
 
     def counts(self, step: int) -> dict[str, int]:
         """Sequences that the steps before ``step`` took from each source."""

@@ -95,6 +95,7 @@ class Mixture:
         Raises:
             UserError: all sources have reached their limits before.
         """
+        assert step >= self._step, "an earlier mixture read that step"
         while len(self._before) <= step - self._step:
             self._extend()
         return self._before[step - self._step]

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -100,6 +101,9 @@ def _own_path(number: int, name: str) -> str:
     return owned_name(f"{number:06}_{name}")
 
 
+_warned: set[Path] = set()  # folders whose size this process has warned of
+
+
 class Shards:
     """Random access to the documents of one split.
 
@@ -173,7 +177,9 @@ class Shards:
         check_temporary(max(sizes) if cache is None else 0, "reading the data without data.cache" if cache is None else "reading")
         total, folder = sum(shard["raw_data"]["bytes"] for shard in shards), Path(tempfile.gettempdir())
         free = free_bytes(folder)
-        if cache is None and cache_limit is None and total > free and os.environ.get("RANK", "0") == "0":
+        speaks = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None and self.folder not in _warned
+        if cache is None and cache_limit is None and total > free and speaks:
+            _warned.add(self.folder)
             say(
                 f"warning: {folder} has {in_words(free)} free, and the shards of {self.folder} take {in_words(total)} "
                 "there, for every process that reads them: set data.cache_limit, or data.cache to a folder on another disk"

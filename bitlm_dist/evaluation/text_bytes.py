@@ -38,7 +38,7 @@ def check_bytes(folder: Path, manifest: Mapping[str, Any], split: str, counted: 
         if counted != text:
             return ByteCheck(
                 f"the {split} tokens stand for {counted:,} bytes, the text had {text:,}: the tokenizer does not give the text "
-                "back, or an older bitlm obeyed a truncation or padding in its file and the data must be prepared again; "
+                "back, or an older bitlm applied the truncation or padding that its file asks for: then prepare the data again; "
                 f"{folder}/manifest.json does not have the count: {remedy}"
             )
         if Tokenizer.of_folder(folder / "tokenizer").folds_case():

@@ -64,7 +64,8 @@ class CheckpointPlace:
             UserError: it belongs to another run, is in use, or is not where the run's checkpoints are; or it cannot be written.
         """
         place = absolute(wanted).resolve() if wanted is not None else self._link.resolve()
-        if place == self._link and not self._link.is_symlink():
+        inside = self._link.parent.resolve() / CHECKPOINTS  # the run folder itself may be reached through links
+        if place == inside and not self._link.is_symlink():
             return
         if self._link.is_symlink() and self._link.resolve() != place:
             raise UserError(
@@ -86,8 +87,9 @@ class CheckpointPlace:
 
     def _refuse_others(self, place: Path) -> None:
         owner, around = _owner(place), place.parent
-        is_theirs = owner is not None and owner != self._run and (owner / CHECKPOINTS).resolve() == place
-        if owner is None and place.name == CHECKPOINTS and around != self._run and (around / OWNER).is_file():
+        run = self._run.resolve()
+        is_theirs = owner is not None and owner.resolve() != run and (owner / CHECKPOINTS).resolve() == place
+        if owner is None and place.name == CHECKPOINTS and around.resolve() != run and (around / OWNER).is_file():
             owner, is_theirs = around, True
         if is_theirs:
             raise UserError(f"checkpoint.dir = {place} has the checkpoints of the run {owner}: choose another folder")

@@ -4,6 +4,7 @@ A checkpoint records how many sequences of each source were read, and where its 
 where it began before, or at the checkpoint if sources, shares or batch are new. A source that stays continues where it stopped.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ def continued(
         UserError: the data would not continue, or there is not enough of it for all steps.
     """
     saved = state.get("mixture") or _record_of_old(state, config, feed)
-    before, now = dict(state["fingerprint"]), dict(fingerprint)
+    before, now = _by_position(state["fingerprint"]), _by_position(fingerprint)
     if feed.shares != saved["shares"]:
         before, now = ({f: v for f, v in found.items() if not of_one_source(f)} for found in (before, now))
         before[SOURCES], now[SOURCES] = saved["shares"], feed.shares
@@ -75,17 +76,18 @@ def _record_of_old(state: Mapping[str, Any], config: Config, feed: Feed | MixedF
         config, feed: of the run that resumes.
 
     Raises:
-        UserError: it had a mixture, and now there is another.
+        UserError: it had a mixture, and now there is another or another batch.
     """
-    per_step = state["fingerprint"]["training.global_batch_tokens"] // config.data.sequence_length
+    per_step = state["fingerprint"][BATCH] // config.data.sequence_length
     old, new = state["config"]["data"].get("sources", []), config.model_dump(mode="json")["data"]["sources"]
     if not old:
         taken = {state["fingerprint"]["data.index"]: state["next_sequence"]}
         return {"origin": asdict(BEGINNING), "shares": [], "per_step": per_step, "taken": taken}
-    if [_without_path(source) for source in old] != [_without_path(source) for source in new]:
+    same_batch = state["fingerprint"][BATCH] == config.training.global_batch_tokens
+    if not same_batch or [_without_path(source) for source in old] != [_without_path(source) for source in new]:
         raise UserError(
             "data.sources: the checkpoint is of a version that did not record what was read of each source: "
-            "train to the next checkpoint with the same sources first"
+            "train to the next checkpoint with the same sources and batch first"
         )
     return record(feed, per_step, state["step"], state["next_sequence"])
 
@@ -104,6 +106,17 @@ def _next_origin(feed: Feed | MixedFeed, per_step: int, saved: Mapping[str, Any]
     if same and (per_step == saved["per_step"] or (began == BEGINNING and not feed.shares)):
         return began
     return Origin(step, sequence, saved["taken"])
+
+
+def _by_position(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes one source under its number instead of its folder's name, which may change."""
+    found: dict[str, Any] = {}
+    numbers: Counter[str] = Counter()
+    for field, value in fingerprint.items():
+        kind, of, _ = field.partition(" of ")
+        numbers[kind] += 1
+        found[f"{kind} of source {numbers[kind]}" if of else field] = value
+    return found
 
 
 def _without_path(source: Mapping[str, Any]) -> dict[str, Any]:

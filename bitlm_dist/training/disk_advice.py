@@ -54,6 +54,6 @@ def check_room(root: Path, needed: int, config: CheckpointConfig) -> str:
     if free >= missing * needed:
         return ""
     return (
-        f"{root} has {in_words(free)} free, and {missing} more checkpoints of about {in_words(needed)} "
-        f"will stand there at a time (checkpoint.keep = {config.keep}): {advice}"
+        f"{root} has {in_words(free)} free, and up to {missing} more checkpoints of about {in_words(needed)} each "
+        f"will be kept there at once (checkpoint.keep = {config.keep}): {advice}"
     )

@@ -20,12 +20,13 @@ class Finiteness:
 
     Attributes:
         now: whether the last step's loss and gradient norm were finite; after :meth:`check_weights`, the weights too.
+        weights: False if :meth:`check_weights` found some that are not.
     """
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
         self._in_a_row = 0
-        self.now = True
+        self.now = self.weights = True
 
     def record(self, step: int, finite: bool) -> None:
         """Take note of a step.
@@ -43,7 +44,7 @@ class Finiteness:
         parts = [part.tensor for weight in engine.weights().values() for part in weight.slices]
         bad = torch.tensor(int(not all(bool(part.isfinite().all()) for part in parts)), device=mesh.device())
         if int(mesh.most_of_all(bad) if layout.world > 1 else bad):
-            self.now = False
+            self.now = self.weights = False
 
     def check_end(self, step: int) -> None:
         """Hold that the run, which ended at ``step``, left a model that is worth something.

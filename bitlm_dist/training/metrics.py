@@ -47,20 +47,24 @@ class MetricsLog:
         config: of the run.
         step: steps taken; what TensorBoard has of later ones, which a killed process took, is hidden there.
 
-    Raises:
-        UserError: see :class:`WandbLog`.
+    The first thing that is written raises :class:`UserError` where :class:`WandbLog` does.
     """
 
     def __init__(self, folder: Path, config: Config, step: int) -> None:
         self._folder, self._config, self._step = folder, config, step
         self._steps, self._evaluations, self._saves = (_Lines(folder / name) for name in (METRICS, EVALUATIONS, SAVES))
         self._board: Any = None
-        self._wandb = WandbLog(folder, config) if config.logging.wandb_project else None
+        self._wandb: WandbLog | None = None
         self._opened = False
 
     def _open(self) -> None:
-        """Begin this process's events. A start that takes no step leaves none, so they wait for something to write."""
+        """Begin this process's events. A start that takes no step leaves none, so they wait for something to write.
+
+        By then the run folder has been rid of later steps, and knows which of them W&B has.
+        """
         self._opened = True
+        if self._config.logging.wandb_project:
+            self._wandb = WandbLog(self._folder, self._config)
         if self._config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 

@@ -78,7 +78,7 @@ class PeriodicEvaluation:
 
         self.failures += 1
         if self._layout.rank == 0 and not self.given_up:
-            say(f"training goes on ({self._failed_in_a_row} of {MAX_FAILED} failed evaluations in a row end it)")
+            say(f"training goes on; {MAX_FAILED} failures in a row end the run, this was number {self._failed_in_a_row}")
         return None
 
     def _anywhere(self, *happened: bool) -> tuple[bool, ...]:

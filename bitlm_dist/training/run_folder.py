@@ -236,9 +236,9 @@ class RunFolder:
 
 
 def _comparable(config: Config) -> dict[str, Any]:
-    """Values by dotted key; where sources lie does not count, as their fingerprints are compared."""
+    """Values by dotted key; where sources lie does not count, as their contents are compared."""
     values = dict(flatten(absolute(config).model_dump(mode="json")))
-    values[SOURCES] = [{**source, "path": Path(source["path"]).name} for source in values[SOURCES]]
+    values[SOURCES] = [{**source, "path": "…"} for source in values[SOURCES]]
     return values
 
 

@@ -111,7 +111,7 @@ class Trainer:
         if found is not None:
             self._load(*found)
         self._resumed = self.step  # metrics of later steps are those of a start that was killed
-        if layout.rank == 0 and not self.done:
+        if layout.rank == 0 and self.step < config.training.steps:
             self._check_room()
         self._unrecorded: BitCodes | None = codes
         share = self.sequences // layout.data
@@ -276,6 +276,7 @@ class Trainer:
             "lr_factor": update.factor,
             "skipped": int(not update.made),
             "evaluation_failures": self.evaluations.failures,
+            "weights_finite": self._finiteness.weights,
             **(self._read() if self.layout.rank == 0 else {}),
         }
 
@@ -377,6 +378,8 @@ class Trainer:
             raise UserError(
                 f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
             )
+        if state.get("weights_finite") is False and state["step"] < self.config.training.steps:
+            raise UserError(f"{checkpoint} holds weights that are not finite: checkpoint.fallback = true goes on from an older one")
         self.feed = continued(self.feed, self.config, self._identity["fingerprint"], checkpoint, state)
         weights, optimizer_state = self.engine.weights(), self.engine.state()
         tensor_files.read(checkpoint, self._saved(weights, optimizer_state))

@@ -52,6 +52,29 @@ def test_every_reader_follows_checkpoints_on_another_disk(tiny, tmp_path):
             run(*words)
 
 
+def test_a_run_folder_may_be_reached_through_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    run = tmp_path / "link" / "run"
+    run.mkdir()
+    for wanted in (None, run / "checkpoints", tmp_path / "real" / "run" / "checkpoints"):
+        place = CheckpointPlace(run)
+        place.claim(wanted)
+        (run / "checkpoints").mkdir(exist_ok=True)
+        place.make_link()
+        place.release()
+        assert not (run / "checkpoints").is_symlink()
+
+    # a folder elsewhere is this run's, by whichever name it comes
+    second = tmp_path / "link" / "second"
+    second.mkdir()
+    for name in ("link", "real"):
+        place = CheckpointPlace(tmp_path / name / "second")
+        place.claim(tmp_path / "disk")
+        place.make_link()
+        place.release()
+
+
 @pytest.mark.slow
 def test_a_link_in_a_fresh_run_folder_is_followed(tiny, tmp_path):
     (tmp_path / "run").mkdir()

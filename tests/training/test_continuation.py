@@ -90,13 +90,14 @@ def test_without_the_key_another_mixture_is_refused(config_of, folders, tmp_path
 
     # killed between the change and its first checkpoint: the folder's config has the new mixture, the checkpoint the old one
     changed = config_of({"base": 0.4, "zebra": 0.6}, *ALLOWED)
-    Trainer(changed).close()
+    trainer = Trainer(changed)
+    trainer.train_step()
+    trainer.close()
     with pytest.raises(UserError, match=r"was trained with another data.sources .*; data.new_mixture = true allows it"):
         Trainer(config_of({"base": 0.4, "zebra": 0.6}))
 
-    # the same data elsewhere is the same mixture
-    moved = tmp_path / "moved" / "zebra"
-    moved.parent.mkdir()
+    # the same data elsewhere, under another name, is the same mixture
+    moved = tmp_path / "stripes"
     moved.symlink_to(folders["zebra"])
     Trainer(config_of({"base": 0.5, "zebra": 0.5}, *ALLOWED, zebra=moved)).close()
 
@@ -112,6 +113,13 @@ def test_worker_processes_read_the_same(config_of):
     assert torch.equal(steps[5].tokens, feed.batch(40, 8, CPU).tokens)
     loader.close()
     steps.feed.close()
+    feed.close()
+
+
+def test_fewer_steps_than_an_earlier_mixture_took_are_no_obstacle(config_of):
+    state = state_of(config_of({"base": 0.5, "zebra": 0.5}), step=6, sequence=48)
+    feed = resumed(config_of({"base": 0.1, "zebra": 0.9}, *ALLOWED, "--training.steps", "4"), state)
+    assert feed.origin.step == 6
     feed.close()
 
 
@@ -132,8 +140,9 @@ def test_checkpoints_without_a_record_continue(config_of):
     feed.close()
     old = state_of(mixed, step=3, sequence=24)
     del old["mixture"]
-    with pytest.raises(UserError, match="did not record what was read of each source"):
-        resumed(config_of({"base": 0.1, "zebra": 0.9}, *ALLOWED), old)
+    for words in ({"base": 0.1, "zebra": 0.9}, ALLOWED), ({"base": 0.5, "zebra": 0.5}, DOUBLED):
+        with pytest.raises(UserError, match="did not record what was read of each source"):
+            resumed(config_of(words[0], *words[1]), old)
 
 
 def state_of(config, step, sequence):

@@ -141,13 +141,16 @@ def test_wandb_that_does_not_start_is_refused_the_first_time_and_no_obstacle_lat
     config = tiny("--logging.wandb_project", "p", "--logging.wandb_name", "other name")
     server.error = RuntimeError("api_key not\nconfigured")
     with pytest.raises(UserError, match=r"logging.wandb_project = p: W&B does not start \(api_key not configured\): "):
-        MetricsLog(tmp_path, config, step=0)
-    assert list(tmp_path.iterdir()) == []
+        write(MetricsLog(tmp_path, config, step=0), 1, 1)
+    assert not (tmp_path / wandb_log.WANDB).exists()
+    (tmp_path / "metrics.jsonl").unlink()
     server.error = None
     log = MetricsLog(tmp_path, config, step=0)
+    assert len(server.calls) == 1, "nothing is begun before there is something to send"
+    write(log, 1, 1)
     assert server.calls[-1]["name"] == "other name"
     server.last.fails = True
-    write(log, 1, 3)
+    write(log, 2, 3)
     log.close()
     server.error = RuntimeError("no network")
     log = MetricsLog(tmp_path, config, step=3)

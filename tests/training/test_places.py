@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from bitlm_dist.launch import submit
+from bitlm_dist.launch.attempts import newest_checkpoint
 from bitlm_dist.launch.status import is_trained
 from typer.testing import CliRunner
 
@@ -127,6 +128,9 @@ def test_a_start_that_takes_no_step_changes_nothing(started):
     assert "is trained: step 2 of 2" in run("launch", "local", *words, "--optimizer.schedule", "constant")
     assert tree(started / "runs") == before
     assert not is_trained(config.run.dir, read_run(config.run.dir, ["--training.steps", "3"]))
+    newest = config.run.dir / "checkpoints" / f"step-{newest_checkpoint(config.run.dir):08d}"
+    (newest / "health.json").write_text('{"healthy": false}')
+    assert not is_trained(config.run.dir, config), "it diverged at its end, and has to say so again"
 
 
 @pytest.mark.parametrize("steps", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -29,6 +29,7 @@ def train(config, until=None):
     return trainer.step
 
 
+@pytest.mark.slow
 def test_every_reader_follows_checkpoints_on_another_disk(tiny, tmp_path):
     folder, disk = tmp_path / "run", tmp_path / "disk" / "x"
     words = ("--checkpoint.dir", str(disk), "--training.steps", "4", "--checkpoint.every_steps", "1", "--checkpoint.keep", "1")

@@ -86,6 +86,7 @@ def test_a_run_goes_on_counting_where_it_stopped_and_says_its_epochs(tiny, tmp_p
     assert counts(tmp_path / "run") == counts(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_did_not_count_goes_on_without(tiny, tmp_path):
     first = Trainer(tiny())
     first.fit(until=3)

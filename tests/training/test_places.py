@@ -71,6 +71,7 @@ def test_a_run_is_read_and_goes_on_from_any_folder(started, tmp_path, monkeypatc
     assert not any(Path.cwd().iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_with_its_data_inside_can_be_moved(started, tmp_path):
     shutil.move("d", "runs/x/data")
     sources = "[{path: runs/x/data, weight: 1}]"

@@ -66,7 +66,6 @@ COMMANDS = {
     "eval, a softmax": ["eval", "{softmax}", *SCORED],
     "generate, ode": ["generate", "{bits}", "--blocks", "2", *ODE, "--sampling.confidence", "0.5"],
     "generate, sde, guided": ["generate", "{bits}", "--blocks", "2", *SDE, "--sampling.guidance", "1.5"],
-    "train, two ranks, a sharded head": [*TRAIN, "--run.dir", "{new}/two", "--training.precision", "bf16", *TAUGHT[2:]],
     "generate, a softmax": ["generate", "{softmax}", "--blocks", "2"],
     "checkpoint export": ["checkpoint", "export", "{bits}", "{new}/exported"],
 }
@@ -85,7 +84,7 @@ def traced(request, tmp_path_factory):
         folders = request.getfixturevalue("folders")
         for name in commands:
             words = [word.format(**folders) for word in COMMANDS[name]]
-            cases[name] = {"function": "command", "arguments": [words, 2 if "two ranks" in name else 1]}
+            cases[name] = {"function": "command", "arguments": [words]}
     return run(cases, tmp_path_factory.mktemp("traces"))
 
 

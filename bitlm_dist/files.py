@@ -7,7 +7,7 @@ import json
 import os
 from math import isfinite
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -63,6 +63,26 @@ def sha256_of(file: Path) -> str:
     """Hash of a file's bytes, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def locked(file: Path, owner: str) -> TextIO | None:
+    """Lock a file and write into it who holds it.
+
+    Args:
+        file: need not exist.
+        owner: what takes the place of its content.
+
+    Returns:
+        The open file, which holds the lock until it is closed; None if another process holds it.
+    """
+    lock = file.open("a+")
+    if not try_lock(lock):
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(owner)
+    lock.flush()
+    return lock
 
 
 def try_lock(stream: IO[Any] | int) -> bool:

@@ -126,6 +126,13 @@ def check_free(run: Path, used: Iterable[Path]) -> None:
             raise UserError(f"run.dir = {run} holds files but no run: choose an empty or a new folder")
 
 
+def check_link(run: Path) -> None:
+    """Raise a UserError if the checkpoints of a run are behind a link that leads nowhere."""
+    link = run / "checkpoints"
+    if link.is_symlink() and not link.exists() and (run / "config.yaml").is_file():
+        raise UserError(f"{link} leads to {link.resolve()}, which is not there: mount its disk, or mend the link")
+
+
 def newest_checkpoint(run: Path) -> int:
     """Step of the newest complete checkpoint of a run, -1: none."""
     found = (CHECKPOINT.fullmatch(path.parent.name) for path in (run / "checkpoints").glob("*/manifest.json"))

@@ -80,17 +80,16 @@ def save(job: Job, config: Config) -> None:
     """Write what the job needs into the run folder."""
     folder, checkpoints = job.run / LAUNCH, checkpoints_of(config)
     if checkpoints is not None:
-        _make(checkpoints, config.run.dir / "checkpoints")
+        attempts.check_link(config.run.dir)
+        _make(checkpoints)
     settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
     write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
 
-def _make(checkpoints: Path, link: Path) -> None:
+def _make(checkpoints: Path) -> None:
     """Make the folder of checkpoints on another disk, as containers mount it."""
-    if link.is_symlink() and not link.exists() and (link.parent / "config.yaml").is_file():
-        raise UserError(f"{link} leads to {link.resolve()}, which is not there: mount its disk, or mend the link")
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:

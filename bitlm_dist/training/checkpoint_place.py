@@ -9,7 +9,8 @@ from typing import TextIO
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import try_lock
+from bitlm_dist.files import locked
+from bitlm_dist.launch.attempts import check_link
 from bitlm_dist.paths import absolute
 
 CHECKPOINTS, OWNER = "checkpoints", "run.lock"
@@ -21,10 +22,8 @@ def steps_of(run: Path) -> list[int]:
     Raises:
         UserError: the checkpoints are behind a link that leads nowhere.
     """
-    link = run / CHECKPOINTS
-    if link.is_symlink() and not link.exists() and (run / "config.yaml").is_file():
-        raise UserError(f"{link} leads to {link.resolve()}, which is not there: mount its disk, or mend the link")
-    return store.complete_steps(link)
+    check_link(run)
+    return store.complete_steps(run / CHECKPOINTS)
 
 
 def run_of(checkpoint: Path) -> Path:
@@ -97,14 +96,9 @@ class CheckpointPlace:
             raise UserError(f"checkpoint.dir = {place} has checkpoints of another run: choose an empty or a new folder")
 
     def _hold(self, place: Path) -> None:
-        lock = (place / OWNER).open("a+")
-        if not try_lock(lock):
-            lock.close()
+        self._lock = locked(place / OWNER, f"{self._run}\n")
+        if self._lock is None:
             raise UserError(f"checkpoint.dir = {place} is in use by the run {_owner(place)}: wait for it, or choose another folder")
-        lock.truncate(0)
-        lock.write(f"{self._run}\n")
-        lock.flush()
-        self._lock = lock
 
     def make_link(self) -> None:
         """Let RUN/checkpoints lead to the folder."""

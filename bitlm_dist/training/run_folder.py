@@ -22,7 +22,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import absolute, flatten, paths_of, read_run, to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, to_json, try_lock, write_atomically
+from bitlm_dist.files import locked, sync_folder, sync_tree, to_json, write_atomically
 from bitlm_dist.launch.attempts import check_free
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import Layout
@@ -139,15 +139,11 @@ class RunFolder:
 
     def _hold(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        lock = (self.path / LOCK).open("a+")
-        if not try_lock(lock):
-            lock.close()
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self._lock = locked(self.path / LOCK, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n")
+        if self._lock is None:
             holder = self.holder or "another process"
             raise UserError(f"run.dir = {self.path} is in use by {holder}: wait for it, end it, or choose another folder")
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-        lock.flush()
-        self._lock = lock
 
     def release(self) -> None:
         """Let another process have the folder."""

@@ -10,10 +10,10 @@ def main() -> None:
 
     An error that the user can fix is one line on standard error and exit code 2; exit code 3 says that training diverged.
     """
-    from bitlm_dist.cpu_threads import set_cpu_threads
+    from bitlm_dist.cpu_threads import set_cpu_environment
     from bitlm_dist.errors import DIVERGED, DivergedError, UserError, only_lost_peer, say_failure, say_once, silence_announcements
 
-    set_cpu_threads(os.environ)
+    set_cpu_environment(os.environ)
     silence_announcements()
     import typer
 

@@ -1,8 +1,12 @@
-"""How many OpenMP threads a process gets and how they wait, chosen before torch is loaded; and who else keeps the cores busy.
+"""How a process computes on a CPU, chosen before torch is loaded: its OpenMP threads, and sums that repeat; and who else keeps the
+cores busy.
 
 OpenMP threads wait for each other after every parallel loop, by default in a busy loop. That is fastest while each thread has a
 core to itself. Where another program wants one of the cores, the waiting thread keeps it from the one that still works, and
 training becomes several times slower. docs/results.md has the measurements behind what is chosen here.
+
+The order of the sums in an MKL product depends on how its operands are aligned in memory, so that the same step can differ in its
+last bit. In MKL's reproducible mode it does not, at the same speed.
 """
 
 import os
@@ -11,17 +15,19 @@ import time
 from collections.abc import Mapping, MutableMapping
 
 NUM_THREADS, WAIT_POLICY, SPIN_COUNT = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"
+MKL_MODE = "MKL_CBWR"  # conditional bitwise reproducibility
 SPINS = "1000"  # turns of the waiting loop, some 10 µs
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 NOISE = 0.3  # cores: what a machine without work uses now and then
 
 
-def set_cpu_threads(environment: MutableMapping[str, str]) -> None:
-    """Set the variables of OpenMP that the user left open. Must precede the first import of torch, which reads them once.
+def set_cpu_environment(environment: MutableMapping[str, str]) -> None:
+    """Set the variables of OpenMP and MKL that the user left open. Must precede the first import of torch, which reads them once.
 
     - Waiting threads spin for a moment, then sleep, unless OMP_WAIT_POLICY or GOMP_SPINCOUNT is set.
     - N ranks on a node of C cores get C // N threads each, unless OMP_NUM_THREADS is set. The 1 that torchrun sets by itself
       counts as unset.
+    - MKL's products are the same bits each time on one machine, unless MKL_CBWR is set.
 
     Args:
         environment: of this process, from which its children inherit; changed in place.
@@ -29,6 +35,8 @@ def set_cpu_threads(environment: MutableMapping[str, str]) -> None:
     if WAIT_POLICY not in environment and SPIN_COUNT not in environment:
         environment[WAIT_POLICY] = "passive"  # for any OpenMP
         environment[SPIN_COUNT] = SPINS  # for GNU's, where it overrides the policy
+
+    environment.setdefault(MKL_MODE, "AUTO")  # the machine's fastest instructions
 
     num_ranks = num_local_ranks(environment)
     set_by_torchrun = TORCHRUN in environment and environment.get(NUM_THREADS) == "1"

@@ -16,7 +16,7 @@ from _pytest.mark.expression import Expression
 from janitor import VARIABLE as RUN
 
 from bitlm_dist.config_loading import load
-from bitlm_dist.cpu_threads import set_cpu_threads
+from bitlm_dist.cpu_threads import set_cpu_environment
 
 HERE = Path(__file__).parent
 SAMPLE = HERE.parent / "data_prep" / "sample" / "kjv.jsonl.zst"
@@ -76,7 +76,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # other tests compare with what a CPU computes, bit by bit
     if "PYTEST_XDIST_WORKER" in os.environ:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
-    set_cpu_threads(os.environ)  # before torch is loaded
+    set_cpu_environment(os.environ)  # before torch is loaded
     if hypothesis.settings.get_current_profile_name() != "mutants":  # their runner stops at the first example
         hypothesis.settings.register_profile("suite", deadline=None)  # speed is the bench's business
         hypothesis.settings.load_profile("suite")

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from bitlm_dist import cpu_threads
-from bitlm_dist.cpu_threads import BusyCores, num_local_ranks, set_cpu_threads
+from bitlm_dist.cpu_threads import BusyCores, num_local_ranks, set_cpu_environment
 
 WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": cpu_threads.SPINS}
 
@@ -39,7 +39,7 @@ def eight_cores(monkeypatch):
 )
 def test_ranks_share_the_cores_unless_the_user_says_otherwise(given, threads, eight_cores):
     environment = dict(given)
-    set_cpu_threads(environment)
+    set_cpu_environment(environment)
     assert environment.get("OMP_NUM_THREADS") == threads
     assert environment.items() >= WAITING.items()
 
@@ -47,8 +47,26 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise(given, threads, ei
 @pytest.mark.parametrize("given", [{"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
 def test_how_the_user_lets_threads_wait_stays(given):
     environment = dict(given)
-    set_cpu_threads(environment)
-    assert environment == given
+    set_cpu_environment(environment)
+    assert environment == {**given, "MKL_CBWR": "AUTO"}
+
+
+def test_products_do_not_depend_on_where_their_operands_lie():
+    """Without MKL_CBWR some of these differ in their last bits on CPUs with AVX2."""
+    import torch
+
+    def moved(matrix, offset):
+        """A copy that begins ``offset`` bytes after an address that is a multiple of 64."""
+        memory = torch.empty(matrix.nbytes + 128, dtype=torch.uint8)
+        start = -memory.data_ptr() % 64 + offset
+        return memory[start : start + matrix.nbytes].view(matrix.dtype).view(matrix.shape).copy_(matrix)
+
+    torch.manual_seed(0)
+    for rows, columns in [(2, 32), (64, 9)]:
+        inputs, weight, bias = torch.randn(rows, 32), torch.randn(columns, 32), torch.randn(columns)
+        expected = torch.nn.functional.linear(moved(inputs, 0), weight, bias)
+        for offset in (4, 8, 16, 32):
+            assert torch.equal(torch.nn.functional.linear(moved(inputs, offset), weight, bias), expected), (rows, offset)
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,6 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     nodes = sorted(launcher.cluster.pids(launcher.job))
     assert len(nodes) == 2
     launcher.cluster.kill_node(int(nodes[1][1:]))
-    expected = launcher.whole(*words)  # until Slurm notices
     launcher.until(lambda: launcher.cluster.show(launcher.job)["JobState"] != "RUNNING")
     noticed = time.monotonic()
     launcher.until(lambda: launcher.attempts()[-1].restart == 1)
@@ -247,6 +246,7 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     node = again.nodes[1]
     (process,) = launcher.cluster.pids(launcher.job)[node]
     os.kill(process, signal.SIGSTOP)
+    expected = launcher.whole(*words)  # until the launcher notices
     launcher.begun(again.number + 1)
     hung = launcher.attempts()[again.number - 1]
     assert hung.outcome == HUNG

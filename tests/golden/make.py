@@ -5,14 +5,18 @@ compare the two folders with compare.py.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 from pathlib import Path
 
+from bitlm_dist.cpu_threads import set_cpu_environment
+
+set_cpu_environment(os.environ)  # as the tests do, before torch is loaded
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
-import golden
-from bitlm_dist.data_prep.prepare import prepare
+import golden  # noqa: E402
+from bitlm_dist.data_prep.prepare import prepare  # noqa: E402
 
 SAMPLE = Path(__file__).parents[2] / "data_prep" / "sample" / "kjv.jsonl.zst"
 

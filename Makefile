@@ -1,4 +1,4 @@
-# `make quickstart` and `make test` set up everything they need on a fresh clone; a second run re-uses what is there.
+# `make quickstart` and `make test` set up everything they need on a fresh clone; a second run reuses what is there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 PIP_ARGS ?=
 DATA := data/kjv
 
-.PHONY: quickstart compare test-fast test test-all test-long test-gpu mutants golden traces lint setup clean
+.PHONY: quickstart compare docs test-fast test test-all test-long test-gpu mutants golden traces lint setup clean
 
 setup: $(STAMP)
 
@@ -34,9 +34,16 @@ compare: $(DATA)/manifest.json
 	$(BIN)/bitlm train quickstart --run.dir runs/compare/m4 $(COMPARED)
 	$(BIN)/bitlm compare runs/compare/softmax runs/compare/m1 runs/compare/m4 --plot runs/compare/compare.svg
 
+# The pages that are generated from the code
+docs: $(STAMP)
+	$(BIN)/bitlm config --docs > docs/config.md
+	$(BIN)/python -m typer bitlm_dist.cli utils docs --name bitlm --title "Command line" --output docs/cli.md
+	$(BIN)/python docs/overview.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell bitlm_dist kernels data_prep launch configs docs *.md
 	@# the type checker knows no package-dir map: show it the layout that is installed
 	@rm -rf build/typed && mkdir -p build/typed && cp -r bitlm_dist build/typed/
 	@cp -r kernels data_prep launch build/typed/bitlm_dist/
@@ -62,7 +69,7 @@ build/megatron-core/.installed: $(STAMP) Makefile
 	$(BIN)/pip install --quiet --progress-bar off --no-deps --ignore-requires-python --target $(@D) megatron-core==$(MEGATRON)
 	@touch $@
 
-# Kills, 30 of a training run (the table of docs/reliability.md) and 10 of a preparation; what large grids leave out elsewhere
+# Kills, 30 of a training run (the table of docs/measured/kills.md) and 10 of a preparation; what large grids leave out elsewhere
 test-long: $(STAMP)
 	$(PYTEST) -s -m long
 

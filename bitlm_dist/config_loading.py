@@ -1,4 +1,4 @@
-"""From files and command-line words to a checked :class:`~bitlm_dist.config.Config` that knows where each value came from."""
+"""Load and check a :class:`~bitlm_dist.config.Config` and record where each value came from."""
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,24 +10,24 @@ from pydantic import BaseModel, ValidationError
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.paths import HERE, escaped, seen_from
-from bitlm_dist.paths import absolute as absolute_path
-from bitlm_dist.yaml_files import Entry, kind_of, read_file, read_word
+from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
+from bitlm_dist.renamed_keys import RENAMED_KEYS, current_key, is_written_by_bitlm
+from bitlm_dist.yaml_files import SourcedValue, annotation_of, parse_override, read_yaml_file
 
-COMMAND_LINE = "command line"  # as the source of a value
+COMMAND_LINE = "command line"  # the source of a value
 CONFIGS = Path(__file__).parent / "configs"  # in an installed package
 if not CONFIGS.is_dir():
     CONFIGS = Path(__file__).parent.parent / "configs"  # in a checkout
 
 
-class Loaded(NamedTuple):
-    """A checked config and, for each dotted key that was set, what set it."""
+class LoadedConfig(NamedTuple):
+    """A checked config, and the source of each dotted key that was set."""
 
     config: Config
     sources: dict[str, str]
 
 
-def load(file: Path | None, overrides: Sequence[str] = ()) -> Loaded:
+def load_config(file: Path | None, overrides: Sequence[str] = ()) -> LoadedConfig:
     """Merge field defaults, preset, YAML file and overrides, and check the result.
 
     Args:
@@ -35,56 +35,86 @@ def load(file: Path | None, overrides: Sequence[str] = ()) -> Loaded:
         overrides: command-line words, ``--a.b value`` or ``--a.b=value``.
 
     Raises:
-        UserError: names key or file, and the remedy.
+        UserError: a value or file is invalid; names it and the remedy.
     """
+    # layers in ascending order of precedence
     layers = [dict(_parse_overrides(overrides))]
     if file is not None:
-        layers.insert(0, read_file(_find(file), Config))
-    preset = next((layer["preset"].value for layer in reversed(layers) if "preset" in layer), "default")
+        file = _find_config_file(file)
+        file_values = read_yaml_file(file, Config)
+        if is_written_by_bitlm(file):
+            file_values = {current_key(key): entry for key, entry in file_values.items()}
+        layers.insert(0, file_values)
+
+    # The file or the command line may choose the preset, which goes below both.
+    preset = next(
+        (layer["preset"].value for layer in reversed(layers) if "preset" in layer), "default"
+    )
     preset_file = CONFIGS / "presets" / f"{preset}.yaml"
     if preset != "default" and preset_file.is_file():
-        found = read_file(preset_file, Config)
-        layers.insert(0, {key: Entry(entry.value, f"preset {preset}") for key, entry in found.items()})
+        preset_values = read_yaml_file(preset_file, Config)
+        layers.insert(
+            0,
+            {
+                key: SourcedValue(entry.value, f"preset {preset}")
+                for key, entry in preset_values.items()
+            },
+        )
+
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for layer in layers:
         values.update({key: entry.value for key, entry in layer.items()})
         sources.update({key: entry.source for key, entry in layer.items()})
-    _one_token_a_block(values, sources)
-    return Loaded(build(values, sources), sources)
+
+    _set_softmax_block_size(values, sources)
+    return LoadedConfig(build_config(values, sources), sources)
 
 
-def _one_token_a_block(values: dict[str, Any], sources: dict[str, str]) -> None:
-    """``model.output = softmax`` is the only switch to the baseline: a file's block size gives way to it."""
+def _set_softmax_block_size(values: dict[str, Any], sources: dict[str, str]) -> None:
+    """Set the block size of the baseline to 1, so that ``model.output = softmax`` alone selects it.
+
+    Only a block size from the command line remains, to be refused by the check.
+    """
     if values.get("model.output") == "softmax" and sources.get("model.block_size") != COMMAND_LINE:
-        values["model.block_size"], sources["model.block_size"] = 1, "model.output = softmax"
+        values["model.block_size"] = 1
+        sources["model.block_size"] = "model.output = softmax"
 
 
-def build(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Config:
-    """A checked config from dotted keys; raises :class:`UserError`."""
+def build_config(values: Mapping[str, Any], sources: Mapping[str, str] | None = None) -> Config:
+    """Build and check a config from dotted keys.
+
+    Args:
+        values: value of each key; the others have their defaults.
+        sources: where each value was set, for messages.
+
+    Raises:
+        UserError: a key or value is invalid.
+    """
     sources = sources or {}
     for key in values:
         _check_key(key, sources.get(key, "config"))
+
     try:
-        return Config.model_validate(nested(values)).check()
+        return Config.model_validate(unflatten(values)).check()
     except ValidationError as error:
-        raise UserError(explain(error, sources)) from None
+        raise UserError(format_validation_error(error, sources)) from None
 
 
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`flatten`."""
+def unflatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nest a document of dotted keys; the inverse of :func:`flatten`."""
     document: dict[str, Any] = {}
     for key, value in values.items():
         *path, last = key.split(".")
-        place = document
+        section = document
         for name in path:
-            place = place.setdefault(name, {})
-        place[last] = value
+            section = section.setdefault(name, {})
+        section[last] = value
     return document
 
 
 def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values of a nested document."""
+    """Yield the dotted keys and values of a nested document."""
     for name, value in document.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -92,107 +122,149 @@ def flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
             yield f"{prefix}{name}", value
 
 
-def read_run(folder: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config of a run folder with overrides; raises :class:`UserError` where there is none."""
+def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Load the config of a run folder.
+
+    Args:
+        folder: the run folder.
+        overrides: command-line words, as in :func:`load_config`.
+
+    Raises:
+        UserError: the folder has no config, or a value is invalid.
+    """
     file = folder / "config.yaml"
     if not file.is_file():
-        where = f"{folder}{seen_from(folder)}"
-        raise UserError(f"{where} is no run folder: it holds no config.yaml; train into it first with `bitlm train`")
-    return load(file, overrides).config
+        where = f"{folder}{relative_to_note(folder)}"
+        raise UserError(
+            f"{where} is no run folder: it holds no config.yaml; "
+            "train into it first with `bitlm train`"
+        )
+    return load_config(file, overrides).config
 
 
-def absolute(config: Config) -> Config:
-    """The config with all its paths absolute, so that it means the same from any folder."""
-    return Config.model_validate(_with_paths(config.model_dump(), absolute_path))
+def with_absolute_paths(config: Config) -> Config:
+    """Make all paths of a config absolute, so that it does not depend on the current folder."""
+    return Config.model_validate(_map_paths(config.model_dump(), absolute_path))
 
 
 def to_yaml(config: Config, in_run_folder: bool = False) -> str:
-    """The resolved config as YAML.
+    """Serialize a config to YAML.
 
     Args:
-        in_run_folder: for the run's own folder: all paths absolute, and those inside the folder relative to it, so that it can be
-            read from anywhere and be moved. Otherwise paths stay as they are.
+        config: the config, every field of which is written.
+        in_run_folder: write paths inside the run folder relative to it and all others absolute, so
+            that the folder can be read from anywhere and be moved. If False, keep all paths.
     """
     if in_run_folder:
-        config = absolute(config)
+        config = with_absolute_paths(config)
 
     def text(path: Path) -> str:
+        """The text that is read back as this path."""
         if not in_run_folder or not path.is_relative_to(config.run.dir):
-            return escaped(path)
-        return f"{HERE}/{escaped(path.relative_to(config.run.dir))}".removesuffix("/.")
+            return escape_path(path)
+        # the run folder itself is "." relative to it
+        return f"{HERE_VARIABLE}/{escape_path(path.relative_to(config.run.dir))}".removesuffix("/.")
 
-    return yaml.safe_dump(_with_paths(config.model_dump(), text), sort_keys=False)
-
-
-def paths_of(config: Config) -> list[Path]:
-    """Every path in the config, absolute, but for the run folder."""
-    found: list[Path] = []
-    _with_paths(config.model_dump(exclude={"run"}), lambda path: found.append(absolute_path(path)))
-    return found
+    return yaml.safe_dump(_map_paths(config.model_dump(), text), sort_keys=False)
 
 
-def _with_paths(value: Any, change: Callable[[Path], Any]) -> Any:
-    """A document with every path replaced."""
+def config_paths(config: Config) -> list[Path]:
+    """Absolute paths that the config refers to, except the run folder."""
+    paths: list[Path] = []
+    _map_paths(config.model_dump(exclude={"run"}), lambda path: paths.append(absolute_path(path)))
+    return paths
+
+
+def _map_paths(value: Any, change: Callable[[Path], Any]) -> Any:
+    """Copy a document, replacing every path by ``change(path)``."""
     if isinstance(value, dict):
-        return {key: _with_paths(inner, change) for key, inner in value.items()}
+        return {key: _map_paths(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_with_paths(inner, change) for inner in value]
+        return [_map_paths(inner, change) for inner in value]
     return change(value) if isinstance(value, Path) else value
 
 
-def _find(file: Path) -> Path:
+def _find_config_file(file: Path) -> Path:
+    """Look for a config file, then for a shipped one of that name."""
     for candidate in (file, CONFIGS / file.name, CONFIGS / f"{file.name}.yaml"):
         if candidate.is_file():
             return candidate
-    known = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    raise UserError(f"config file {file}{seen_from(file)} does not exist; shipped with the package: {known}")
+
+    shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise UserError(
+        f"config file {file}{relative_to_note(file)} does not exist; "
+        f"shipped with the package: {shipped}"
+    )
 
 
-def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Entry]]:
+def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, SourcedValue]]:
     remaining = list(words)
     while remaining:
         word = remaining.pop(0)
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: overrides read `--section.key value`")
+
         key, equals, text = word[2:].partition("=")
         if not equals:
             if not remaining:
                 raise UserError(f"--{key} lacks a value: write `--{key} VALUE`")
+            # a value may begin with dashes
             text = remaining.pop(0)
-        yield key, Entry(read_word(text, key, kind_of(Config, key)), COMMAND_LINE)
+
+        yield key, SourcedValue(parse_override(text, key, annotation_of(Config, key)), COMMAND_LINE)
 
 
-def keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key there is."""
+def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key, in the order of the fields."""
     for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from keys(kind, f"{prefix}{name}.")
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from all_keys(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}"
 
 
 def _check_key(key: str, source: str) -> None:
-    known = list(keys())
-    if key in known:
+    """Refuse an unknown key with the best hint there is."""
+    valid_keys = list(all_keys())
+    if key in valid_keys:
         return
-    if any(name.startswith(f"{key}.") for name in known):
-        raise UserError(f"{key} ({source}) is a section: set keys in it, such as {key}.{_first_in(key, known)}")
+
+    if key in RENAMED_KEYS:
+        raise UserError(f"unknown key {key} ({source}): it was renamed to {RENAMED_KEYS[key]}")
+    if any(name.startswith(f"{key}.") for name in valid_keys):
+        raise UserError(
+            f"{key} ({source}) is a section: set keys in it, "
+            f"such as {key}.{_first_key_in(key, valid_keys)}"
+        )
+
+    # a similar key, else one with the same last name in another section
     last = key.rpartition(".")[2]
-    near = difflib.get_close_matches(key, known, 1, 0.6) or [n for n in known if n.rpartition(".")[2] == last]
-    hint = f"did you mean {near[0]}?" if near else "`bitlm train CONFIG --print-config` lists every key"
+    close_matches = difflib.get_close_matches(key, valid_keys, 1, 0.6) or [
+        n for n in valid_keys if n.rpartition(".")[2] == last
+    ]
+    hint = (
+        f"did you mean {close_matches[0]}?"
+        if close_matches
+        else "`bitlm train CONFIG --print-config` lists every key"
+    )
     raise UserError(f"unknown key {key} ({source}): {hint}")
 
 
-def _first_in(section: str, known: Sequence[str]) -> str:
-    return next(name for name in known if name.startswith(f"{section}."))[len(section) + 1 :]
+def _first_key_in(section: str, valid_keys: Sequence[str]) -> str:
+    return next(name for name in valid_keys if name.startswith(f"{section}."))[len(section) + 1 :]
 
 
-def explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    """The first of pydantic's complaints as one line that names the key and what set it."""
+def format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """Format pydantic's first error as one line that names the key and where it was set."""
     first, *more = error.errors()
     key = ".".join(str(part) for part in first["loc"])
-    source = sources.get(key) or next((s for k, s in sources.items() if key.startswith(f"{k}.")), "config")
+
+    # an item of a list has the source of the list
+    source = sources.get(key) or next(
+        (s for k, s in sources.items() if key.startswith(f"{k}.")), "config"
+    )
+
     rest = f" (and {len(more)} more)" if more else ""
     message = first["msg"].removeprefix("Value error, ")
     return f"{key} = {first['input']!r} ({source}): {message[0].lower()}{message[1:]}{rest}"

@@ -1,11 +1,9 @@
-"""Files that are whole or absent, and the JSON in them."""
+"""Files that are either complete or absent, and file locks."""
 
 import errno
 import fcntl
 import hashlib
-import json
 import os
-from math import isfinite
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -13,72 +11,44 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write ``text`` beside ``file``, flush it to disk, and rename it into place; parent folders are made."""
+    """Write a file so that it is complete or absent at any time, even after a power failure.
+
+    The text is written to a temporary file, flushed to disk and renamed into place. Parent folders
+    are created.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
+
     partial.rename(file)
-    sync_folder(file.parent)
-
-
-def to_json(value: Any, **layout: Any) -> str:
-    """JSON that strict readers take, where Python would write NaN and Infinity, which are no JSON.
-
-    A number that is not finite becomes null, and the object gets a key ``not_finite`` with the names of all that did, e.g.
-    ``["loss", "sides.bits.mfu"]``. In a list of objects each has its own.
-
-    Args:
-        value: dicts, lists, strings, numbers, booleans and None.
-        layout: how ``json.dumps`` is to write it: ``indent``, ``separators``, ``sort_keys``.
-    """
-    try:
-        return json.dumps(value, allow_nan=False, **layout)
-    except ValueError:
-        flagged = [_flagged(entry) for entry in value] if isinstance(value, list) else _flagged(value)
-        return json.dumps(flagged, allow_nan=False, **layout)
-
-
-def _flagged(value: Any) -> Any:
-    found: list[str] = []
-    finite = _finite(value, "", found)
-    return {**finite, "not_finite": found} if found and isinstance(finite, dict) else finite
-
-
-def _finite(value: Any, name: str, found: list[str]) -> Any:
-    """``value`` with None for numbers that are not finite, whose names are added to ``found``."""
-    if isinstance(value, dict):
-        return {key: _finite(inner, f"{name}.{key}" if name else str(key), found) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner, f"{name}.{i}" if name else str(i), found) for i, inner in enumerate(value)]
-    if isinstance(value, float) and not isfinite(value):
-        found.append(name)
-        return None
-    return value
+    fsync_folder(file.parent)
 
 
 def sha256_of(file: Path) -> str:
-    """Hash of a file's bytes, hexadecimal."""
+    """Hexadecimal SHA-256 of a file's content."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def locked(file: Path, owner: str) -> TextIO | None:
-    """Lock a file and write into it who holds it.
+def open_locked(file: Path, owner: str) -> TextIO | None:
+    """Lock a file and write the owner of the lock into it.
 
     Args:
-        file: need not exist.
-        owner: what takes the place of its content.
+        file: the lock file; created if it does not exist.
+        owner: text that replaces the content.
 
     Returns:
         The open file, which holds the lock until it is closed; None if another process holds it.
     """
+    # "a+" keeps the name of another owner until the lock is ours
     lock = file.open("a+")
     if not try_lock(lock):
         lock.close()
         return None
+
     lock.truncate(0)
     lock.write(owner)
     lock.flush()
@@ -86,9 +56,12 @@ def locked(file: Path, owner: str) -> TextIO | None:
 
 
 def try_lock(stream: IO[Any] | int) -> bool:
-    """Lock an open file, or a folder's descriptor, until it is closed -> whether no other process has it.
+    """Try to lock an open file, or the descriptor of a folder, until it is closed.
 
-    A file system without locks is as good as one where nobody else has any.
+    On a file system without locks every attempt succeeds.
+
+    Returns:
+        False if another process holds the lock.
     """
     try:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -100,8 +73,11 @@ def try_lock(stream: IO[Any] | int) -> bool:
     return True
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, so that a rename survives a power cut; where the file system cannot, it is as it is."""
+def fsync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, so that a rename survives a power failure.
+
+    A no-op on file systems that do not support it.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,12 +88,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sync_tree(folder: Path) -> None:
-    """Flush every file and folder below ``folder``, and itself."""
+def fsync_tree(folder: Path) -> None:
+    """Flush ``folder`` and every file and folder below it to disk."""
+
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
         elif path.is_dir():
-            sync_folder(path)
-    sync_folder(folder)
+            fsync_folder(path)
+    fsync_folder(folder)

@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Child processes that do not outlive their parent."""
 
 import ctypes
 import os
@@ -8,9 +8,16 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent: int) -> None:
-    """End this process when ``parent``, which started it, ends, whatever ended that. Call first of all in the new process."""
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as its parent ends, for whatever reason.
+
+    Must be the first call in the new process.
+
+    Args:
+        parent: process id of the parent.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The parent may have ended before the request; the kernel would never signal that.
     if os.getppid() != parent:
-        sys.exit(1)  # it was gone before we asked
+        sys.exit(1)

@@ -1,6 +1,8 @@
-"""The values of a .json file, which is an array of them, one alone, or one behind the other, with line breaks anywhere.
+"""Streaming parser for the values of a .json file.
 
-Each becomes a line, so that all that follows is as for .jsonl. A value is parsed to find its end, and once more by a worker.
+A file is an array of values, a single value, or several values one after another, with line breaks
+anywhere. Each value becomes one line, so that all later steps are the same as for .jsonl. Values
+are parsed here only to find their ends; a worker parses them again.
 """
 
 import codecs
@@ -10,13 +12,17 @@ from collections.abc import Iterator
 
 from bitlm_dist.errors import UserError
 
-# the worker reads the numbers; here 5,000 digits are no error either
+# int() refuses numbers of several thousand digits, and values of numbers are not needed here.
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
 _BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def are_lines(head: bytes) -> bool:
-    """Whether the first non-empty line of a .json file's beginning is a whole JSON object, as in .jsonl."""
+def is_jsonl(head: bytes) -> bool:
+    """Return True if the first non-empty line of a .json file is a complete object, as in .jsonl.
+
+    Args:
+        head: beginning of the file.
+    """
     line, end, _ = head.lstrip().partition(b"\n")
     try:
         return bool(end) and isinstance(json.loads(line, parse_int=lambda digits: 0), dict)
@@ -24,119 +30,168 @@ def are_lines(head: bytes) -> bool:
         return False
 
 
-def values(pieces: Iterator[bytes], path: str, limit: int | None) -> Iterator[bytes]:
-    """Yield each value of a file, spelled as there but on one line.
+def iter_values(blocks: Iterator[bytes], path: str, limit: int | None) -> Iterator[bytes]:
+    """Yield each value of a file, spelled as in the file but on one line.
 
     Args:
-        pieces: the file's bytes.
-        path: for messages.
-        limit: characters that a value may have; None: no limit.
+        blocks: content of the file in blocks of bytes.
+        path: name of the file, for messages.
+        limit: maximum number of characters per value; None: unlimited.
 
     Raises:
-        UserError: the file is not UTF-8, or at some place no JSON; names the place.
+        UserError: The file is not UTF-8 or not JSON. The message has line and column.
     """
-    text = _Text(pieces, path, limit)
-    text.skip_blank()
-    in_array = text.next_is("[")
+    buffer = _TextBuffer(blocks, path, limit)
+    buffer.skip_whitespace()
+
+    # Inside an array, values are separated by commas; outside, by white space or nothing.
+    in_array = buffer.next_is("[")
     if in_array:
-        text.skip(1)
-        text.skip_blank()
-    while not text.at_end():
-        if in_array and text.next_is("]"):
-            text.skip(1)
-            text.skip_blank()
-            if not text.at_end():
-                raise text.error("something follows the array")
+        buffer.skip(1)
+        buffer.skip_whitespace()
+
+    while not buffer.at_end():
+        if in_array and buffer.next_is("]"):
+            buffer.skip(1)
+            buffer.skip_whitespace()
+            if not buffer.at_end():
+                raise buffer.error("something follows the array")
             return
-        yield text.value().replace("\n", " ").replace("\r", " ").encode()
-        text.skip_blank()
-        if in_array and text.next_is(","):
-            text.skip(1)
-            text.skip_blank()
-            if text.next_is("]"):
-                raise text.error("a value must follow the comma")
-        elif in_array and not text.at_end() and not text.next_is("]"):
-            raise text.error("expected , or ]")
+
+        # A line break can only be white space between tokens: in strings, JSON escapes it.
+        yield buffer.next_value().replace("\n", " ").replace("\r", " ").encode()
+        buffer.skip_whitespace()
+
+        if in_array and buffer.next_is(","):
+            buffer.skip(1)
+            buffer.skip_whitespace()
+            if buffer.next_is("]"):
+                raise buffer.error("a value must follow the comma")
+        elif in_array and not buffer.at_end() and not buffer.next_is("]"):
+            raise buffer.error("expected , or ]")
+
     if in_array:
-        raise text.error("the array does not end")
+        raise buffer.error("the array does not end")
 
 
-class _Text:
-    """A file's text from some position on, read as it is asked for."""
+class _TextBuffer:
+    """Text of a file from the current position on, read on demand.
 
-    def __init__(self, pieces: Iterator[bytes], path: str, limit: int | None) -> None:
-        self._pieces, self._path, self._limit = pieces, path, limit
+    Args:
+        blocks: content of the file in blocks of bytes.
+        path: name of the file, for messages.
+        limit: maximum number of characters per value; None: unlimited.
+    """
+
+    def __init__(self, blocks: Iterator[bytes], path: str, limit: int | None) -> None:
+        self._blocks = blocks
+        self._path = path
+        self._limit = limit
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        self._held, self._position, self._ended = "", 0, False
-        self._line, self._column = 1, 1  # of the first character held
+        self._buffer = ""
+        self._position = 0
+        self._is_exhausted = False
 
-    def _read(self, size: int) -> None:
-        """Hold at least ``size`` characters behind the position, or all there are."""
-        if len(self._held) - self._position >= size or self._ended:
+        # Line and column of the first character in the buffer.
+        self._line = 1
+        self._column = 1
+
+    def _fill(self, size: int) -> None:
+        """Buffer at least ``size`` characters from the position on, or all that are left."""
+        if len(self._buffer) - self._position >= size or self._is_exhausted:
             return
-        self._line, self._column = self._place()
-        parts, have = [self._held[self._position :]], len(self._held) - self._position
-        while have < size and not self._ended:
-            piece = next(self._pieces, None)
-            self._ended = piece is None
-            try:
-                parts.append(self._decoder.decode(piece or b"", self._ended))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{self._path} is not UTF-8 ({error.reason}): convert it first, e.g. with iconv") from None
-            have += len(parts[-1])
-        self._held, self._position = "".join(parts), 0
 
-    def _place(self) -> tuple[int, int]:
-        """Line and column of the position, from 1."""
-        newline = self._held.rfind("\n", 0, self._position)
+        # Drop the text before the position.
+        self._line, self._column = self._line_and_column()
+        parts = [self._buffer[self._position :]]
+        num_characters = len(self._buffer) - self._position
+        while num_characters < size and not self._is_exhausted:
+            block = next(self._blocks, None)
+            self._is_exhausted = block is None
+            try:
+                parts.append(self._decoder.decode(block or b"", self._is_exhausted))
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self._path} is not UTF-8 ({error.reason}): convert it first, e.g. with iconv"
+                ) from None
+            num_characters += len(parts[-1])
+
+        self._buffer = "".join(parts)
+        self._position = 0
+
+    def _line_and_column(self) -> tuple[int, int]:
+        """Return line and column of the position, both counted from 1."""
+        newline = self._buffer.rfind("\n", 0, self._position)
         if newline < 0:
             return self._line, self._column + self._position
-        return self._line + self._held.count("\n", 0, self._position), self._position - newline
+        return self._line + self._buffer.count("\n", 0, self._position), self._position - newline
 
     def at_end(self) -> bool:
-        self._read(1)
-        return self._position == len(self._held)
+        """Return True if no text is left."""
+        self._fill(1)
+        return self._position == len(self._buffer)
 
     def next_is(self, character: str) -> bool:
-        self._read(1)
-        return self._held.startswith(character, self._position)
+        """Return True if the next character is ``character``."""
+        self._fill(1)
+        return self._buffer.startswith(character, self._position)
 
     def skip(self, count: int) -> None:
+        """Advance by ``count`` characters."""
         self._position += count
 
-    def skip_blank(self) -> None:
+    def skip_whitespace(self) -> None:
+        """Advance to the next character that is not white space."""
+        # Repeated, as white space may go on in the next block.
         while not self.at_end():
-            found = _BLANK.match(self._held, self._position)
-            assert found
-            self._position = found.end()
-            if self._position < len(self._held):
+            match = _BLANK.match(self._buffer, self._position)
+            assert match
+            self._position = match.end()
+            if self._position < len(self._buffer):
                 return
 
-    def value(self) -> str:
-        """The value that begins here, as spelled."""
+    def next_value(self) -> str:
+        """Return the value at the position, as spelled, and advance past it."""
+        # The text is parsed again with twice as much of it until the value is complete.
         size = 1 << 16
         while True:
-            self._read(size)
+            self._fill(size)
             if self._limit is not None and size > 2 * self._limit:
-                raise self.error(f"a value has more than {self._limit:,} characters: raise --max-chars")
+                raise self.error(
+                    f"a value has more than {self._limit:,} characters: raise --max-chars"
+                )
+
             try:
-                _, end = _DECODER.raw_decode(self._held, self._position)
+                _, end = _DECODER.raw_decode(self._buffer, self._position)
             except RecursionError:
                 raise self.error("a value is nested too deeply") from None
             except json.JSONDecodeError as error:
-                if self._ended or not self._is_cut_off(error):
+                if self._is_exhausted or not self._is_cut_off(error):
                     self._position = error.pos
                     raise self.error(error.msg) from None
             else:
-                if self._ended or end < len(self._held):  # else a number might go on
-                    value, self._position = self._held[self._position : end], end
+                # A number at the end of the buffer may go on in the next block.
+                if self._is_exhausted or end < len(self._buffer):
+                    value = self._buffer[self._position : end]
+                    self._position = end
                     return value
+
             size *= 2
 
     def _is_cut_off(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text might mend an error: it is in a string without an end, or in the last word."""
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self._held) - len("-Infinity")
+        """Return True if the error may be due to the end of the buffer.
+
+        It is in an unterminated string or in the last word.
+        """
+        # -Infinity is the longest word of JSON as Python reads it.
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self._buffer) - len(
+            "-Infinity"
+        )
 
     def error(self, what: str) -> UserError:
-        line, column = self._place()
-        return UserError(f"{self._path}:{line} is no JSON that can be read: {what} (column {column}): mend the file")
+        """Make an error with the line and column of the position."""
+        line, column = self._line_and_column()
+        return UserError(
+            f"{self._path}:{line} is no JSON that can be read: {what} (column {column}): "
+            "mend the file"
+        )

@@ -1,17 +1,21 @@
-"""`bitlm prep`: text -> a folder of MDS shards that training reads.
+"""`bitlm prep`: turn text into a folder of MDS shards that training reads.
 
-Files are cut into chunks (sources); workers parse, clean and filter them (reading); this process drops duplicates in corpus order
-(deduplication) and cuts what stays into units of a few megabytes; workers tokenize and write these (units). The folder is a
-function of the text and the settings alone: a rerun after any kill skips the units that are there and gives the same tree to the
-byte. It then holds::
+Files are cut into chunks (sources.py), which workers parse, clean and filter (reading.py). The main
+process drops duplicates in corpus order (deduplication.py) and groups the kept documents into units
+of a few megabytes, which workers tokenize and write (output_units.py).
 
-    manifest.json            counts, tokenizer, settings, hashes; written last: without it the folder is not ready
-    report.md                a page: documents in and out, and why the others were dropped
-    settings.json            what the folder was begun with; another call must agree
+The folder is a function of the text and the settings alone: a rerun after a kill skips the units
+that exist and produces the same files, byte for byte. A finished folder holds::
+
+    manifest.json            counts, tokenizer, settings, hashes; written last, marks it complete
+    report.md                one page: documents read and kept, and why the others were dropped
+    settings.json            settings of the call that created the folder; later calls must agree
     tokenizer/               the tokenizer's files
-    statistics.npz           token counts and context vectors of the training split (for codes), bytes of each token
-    units/NNNNN-KEY.json     what one unit holds
-    train/index.json         one index over all units; lengths.npy: tokens of each document
+    statistics.npz           token counts and context vectors of the training split, from which
+                             codes are made, and bytes per token
+    units/NNNNN-KEY.json     record of one unit
+    train/index.json         one index over all units
+    train/lengths.npy        tokens per document
     train/NNNNN-KEY/         shards of one unit, zstd, with hashes
     validation/              the same for held-out documents
 """
@@ -27,378 +31,402 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from bitlm_dist.data_prep import folder, mds, round_trip, sources, statistics, units
-from bitlm_dist.data_prep.clock import Clock
-from bitlm_dist.data_prep.deduplication import Deduplication
-from bitlm_dist.data_prep.finding import File, find_files, left_out_in_words, plain
-from bitlm_dist.data_prep.lone_document import place_to_cut
+from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION
+from bitlm_dist.data_prep import mds, output_dir, output_units, sources
+from bitlm_dist.data_prep.corpus_statistics import write_statistics
+from bitlm_dist.data_prep.deduplication import Deduplicator
+from bitlm_dist.data_prep.input_files import InputFile, find_files, left_out_summary, without_query
+from bitlm_dist.data_prep.output_units import Unit
 from bitlm_dist.data_prep.pool import Pool
-from bitlm_dist.data_prep.reading import CHANGES, REASONS
-from bitlm_dist.data_prep.report import Totals, dropped_in_words, markdown, warnings_of
+from bitlm_dist.data_prep.report import SourceCounts, drop_summary, render_markdown
 from bitlm_dist.data_prep.settings import Settings
-from bitlm_dist.data_prep.statistics import Context
-from bitlm_dist.data_prep.tokenizer import SMALLEST_BPE, TOKENIZER, Tokenizer, find_tokenizer, train_bpe
-from bitlm_dist.data_prep.units import Unit
-from bitlm_dist.data_prep.worker import Count, Job, usage
-
-from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION, SPLITS
+from bitlm_dist.data_prep.single_document import validation_offset
+from bitlm_dist.data_prep.stage_timer import StageTimer
+from bitlm_dist.data_prep.summary import Report, build_manifest, build_report
+from bitlm_dist.data_prep.tokenizer import (
+    MIN_BPE_VOCAB_SIZE,
+    TOKENIZER_DIR,
+    Tokenizer,
+    find_tokenizer,
+    train_bpe,
+)
+from bitlm_dist.data_prep.worker import Job
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_tree, to_json, write_atomically
+from bitlm_dist.files import fsync_tree, write_atomically
+from bitlm_dist.strict_json import to_json
 
-BPE = "bpe:"
-BPE_BYTES = 500_000_000  # of text that a BPE is trained on at most
-STATISTICS_TOKENS = 50_000_000  # of the training split, for counts and context vectors
-COUNT_TOKENS = 2_000_000  # that a worker counts at a time
+BPE_PREFIX = "bpe:"
+MAX_BPE_BYTES = 500_000_000  # of text to train a BPE on
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a preparation is: what it does, bytes of the corpus as stored (``total`` 0: unknown), bytes of text, documents."""
+    """Progress of a preparation.
+
+    Attributes:
+        phase: Name of the current phase.
+        done: Bytes of the input files, as stored, that were read so far.
+        total: Bytes of all input files, as stored; 0: unknown.
+        text_bytes: Bytes of text read so far.
+        num_documents: Documents read so far.
+    """
 
     phase: str
     done: int
     total: int
     text_bytes: int
-    documents: int
+    num_documents: int
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a preparation did.
-
-    ``warnings`` is about the tokenizer: what it is not allowed to do, and what it does not give back.
-    ``cpu_seconds`` has the stages and, as ``all``, the processes' whole time; ``peak_memory_bytes`` adds the peaks of all
-    processes, which is no less than the peak of their sum; ``left_out`` counts the files of folders that were not read, by reason.
-    """
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    units: int
-    units_reused: int
-    unigram_nats: float
-    documents_read: int
-    dropped: dict[str, int]
-    dropped_in_words: str
-    warnings: list[str]
-    workers: int
-    seconds: float
-    cpu_seconds: dict[str, float]
-    peak_memory_bytes: int
-    left_out: dict[str, int]
-
-
-Observe = Callable[[Progress], None]
-Say = Callable[[str], None]
+ProgressCallback = Callable[[Progress], None]
+NotifyCallback = Callable[[str], None]
 
 
 def prepare(
     inputs: Sequence[str | Path],
     tokenizer: str,
     out: Path,
-    validation: float = 0.05,
+    validation_fraction: float = 0.05,
     settings: Settings | None = None,
-    workers: int = 1,
-    observe: Observe | None = None,
-    say: Say = lambda line: None,
+    num_workers: int = 1,
+    on_progress: ProgressCallback | None = None,
+    notify: NotifyCallback = lambda line: None,
 ) -> Report:
-    """Write the shards of ``inputs`` to ``out``; a second call with the same arguments finds everything done.
+    """Write the shards of ``inputs`` to ``out``; a rerun does only what is missing.
 
     Args:
-        inputs: files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.finding`.
-        tokenizer: a file, a folder that holds one, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE`` to train a byte-level BPE on
-            the documents that stay.
-        out: folder; new, or one that the same call began.
-        validation: share of documents held out, chosen by a hash of their text; of a lone document, the share of its end.
-        settings: which documents stay.
-        workers: processes that read and tokenize; they change nothing but the time.
-        observe: called after each chunk.
-        say: called with each line that the user should read: files that are left out, a lone document that is cut.
+        inputs: Files, folders or fsspec URLs, see :mod:`bitlm_dist.data_prep.input_files`.
+        tokenizer: A file, a folder that holds one, ``package:DISTRIBUTION:FILE``, or ``bpe:SIZE``
+            to train a byte-level BPE on the kept documents.
+        out: Output folder; new, or created by a call with the same settings.
+        validation_fraction: Fraction of documents to hold out, chosen by a hash of their text; of
+            a single document, the fraction at its end.
+        settings: Settings that decide which documents are kept.
+        num_workers: Processes that read and tokenize; the output does not depend on it.
+        on_progress: Called after each chunk.
+        notify: Called with each message for the user, e.g. about files that are left out.
 
     Raises:
-        UserError: an input, the tokenizer, a setting or ``out`` does not fit. Finished units stay; what exists otherwise is not
-            altered.
+        UserError: An input, the tokenizer, a setting or ``out`` is invalid. Finished units are
+            kept; nothing else that existed before is changed.
     """
     settings = settings or Settings()
     settings.check()
-    if not 0 <= validation < 1:
-        raise UserError(f"--validation {validation}: expected a share from 0 to below 1")
-    if workers < 1:
-        raise UserError(f"--workers {workers}: expected at least 1")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"--validation {validation_fraction}: expected a share from 0 to below 1")
+    if num_workers < 1:
+        raise UserError(f"--workers {num_workers}: expected at least 1")
+
     left_out: Counter[str] = Counter()
     files = find_files(inputs, left_out)
     if left_out:
-        say(left_out_in_words(left_out))
-    given = _given_tokenizer(tokenizer)
+        notify(left_out_summary(left_out))
+
+    # A bad tokenizer must fail before anything is written.
+    existing_tokenizer = _load_tokenizer(tokenizer)
+    saved_settings = _settings_to_save(
+        existing_tokenizer, tokenizer, validation_fraction, files, settings
+    )
+    with (
+        output_dir.acquired(out, saved_settings) as work_dir,
+        Pool(_limit_workers(num_workers, files), Job(settings, out, validation_fraction)) as pool,
+    ):
+        return _Preparation(
+            list(map(str, inputs)),
+            files,
+            left_out,
+            saved_settings,
+            out,
+            work_dir,
+            pool,
+            on_progress,
+            notify,
+        ).run(tokenizer, existing_tokenizer)
+
+
+def _settings_to_save(
+    existing_tokenizer: Tokenizer | None,
+    tokenizer_name: str,
+    validation_fraction: float,
+    files: Sequence[InputFile],
+    settings: Settings,
+) -> dict[str, Any]:
+    """Settings that identify the output folder; a later call must have the same."""
+    # The names of the inputs, not their contents: changed text replaces the units it affects.
     names = hashlib.sha256("\n".join(file.name for file in files).encode()).hexdigest()[:16]
-    claim = {
+    return {
         "version": MANIFEST_VERSION,
-        "tokenizer": f"{given.file.name} {given.fingerprint[:16]}" if given else tokenizer,
-        "validation": validation,
+        "tokenizer": f"{existing_tokenizer.file.name} {existing_tokenizer.fingerprint[:16]}"
+        if existing_tokenizer
+        else tokenizer_name,
+        "validation": validation_fraction,
         "inputs": f"{len(files)} files, names {names}",
-        **settings.record(),
+        **settings.to_dict(),
     }
-    if all(file.size for file in files):
-        workers = min(workers, max(1, sum(file.size for file in files) // sources.CHUNK_BYTES))
-    with folder.claimed(out, claim) as work, Pool(workers, Job(settings, out, validation)) as pool:
-        return _Preparation(list(map(str, inputs)), files, left_out, claim, out, work, pool, observe, say).run(tokenizer, given)
 
 
-def _given_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer that ``name`` stands for, None for one to be trained."""
-    if not name.startswith(BPE):
+def _limit_workers(num_workers: int, files: Sequence[InputFile]) -> int:
+    """Limit the number of workers to the number of full chunks, if the sizes are known."""
+    if not all(file.size for file in files):
+        return num_workers
+    return min(num_workers, max(1, sum(file.size for file in files) // sources.CHUNK_BYTES))
+
+
+def _load_tokenizer(name: str) -> Tokenizer | None:
+    """Load the tokenizer called ``name``, or return None if it is yet to be trained."""
+    if not name.startswith(BPE_PREFIX):
         return Tokenizer(find_tokenizer(name))
-    if not name[len(BPE) :].isdigit() or int(name[len(BPE) :]) < SMALLEST_BPE:
-        raise UserError(f"--tokenizer {name}: write bpe:SIZE with a size of at least {SMALLEST_BPE}, e.g. bpe:4096")
+
+    if not name[len(BPE_PREFIX) :].isdigit() or int(name[len(BPE_PREFIX) :]) < MIN_BPE_VOCAB_SIZE:
+        raise UserError(
+            f"--tokenizer {name}: write bpe:SIZE with a size of at least {MIN_BPE_VOCAB_SIZE}, "
+            "e.g. bpe:4096"
+        )
     return None
 
 
 class _Preparation:
-    """One call of :func:`prepare` in a folder that it has claimed."""
+    """One call of :func:`prepare`, in an output folder that it has locked."""
 
     def __init__(
         self,
         inputs: list[str],
-        files: Sequence[File],
+        files: Sequence[InputFile],
         left_out: Counter[str],
-        claim: Mapping[str, Any],
+        saved_settings: Mapping[str, Any],
         out: Path,
-        work: Path,
+        work_dir: Path,
         pool: Pool,
-        observe: Observe | None,
-        say: Say,
+        on_progress: ProgressCallback | None,
+        notify: NotifyCallback,
     ) -> None:
-        self._inputs, self._files, self._left_out = inputs, files, left_out
-        self._claim, self._out, self._work = claim, out, work
-        self._pool, self._observe, self._say = pool, observe, say
-        self._notes: list[str] = []  # on what was done with the text
-        self._settings, self._validation = pool.job.settings, pool.job.validation
-        self._clock = Clock()
-        self._began = time.perf_counter()
+        self._inputs = inputs
+        self._files = files
+        self._left_out = left_out
+        self._saved_settings = saved_settings
+        self._out = out
+        self._work_dir = work_dir
+        self._pool = pool
+        self._on_progress = on_progress
+        self._notify = notify
 
-    def run(self, name: str, given: Tokenizer | None) -> Report:
-        tokenizer = self._tokenizer(name, given)
-        self._pool.use(tokenizer)
-        totals = Totals(self._inputs)
-        names, reused = self._write_units(tokenizer, totals)
+        self._settings = pool.job.settings
+        self._validation_fraction = pool.job.validation_fraction
+        # Remarks for report.md.
+        self._notes: list[str] = []
+        self._timer = StageTimer()
+        self._start_time = time.perf_counter()
+
+    def run(self, tokenizer_name: str, existing_tokenizer: Tokenizer | None) -> Report:
+        """Run all steps in order; each skips work that an earlier call finished."""
+        tokenizer = self._build_tokenizer(tokenizer_name, existing_tokenizer)
+        self._pool.set_tokenizer(tokenizer)
+
+        totals = SourceCounts(self._inputs)
+        names, num_reused = self._write_units(tokenizer, totals)
         if not names:
-            reasons = dropped_in_words(totals.sum())
-            raise UserError(f"{', '.join(map(plain, self._inputs))}: no document is left; dropped: {reasons}")
-        with self._clock("index"):
-            if units.others(self._out, names):  # the manifest speaks of them
-                (self._out / MANIFEST).unlink(missing_ok=True)
-            splits = folder.merge(self._out, names)
-            if not splits["train"]["documents"]:
-                raise UserError(
-                    f"{self._out}: every document fell into the validation split: lower --validation or give more documents"
-                )
-            units.remove_others(self._out, names)
-        with self._clock("statistics"):
-            self._write_statistics(names, tokenizer)
-        self._pool.end()
-        manifest = self._manifest(tokenizer, names, splits, totals)
-        with self._clock("index"):
-            (self._out / folder.REPORT).write_text(markdown(manifest), encoding="utf-8")
-            folder.flush(self._out)
-            write_atomically(self._out / MANIFEST, to_json(manifest, indent=1) + "\n")
-        return self._report(manifest, reused)
+            reasons = drop_summary(totals.sum())
+            raise UserError(
+                f"{', '.join(map(without_query, self._inputs))}: no document is left; "
+                f"dropped: {reasons}"
+            )
 
-    def _tokenizer(self, name: str, given: Tokenizer | None) -> Tokenizer:
-        place = self._out / TOKENIZER
-        if place.is_dir():
-            return given or Tokenizer.of_folder(place)
-        building = self._out / f".{TOKENIZER}"
+        with self._timer("index"):
+            splits = self._merge_units(names)
+        with self._timer("statistics"):
+            write_statistics(self._out, names, tokenizer, self._pool, self._timer)
+
+        # The workers report the resources they used when they end.
+        self._pool.shut_down()
+
+        manifest = build_manifest(
+            self._out,
+            tokenizer,
+            names,
+            splits,
+            totals,
+            saved_settings=self._saved_settings,
+            left_out=self._left_out,
+            notes=self._notes,
+        )
+        with self._timer("index"):
+            (self._out / output_dir.REPORT_FILE).write_text(
+                render_markdown(manifest), encoding="utf-8"
+            )
+            # The manifest vouches for every other file, so these must reach the disk first.
+            output_dir.sync_filesystem(self._out)
+            write_atomically(self._out / MANIFEST, to_json(manifest, indent=1) + "\n")
+
+        seconds = time.perf_counter() - self._start_time
+        return build_report(self._out, manifest, num_reused, self._pool, self._timer, seconds)
+
+    def _build_tokenizer(self, name: str, existing_tokenizer: Tokenizer | None) -> Tokenizer:
+        """Copy or train the tokenizer into the folder, unless it is already there."""
+        # The folder's settings name the same tokenizer, so one that is already there is reused.
+        tokenizer_dir = self._out / TOKENIZER_DIR
+        if tokenizer_dir.is_dir():
+            return existing_tokenizer or Tokenizer.from_folder(tokenizer_dir)
+
+        building = self._out / f".{TOKENIZER_DIR}"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        if given:
-            given.save(building)
+        if existing_tokenizer:
+            existing_tokenizer.save(building)
         else:
-            texts = self._kept(Totals(self._inputs), f"training {name}")
-            train_bpe(_first_bytes(texts, BPE_BYTES), int(name[len(BPE) :]), building / "tokenizer.json")
-        sync_tree(building)
-        building.rename(place)
-        return given or Tokenizer.of_folder(place)
+            texts = self._kept_documents(SourceCounts(self._inputs), f"training {name}")
+            train_bpe(
+                _limit_bytes(texts, MAX_BPE_BYTES),
+                int(name[len(BPE_PREFIX) :]),
+                building / "tokenizer.json",
+            )
 
-    def _kept(self, totals: Totals, phase: str) -> Iterator[tuple[bytes, bytes]]:
-        """(text, SHA-256) of the documents that stay, in corpus order."""
-        work = self._work / phase.replace(":", "-")
-        deduplication = Deduplication(work, self._settings.exact_dedup, self._settings.near_dedup)
-        read = written = 0
-        size = sum(file.size for file in self._files) if all(file.size for file in self._files) else 0
-        for future in self._in_order():
+        # Renamed once it is complete: a kill leaves no partial tokenizer.
+        fsync_tree(building)
+        building.rename(tokenizer_dir)
+        return existing_tokenizer or Tokenizer.from_folder(tokenizer_dir)
+
+    def _kept_documents(self, totals: SourceCounts, phase: str) -> Iterator[tuple[bytes, bytes]]:
+        """Yield (text, SHA-256) of the kept documents in corpus order, counting in ``totals``."""
+        # Training a BPE reads the corpus once more; each pass needs an empty index.
+        deduplication_dir = self._work_dir / phase.replace(":", "-")
+        deduplicator = Deduplicator(
+            deduplication_dir, self._settings.exact_dedup, self._settings.near_dedup
+        )
+
+        num_read = text_bytes = 0
+        # Servers may not report the size of a file.
+        total_bytes = (
+            sum(file.size for file in self._files) if all(file.size for file in self._files) else 0
+        )
+        for future in self._batches_in_order():
             batch = future.result()
-            self._clock.add(batch.seconds)
-            with self._clock("deduplicate"):
-                reasons = deduplication.reasons(batch.hashes, batch.signatures)
+            self._timer.add(batch.seconds)
+            with self._timer("deduplicate"):
+                reasons = deduplicator.drop_reasons(batch.hashes, batch.signatures)
+
             totals.add(batch, reasons)
-            read, written = read + batch.counts["read"], written + sum(map(len, batch.texts))
+            num_read += batch.counts["read"]
+            text_bytes += sum(map(len, batch.texts))
             for text, text_hash, reason in zip(batch.texts, batch.hashes, reasons, strict=True):
                 if not reason:
                     yield text, text_hash
+
+            # Raised only now, so that a rerun can reuse the units of documents before the bad line.
             if batch.error:
                 raise UserError(batch.error)
-            if self._observe:
-                self._observe(Progress(phase, batch.position, size, written, read))
+            if self._on_progress:
+                self._on_progress(
+                    Progress(phase, batch.corpus_offset, total_bytes, text_bytes, num_read)
+                )
 
-    def _in_order(self) -> "Iterator[Future[Any]]":
-        """Chunks being read, in corpus order; a few more than there are workers, so that none waits."""
+    def _batches_in_order(self) -> "Iterator[Future[Any]]":
+        """Submit chunks and yield their futures in corpus order, keeping all workers busy."""
         waiting: deque[Future[Any]] = deque()
-        chunks = sources.chunks(self._files, self._settings)
+        chunks = sources.iter_chunks(self._files, self._settings)
         while True:
-            with self._clock("open"):
+            with self._timer("open"):
                 chunk = next(chunks, None)
             if chunk is not None:
                 waiting.append(self._pool.submit(chunk))
-            if len(waiting) > self._ahead or (chunk is None and waiting):
+
+            if len(waiting) > self._pool.max_in_flight or (chunk is None and waiting):
                 yield waiting.popleft()
             elif chunk is None:
                 return
 
-    @property
-    def _ahead(self) -> int:
-        return 0 if self._pool.workers == 1 else self._pool.workers + 1
+    def _write_units(self, tokenizer: Tokenizer, totals: SourceCounts) -> tuple[list[str], int]:
+        """Write the units that do not exist yet.
 
-    def _write_units(self, tokenizer: Tokenizer, totals: Totals) -> tuple[list[str], int]:
-        """Write the units that are not there -> names of all, and how many were there."""
+        Returns:
+            The names of all units, and the number of those that already existed.
+        """
         names: list[str] = []
         waiting: deque[Future[Any]] = deque()
-        reused = 0
-        key = to_json([tokenizer.fingerprint, self._validation, mds.LEVEL, self._pool.job.settings.record()])
-        for unit in self._units(self._kept(totals, "preparing"), key):
+        num_reused = 0
+        # Everything besides the documents that decides the bytes of a unit.
+        key = to_json(
+            [
+                tokenizer.fingerprint,
+                self._validation_fraction,
+                mds.ZSTD_LEVEL,
+                self._pool.job.settings.to_dict(),
+            ]
+        )
+
+        for unit in self._split_into_units(self._kept_documents(totals, "preparing"), key):
             names.append(unit.name)
-            if units.is_done(self._out, unit.name):
-                reused += 1
+            if output_units.is_done(self._out, unit.name):
+                num_reused += 1
                 continue
+
+            # A manifest marks a folder as complete, which this one no longer is.
             (self._out / MANIFEST).unlink(missing_ok=True)
             waiting.append(self._pool.submit(unit))
-            while len(waiting) > self._ahead or (waiting and waiting[0].done()):
-                self._clock.add(waiting.popleft().result())
-        for future in waiting:
-            self._clock.add(future.result())
-        return names, reused
 
-    def _units(self, documents: Iterator[tuple[bytes, bytes]], key: str) -> Iterator[Unit]:
+            # Bounds the number of units in memory.
+            while len(waiting) > self._pool.max_in_flight or (waiting and waiting[0].done()):
+                self._timer.add(waiting.popleft().result())
+
+        for future in waiting:
+            self._timer.add(future.result())
+        return names, num_reused
+
+    def _split_into_units(
+        self, documents: Iterator[tuple[bytes, bytes]], key: str
+    ) -> Iterator[Unit]:
+        """Group documents into units; the end of a single document becomes the validation split."""
+        # Reading two documents is enough to tell whether the corpus is a single one.
         first = list(itertools.islice(documents, 2))
-        if len(first) > 1 or not first or not self._validation:
-            yield from units.cut(itertools.chain(first, documents), self._settings.unit_mb * units.MEGABYTE, key)
+        if len(first) > 1 or not first or not self._validation_fraction:
+            yield from output_units.split_into_units(
+                itertools.chain(first, documents),
+                self._settings.unit_mb * output_units.MEGABYTE,
+                key,
+            )
             return
+
         text = first[0][0]
-        unit = units.lone(text, place_to_cut(text, self._validation), key)
-        held_out = sum(len(unit.texts[i]) for i in unit.held_out or ())
-        self._notes.append(
-            f"the corpus is one document: its last {100 * held_out / len(text):.1f} % ({held_out:,} bytes) are the validation split"
-            if held_out
-            else "the corpus is one document, too short to hold out a part of it: there is no validation split"
+        unit = output_units.single_document_unit(
+            text, validation_offset(text, self._validation_fraction), key
         )
-        self._say(self._notes[-1])
+        held_out = sum(len(unit.texts[i]) for i in unit.validation_indices or ())
+
+        self._notes.append(
+            f"the corpus is one document: its last {100 * held_out / len(text):.1f} % "
+            f"({held_out:,} bytes) are the validation split"
+            if held_out
+            else "the corpus is one document, too short to hold out a part of it: "
+            "there is no validation split"
+        )
+        self._notify(self._notes[-1])
         yield unit
 
-    def _write_statistics(self, names: Sequence[str], tokenizer: Tokenizer) -> None:
-        finished = folder.manifest_of(self._out)
-        if finished and finished["files"] == folder.hashes(self._out):
-            return
-        (self._out / MANIFEST).unlink(missing_ok=True)
-        vocabulary = tokenizer.vocabulary
-        counts = sum(part.tokens for part in self._count(names, STATISTICS_TOKENS, vocabulary, None))
-        context = statistics.context_of(counts)
-        limit = STATISTICS_TOKENS if vocabulary <= statistics.ROWS else statistics.PAIR_TOKENS
-        pairs = (part.pairs for part in self._count(names, limit, vocabulary, context))
-        contexts = statistics.context_vectors(statistics.merge(pairs, context), context)
-        partial = self._out / f".{folder.STATISTICS}"
-        statistics.write(partial, counts, contexts, tokenizer.byte_lengths.inside)
-        partial.rename(self._out / folder.STATISTICS)
+    def _merge_units(self, names: Sequence[str]) -> dict[str, dict[str, int]]:
+        """Write the indices over all units, and remove units whose text has changed since.
 
-    def _count(self, names: Sequence[str], limit: int, vocabulary: int, context: Context | None) -> Iterator[Any]:
-        """Counts over the first units that have ``limit`` tokens together, in parts."""
-        waiting: deque[Future[Any]] = deque()
-        for part in self._parts(names, limit):
-            waiting.append(self._pool.submit(Count(part, vocabulary, context)))
-            if len(waiting) > self._ahead:
-                yield self._counted(waiting.popleft())
-        for future in waiting:
-            yield self._counted(future)
+        Returns:
+            Totals per split.
+        """
+        # An existing manifest still counts the stale units.
+        if output_units.stale_units(self._out, names):
+            (self._out / MANIFEST).unlink(missing_ok=True)
 
-    def _parts(self, names: Sequence[str], limit: int) -> Iterator[tuple[str, ...]]:
-        part: list[str] = []
-        total = held = 0
-        for name in names:
-            part.append(name)
-            tokens = units.read_record(self._out, name)["train"]["tokens"]
-            total, held = total + tokens, held + tokens
-            if held >= COUNT_TOKENS or total >= limit:
-                yield tuple(part)
-                part, held = [], 0
-            if total >= limit:
-                return
-        if part:
-            yield tuple(part)
+        splits = output_dir.merge_units(self._out, names)
+        if not splits["train"]["documents"]:
+            raise UserError(
+                f"{self._out}: every document fell into the validation split: "
+                "lower --validation or give more documents"
+            )
 
-    def _counted(self, future: "Future[Any]") -> Any:
-        counted = future.result()
-        if self._pool.workers > 1:  # else it is on our own clock
-            self._clock.add(counted.seconds)
-        return counted
-
-    def _manifest(self, tokenizer: Tokenizer, names: Sequence[str], splits: Mapping[str, Any], totals: Totals) -> dict[str, Any]:
-        counts = totals.sum()
-        counts["no_tokens"] = sum(units.read_record(self._out, name)["no_tokens"] for name in names)
-        return {
-            "version": MANIFEST_VERSION,
-            "vocabulary": tokenizer.vocabulary,
-            "bos": tokenizer.bos,
-            "eos": tokenizer.eos,
-            "tokenizer": {
-                "file": tokenizer.file.name,
-                "fingerprint": tokenizer.fingerprint,
-                "not_applied": tokenizer.not_applied,
-            },
-            "splits": {split: splits[split] for split in SPLITS},
-            "documents": {
-                "read": counts["read"],
-                "kept": counts["kept"] - counts["no_tokens"],
-                "bytes": counts["bytes"],
-                "dropped": {reason: counts[reason] for reason in REASONS if counts[reason]},
-                "changed": {change: counts[change] for change in CHANGES if counts[change]},
-            },
-            "sources": totals.record(),
-            "round_trip": round_trip.summed(units.read_record(self._out, name)["round_trip"] for name in names),
-            "left_out": dict(sorted(self._left_out.items())),
-            "notes": self._notes,
-            "units": len(names),
-            "files": folder.hashes(self._out),
-            "settings": {key: value for key, value in self._claim.items() if key != "version"},
-        }
-
-    def _report(self, manifest: Mapping[str, Any], reused: int) -> Report:
-        counts = np.load(self._out / folder.STATISTICS)["counts"]
-        share = counts[counts > 0] / counts.sum()
-        documents, ours = manifest["documents"], usage()
-        everyone = [ours, *self._pool.ended]
-        self._clock.seconds["pipes"] = sum(self._pool.pipe_seconds.values())
-        return Report(
-            documents=documents["kept"],
-            tokens=sum(split["tokens"] for split in manifest["splits"].values()),
-            text_bytes=sum(split["bytes"] for split in manifest["splits"].values()),
-            units=manifest["units"],
-            units_reused=reused,
-            unigram_nats=float(-(share * np.log(share)).sum()),
-            documents_read=documents["read"],
-            dropped=documents["dropped"],
-            dropped_in_words=dropped_in_words({reason: documents["dropped"].get(reason, 0) for reason in REASONS}),
-            warnings=warnings_of(manifest),
-            workers=self._pool.workers,
-            seconds=time.perf_counter() - self._began,
-            cpu_seconds={**self._clock.seconds, "all": sum(used.seconds for used in everyone)},
-            peak_memory_bytes=sum(used.memory for used in everyone),
-            left_out=manifest["left_out"],
-        )
+        output_units.remove_stale_units(self._out, names)
+        return splits
 
 
-def _first_bytes(texts: Iterator[tuple[bytes, bytes]], limit: int) -> Iterator[str]:
-    seen = 0
+def _limit_bytes(texts: Iterator[tuple[bytes, bytes]], max_bytes: int) -> Iterator[str]:
+    """Yield texts until they have at least ``max_bytes`` bytes in total."""
+    num_bytes = 0
     for text, _ in texts:
         yield text.decode()
-        seen += len(text)
-        if seen >= limit:
+        num_bytes += len(text)
+        if num_bytes >= max_bytes:
             return

@@ -1,8 +1,8 @@
-"""Files of text to chunks, which is what a worker takes at a time.
+"""Cut input files into chunks, the unit of work of a worker.
 
-A document is a .txt file (or what lies between two separators of one), a line of .jsonl, a value of .json, or a row of .parquet,
-.csv or .tsv. Chunks have about ``CHUNK_BYTES``. Nothing here parses a document except to find its end, and no more than a chunk is
-held in memory.
+A document is a .txt file (or the text between two separators in one), a line of .jsonl, a value
+of .json, or a row of .parquet, .csv or .tsv. Chunks have about ``CHUNK_BYTES`` bytes. Documents
+are parsed here only to find where they end, and at most one chunk is held in memory.
 """
 
 import importlib
@@ -13,266 +13,383 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, cast
 
-from bitlm_dist.data_prep import json_values, tables, unpacking
-from bitlm_dist.data_prep.finding import File
-from bitlm_dist.data_prep.separators import BOM, documents_between
+from bitlm_dist.data_prep import decompression, json_values, tables
+from bitlm_dist.data_prep.input_files import InputFile
+from bitlm_dist.data_prep.separators import BOM, split_documents
 from bitlm_dist.data_prep.settings import Settings
-
 from bitlm_dist.errors import UserError
 
 CHUNK_BYTES = 2_000_000
-LINE_BYTES = 16_000_000  # beside the text, what the other fields of a line may take
+LINE_BYTES = 16_000_000  # allowed for the fields of a line besides the text
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Documents not yet parsed.
+    """Documents that are not parsed yet.
 
     Attributes:
-        source: number of the argument they come from.
-        data: lines of JSON if ``ends`` is None, else texts end to end.
-        ends: where each text ends in ``data``; -1 for a row without text.
-        places: name of each text's file; or one name, then ``first`` is the number of the first line, row or document.
-        too_long: lines and files that were passed over for their size, before all documents of this chunk.
-        position: bytes of the corpus, as stored, up to the end of this chunk.
+        source_index: Index of the input argument they come from.
+        data: Lines of JSON if ``ends`` is None, else concatenated texts.
+        ends: Offset in ``data`` at which each text ends; -1 for a row without text.
+        file_names: Name of each text's file, or a single name for all.
+        first_number: Number of the first line, row or document in the single file; 0 if each text
+            is a whole file.
+        num_too_long: Lines or files before this chunk's documents that were skipped for their size.
+        corpus_offset: Bytes of the corpus, as stored, up to the end of this chunk.
     """
 
-    source: int
+    source_index: int
     data: bytes
     ends: tuple[int, ...] | None
-    places: tuple[str, ...]
-    first: int
-    too_long: int
-    position: int
+    file_names: tuple[str, ...]
+    first_number: int
+    num_too_long: int
+    corpus_offset: int
 
     @property
-    def holds_files(self) -> bool:
-        """Whether each document is a whole file."""
-        return self.first == 0
+    def is_file_per_document(self) -> bool:
+        """True if each document is a whole file."""
+        return self.first_number == 0
 
-    def place(self, index: int) -> str:
-        """Where document or line ``index`` is: ``file:line``, or the file of a single text."""
-        return self.places[index] if self.holds_files else f"{self.places[0]}:{self.first + index}"
+    def location(self, index: int) -> str:
+        """Location of document or line ``index`` for messages: ``file:line``, or just the file."""
+        return (
+            self.file_names[index]
+            if self.is_file_per_document
+            else f"{self.file_names[0]}:{self.first_number + index}"
+        )
 
 
-def chunks(files: Iterable[File], settings: Settings) -> Iterator[Chunk]:
-    """The corpus in chunks, none across two arguments.
+def iter_chunks(files: Iterable[InputFile], settings: Settings) -> Iterator[Chunk]:
+    """Yield the corpus in chunks; no chunk spans two input arguments.
 
     Raises:
-        UserError: a file cannot be read or unpacked, a table has no such column, or a single document is too long; names the file.
+        UserError: A file cannot be read or unpacked, a table has no such column, or a single
+            document is too long. The message names the file.
     """
-    begun, loose = 0, _Loose(settings)
+    corpus_offset = 0
+    small_files = _SmallFileCollector(settings)
     for file in files:
-        whole = file.kind == ".txt" and settings.document_separator is None
-        if not whole or file.source != loose.source:
-            yield from loose.take()
+        # Small files of one document each share a chunk; anything else ends it, to keep the order.
+        is_single_document = file.file_format == ".txt" and settings.document_separator is None
+        if not is_single_document or file.source_index != small_files.source_index:
+            yield from small_files.flush()
+
         try:
-            yield from loose.add(file, begun) if whole else _READERS[file.kind](file, settings, begun)
+            yield from (
+                small_files.add(file, corpus_offset)
+                if is_single_document
+                else _CHUNKERS[file.file_format](file, settings, corpus_offset)
+            )
         except UserError:
+            # It already names the file.
             raise
         except (OSError, EOFError, zlib.error) as error:
             text = getattr(error, "strerror", None) or error
-            raise UserError(f"{file.plain_path} cannot be read: {text}") from None
-        begun += file.size
-    yield from loose.take()
+            raise UserError(f"{file.display_path} cannot be read: {text}") from None
+        corpus_offset += file.size
+
+    yield from small_files.flush()
 
 
-def too_long(settings: Settings) -> str:
-    """What is wrong with a file that is one document of too many characters, and what to do."""
+def too_long_message(settings: Settings) -> str:
+    """Message for a file that is a single document with too many characters."""
     return (
-        f"is one document of more than {settings.max_chars:,} characters (--max-chars): cut it with --document-separator TEXT, "
-        "allow more, or leave such files out with --on-error skip"
+        f"is one document of more than {settings.max_chars:,} characters (--max-chars): "
+        "cut it with --document-separator TEXT, allow more, "
+        "or leave such files out with --on-error skip"
     )
 
 
-def _open(file: File) -> BinaryIO:
+def _open_file(file: InputFile) -> BinaryIO:
     if "://" in file.path:
         return cast(BinaryIO, importlib.import_module("fsspec").open(file.path, "rb").open())
     return open(file.path, "rb")
 
 
-def _pieces(raw: BinaryIO, file: File, settings: Settings) -> Iterator[bytes]:
-    return unpacking.pieces(raw, file.plain_path, settings.max_unpack_ratio)
+def _decompressed_blocks(raw: BinaryIO, file: InputFile, settings: Settings) -> Iterator[bytes]:
+    return decompression.decompressed_blocks(raw, file.display_path, settings.max_unpack_ratio)
 
 
-class _Loose:
+class _SmallFileCollector:
     """Collects small files of one document each into chunks."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._limit = 4 * settings.max_chars + len(BOM)  # no character takes more than four bytes
-        self.source = -1
+        # UTF-8 takes up to four bytes per character.
+        self._limit = 4 * settings.max_chars + len(BOM)
+        self.source_index = -1
         self._clear()
 
     def _clear(self) -> None:
         self._texts: list[bytes] = []
-        self._places: list[str] = []
-        self._bytes = self._too_long = self._position = 0
+        self._file_names: list[str] = []
+        self._num_bytes = self._num_too_long = self._corpus_offset = 0
 
-    def add(self, file: File, begun: int) -> Iterator[Chunk]:
-        self.source, self._position = file.source, begun + file.size
-        with _open(file) as raw:
-            text, size = [], 0
-            for piece in _pieces(raw, file, self._settings):
-                text.append(piece)
-                size += len(piece)
+    def add(self, file: InputFile, corpus_offset: int) -> Iterator[Chunk]:
+        """Add a file, and yield the chunk that it completes, if any."""
+        self.source_index = file.source_index
+        self._corpus_offset = corpus_offset + file.size
+        with _open_file(file) as raw:
+            text = []
+            size = 0
+            for block in _decompressed_blocks(raw, file, self._settings):
+                text.append(block)
+                size += len(block)
+                # Checked while reading, as the file may not fit into memory. A limit of len(BOM)
+                # comes from max_chars 0: unlimited.
                 if size > self._limit > len(BOM):
                     if self._settings.on_error == "stop":
-                        raise UserError(f"{file.plain_path} {too_long(self._settings)}")
-                    self._too_long += 1
+                        raise UserError(f"{file.display_path} {too_long_message(self._settings)}")
+                    self._num_too_long += 1
                     return
-        self._texts.append(b"".join(text).removeprefix(BOM))
-        self._places.append(file.plain_path)
-        self._bytes += size
-        if self._bytes >= CHUNK_BYTES:
-            yield from self.take()
 
-    def take(self) -> Iterator[Chunk]:
-        if self._texts or self._too_long:
-            ends = _ends(self._texts)
-            yield Chunk(self.source, b"".join(self._texts), ends, tuple(self._places), 0, self._too_long, self._position)
+        self._texts.append(b"".join(text).removeprefix(BOM))
+        self._file_names.append(file.display_path)
+        self._num_bytes += size
+        if self._num_bytes >= CHUNK_BYTES:
+            yield from self.flush()
+
+    def flush(self) -> Iterator[Chunk]:
+        """Yield the collected files, if any, as a chunk."""
+        if self._texts or self._num_too_long:
+            ends = _text_ends(self._texts)
+            yield Chunk(
+                self.source_index,
+                b"".join(self._texts),
+                ends,
+                tuple(self._file_names),
+                0,
+                self._num_too_long,
+                self._corpus_offset,
+            )
         self._clear()
 
 
-def _ends(texts: Sequence[bytes | None]) -> tuple[int, ...]:
-    ends, end = [], 0
+def _text_ends(texts: Sequence[bytes | None]) -> tuple[int, ...]:
+    ends = []
+    end = 0
     for text in texts:
         end += len(text or b"")
         ends.append(-1 if text is None else end)
     return tuple(ends)
 
 
-def _lines(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    with _open(file) as raw:
-        yield from _cut_lines(_pieces(raw, file, settings), file, settings, lambda: begun + min(raw.tell(), file.size))
+def _line_chunks(file: InputFile, settings: Settings, corpus_offset: int) -> Iterator[Chunk]:
+    with _open_file(file) as raw:
+        yield from _cut_lines(
+            _decompressed_blocks(raw, file, settings),
+            file,
+            settings,
+            lambda: corpus_offset + min(raw.tell(), file.size),
+        )
 
 
-def _cut_lines(pieces: Iterable[bytes], file: File, settings: Settings, position: Callable[[], int]) -> Iterator[Chunk]:
-    """Whole lines; one that is longer than any document may be is passed over and counted."""
-    limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None  # \uXXXX: six bytes for a character
-    held, line, too_long, skipping, first = bytearray(), 1, 0, False, True
-    searched = 0  # of ``held``, where no line ends
-    for piece in pieces:
-        if first and piece:
-            piece, first = piece.removeprefix(BOM), False
+def _cut_lines(
+    blocks: Iterable[bytes], file: InputFile, settings: Settings, position: Callable[[], int]
+) -> Iterator[Chunk]:
+    """Yield chunks of whole lines; a line that is too long for any document is only counted."""
+    # JSON may spell a character as \uXXXX: six bytes.
+    limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None
+
+    buffer = bytearray()
+    line = 1
+    num_too_long = 0
+    skipping = False  # inside a line that is too long
+    first = True
+    searched = 0  # bytes at the start of ``buffer`` that contain no line end
+    for block in blocks:
+        if first and block:
+            block = block.removeprefix(BOM)
+            first = False
+
+        # The rest of a line that is too long is dropped block by block.
         if skipping:
-            end = piece.find(b"\n") + 1
+            end = block.find(b"\n") + 1
             if not end:
                 continue
-            piece, skipping, line = piece[end:], False, line + 1
-        held += piece
-        if len(held) < CHUNK_BYTES:
+            block = block[end:]
+            skipping = False
+            line += 1
+
+        buffer += block
+        if len(buffer) < CHUNK_BYTES:
             continue
-        cut = held.rfind(b"\n", searched) + 1
+
+        # A chunk ends at the last line end so far.
+        cut = buffer.rfind(b"\n", searched) + 1
         if cut:
-            data = bytes(memoryview(held)[:cut])
-            del held[:cut]
-            yield Chunk(file.source, data, None, (file.plain_path,), line, too_long, position())
-            line, too_long = line + data.count(b"\n"), 0
-        searched = len(held)
-        if limit is not None and len(held) > limit:
-            held.clear()
-            too_long, skipping, searched = too_long + 1, True, 0
-    if held or too_long:
-        yield Chunk(file.source, bytes(held), None, (file.plain_path,), line, too_long, position())
+            data = bytes(memoryview(buffer)[:cut])
+            del buffer[:cut]
+            yield Chunk(
+                file.source_index, data, None, (file.display_path,), line, num_too_long, position()
+            )
+            line += data.count(b"\n")
+            num_too_long = 0
+
+        searched = len(buffer)
+        if limit is not None and len(buffer) > limit:
+            buffer.clear()
+            num_too_long += 1
+            skipping = True
+            searched = 0
+
+    if buffer or num_too_long:
+        yield Chunk(
+            file.source_index,
+            bytes(buffer),
+            None,
+            (file.display_path,),
+            line,
+            num_too_long,
+            position(),
+        )
 
 
-def _json(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    """Lines, as many a .json file holds, or values with line breaks anywhere."""
-    with _open(file) as raw:
+def _json_chunks(file: InputFile, settings: Settings, corpus_offset: int) -> Iterator[Chunk]:
+    """Yield chunks of a .json file, which holds JSON lines or values with arbitrary line breaks."""
+    with _open_file(file) as raw:
 
         def position() -> int:
-            return begun + min(raw.tell(), file.size)
+            return corpus_offset + min(raw.tell(), file.size)
 
-        pieces, head = _pieces(raw, file, settings), b""
+        # The head decides between the two: it must contain a whole line, if there are lines.
+        blocks = _decompressed_blocks(raw, file, settings)
+        head = b""
         while (
             b"\n" not in head.removeprefix(BOM).lstrip()
-            and len(head) < unpacking.PIECE
-            and (piece := next(pieces, None)) is not None
+            and len(head) < decompression.READ_BYTES
+            and (block := next(blocks, None)) is not None
         ):
-            head += piece
-        pieces = itertools.chain([head], pieces)
-        if json_values.are_lines(head.removeprefix(BOM)):
-            yield from _cut_lines(pieces, file, settings, position)
+            head += block
+
+        blocks = itertools.chain([head], blocks)
+        if json_values.is_jsonl(head.removeprefix(BOM)):
+            yield from _cut_lines(blocks, file, settings, position)
             return
+
         limit = 6 * settings.max_chars + LINE_BYTES if settings.max_chars else None
-        found = _Numbered(file, "value", position, as_lines=True)
-        for value in json_values.values(pieces, file.plain_path, limit):
-            yield from found.add(value)
-        yield from found.take()
+        collector = _RowCollector(file, "value", position, as_lines=True)
+        for value in json_values.iter_values(blocks, file.display_path, limit):
+            yield from collector.add(value)
+
+        yield from collector.flush()
 
 
-def _csv(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    limit = settings.max_chars + LINE_BYTES if settings.max_chars else sys.maxsize
-    with _open(file) as raw:
-        found = _Numbered(file, "row", lambda: begun + min(raw.tell(), file.size))
-        for text in tables.csv_texts(raw, file.plain_path, settings, "\t" if file.kind == ".tsv" else ",", limit):
-            yield from found.add(text)
-        yield from found.take()
+def _table_chunks(file: InputFile, settings: Settings, corpus_offset: int) -> Iterator[Chunk]:
+    limit = settings.max_chars + LINE_BYTES if settings.max_chars else sys.maxsize  # characters
+    with _open_file(file) as raw:
+        collector = _RowCollector(file, "row", lambda: corpus_offset + min(raw.tell(), file.size))
+        for text in tables.csv_texts(
+            raw, file.display_path, settings, "\t" if file.file_format == ".tsv" else ",", limit
+        ):
+            yield from collector.add(text)
+
+        yield from collector.flush()
 
 
-def _parquet(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    first = 1
-    with _open(file) as raw:
-        for texts, share in tables.parquet_texts(raw, file.plain_path, settings, CHUNK_BYTES):
-            data, place = b"".join(text or b"" for text in texts), f"{file.plain_path}: row"
-            yield Chunk(file.source, data, _ends(texts), (place,), first, 0, begun + int(file.size * share))
+def _parquet_chunks(file: InputFile, settings: Settings, corpus_offset: int) -> Iterator[Chunk]:
+    first = 1  # number of the batch's first row
+    with _open_file(file) as raw:
+        for texts, fraction in tables.parquet_texts(raw, file.display_path, settings, CHUNK_BYTES):
+            data = b"".join(text or b"" for text in texts)
+            location = f"{file.display_path}: row"
+            yield Chunk(
+                file.source_index,
+                data,
+                _text_ends(texts),
+                (location,),
+                first,
+                0,
+                corpus_offset + int(file.size * fraction),
+            )
+
             first += len(texts)
 
 
-def _separated(file: File, settings: Settings, begun: int) -> Iterator[Chunk]:
-    """What lies between the separators of a .txt file; blank pieces are no documents."""
-    with _open(file) as raw:
-        found = _Numbered(file, "document", lambda: begun + min(raw.tell(), file.size))
+def _separated_text_chunks(
+    file: InputFile, settings: Settings, corpus_offset: int
+) -> Iterator[Chunk]:
+    """Yield chunks of a .txt file that holds non-blank documents between separators."""
+    with _open_file(file) as raw:
+        collector = _RowCollector(
+            file, "document", lambda: corpus_offset + min(raw.tell(), file.size)
+        )
+
         limit = 4 * settings.max_chars + len(BOM) if settings.max_chars else None
-        for text in documents_between(settings.document_separator or "", _pieces(raw, file, settings), limit):
-            yield from found.pass_over() if text is None else found.add(text)
-        yield from found.take()
+        for text in split_documents(
+            settings.document_separator or "", _decompressed_blocks(raw, file, settings), limit
+        ):
+            yield from collector.skip_too_long() if text is None else collector.add(text)
+
+        yield from collector.flush()
 
 
-class _Numbered:
+class _RowCollector:
     """Collects numbered documents of one file into chunks.
 
     Args:
-        file: where they come from.
-        what: name of one, for messages.
-        position: tells how much of the corpus is read.
-        as_lines: whether they are lines of JSON, not texts.
+        file: File that they come from.
+        row_name: Word for one of them in messages.
+        position: Returns the bytes of the corpus read so far.
+        as_lines: True if they are lines of JSON rather than texts.
     """
 
-    def __init__(self, file: File, what: str, position: Callable[[], int], as_lines: bool = False) -> None:
-        self._file, self._what, self._position, self._as_lines = file, what, position, as_lines
-        self._held: list[bytes | None] = []
-        self._first, self._bytes, self._too_long = 1, 0, 0
+    def __init__(
+        self, file: InputFile, row_name: str, position: Callable[[], int], as_lines: bool = False
+    ) -> None:
+        self._file = file
+        self._row_name = row_name
+        self._position = position
+        self._as_lines = as_lines
+
+        self._texts: list[bytes | None] = []
+        self._first_number = 1
+        self._num_bytes = 0
+        self._num_too_long = 0
 
     def add(self, text: bytes | None) -> Iterator[Chunk]:
-        """Take the next document; None: a row without text."""
-        self._held.append(text)
-        self._bytes += len(text or b"") + 1
-        if self._bytes >= CHUNK_BYTES:
-            yield from self.take()
+        """Add the next document; None: a row without text."""
+        self._texts.append(text)
+        self._num_bytes += len(text or b"") + 1
+        if self._num_bytes >= CHUNK_BYTES:
+            yield from self.flush()
 
-    def pass_over(self) -> Iterator[Chunk]:
+    def skip_too_long(self) -> Iterator[Chunk]:
         """Count the next document as too long."""
-        yield from self.take()
-        self._first, self._too_long = self._first + 1, self._too_long + 1
+        # A chunk counts only skipped documents that precede its own.
+        yield from self.flush()
+        self._first_number += 1
+        self._num_too_long += 1
 
-    def take(self) -> Iterator[Chunk]:
-        """What is collected, if anything is."""
-        if self._held or self._too_long:
-            data = (b"\n" if self._as_lines else b"").join(text or b"" for text in self._held)
-            ends, place = None if self._as_lines else _ends(self._held), f"{self._file.plain_path}: {self._what}"
-            yield Chunk(self._file.source, data, ends, (place,), self._first, self._too_long, self._position())
-        self._first += len(self._held)
-        self._held, self._bytes, self._too_long = [], 0, 0
+    def flush(self) -> Iterator[Chunk]:
+        """Yield the collected documents, if any, as a chunk."""
+        if self._texts or self._num_too_long:
+            data = (b"\n" if self._as_lines else b"").join(text or b"" for text in self._texts)
+            ends = None if self._as_lines else _text_ends(self._texts)
+            location = f"{self._file.display_path}: {self._row_name}"
+            yield Chunk(
+                self._file.source_index,
+                data,
+                ends,
+                (location,),
+                self._first_number,
+                self._num_too_long,
+                self._position(),
+            )
+
+        self._first_number += len(self._texts)
+        self._texts = []
+        self._num_bytes = 0
+        self._num_too_long = 0
 
 
-_READERS: dict[str, Callable[[File, Settings, int], Iterator[Chunk]]] = {
-    ".txt": _separated,
-    ".jsonl": _lines,
-    ".ndjson": _lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
+_CHUNKERS: dict[str, Callable[[InputFile, Settings, int], Iterator[Chunk]]] = {
+    ".txt": _separated_text_chunks,
+    ".jsonl": _line_chunks,
+    ".ndjson": _line_chunks,
+    ".json": _json_chunks,
+    ".csv": _table_chunks,
+    ".tsv": _table_chunks,
+    ".parquet": _parquet_chunks,
 }

@@ -1,8 +1,15 @@
-"""The two attentions of BitLM: block-causal over the sequence, and full inside each block; and products of unusual shapes."""
+"""Attention kernels of BitLM, and matrix products of unusual shapes.
 
-from bitlm_dist.kernels.attention import available_backends, block_causal_attention, decode_attention
-from bitlm_dist.kernels.call import bounds_of_documents
-from bitlm_dist.kernels.grouped import grouped_matmul
+Two attentions: block-causal over the sequence, and full within each block of m tokens.
+"""
+
+from bitlm_dist.kernels.attention import (
+    available_backends,
+    block_causal_attention,
+    decode_attention,
+)
+from bitlm_dist.kernels.attention_inputs import bounds_of_documents
+from bitlm_dist.kernels.grouped_gemm import grouped_matmul
 from bitlm_dist.kernels.in_block import in_block_attention
 
 __all__ = [

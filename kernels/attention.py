@@ -1,19 +1,22 @@
-"""Block-causal attention: token i attends to token j iff floor(j/m) <= floor(i/m). One entry, several exact back ends behind it.
+"""Block-causal attention: token i attends to token j iff floor(j/m) <= floor(i/m).
 
-Back ends, all with a backward pass, none but the first with an S x T mask:
+One entry point for several exact backends. All of them have a backward pass, and only ``reference``
+builds an S x T mask:
 
 ``reference``
-    softmax over an explicit mask, any dtype: the truth that tests compare with.
+    softmax over an explicit mask, in any dtype: the ground truth of the tests.
 ``merge``
-    stock causal flash attention and the triangle of each block, merged by log-sum-exp (merge.py): the path on CPUs.
+    causal flash attention from torch plus the upper triangle of each block, merged by log-sum-exp
+    (lse_merge.py): the backend for CPUs.
 ``triton``
-    the project's own kernels (triton_attention.py).
+    Triton kernels of this project (triton_attention.py).
 ``flex``
     torch's FlexAttention over an analytic BlockMask (flex.py).
 ``fa4``
     flash-attn 4 with block-sparse tiles (fa4.py).
 
-Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head.
+Legend: B batch, H query heads, G key-value heads, S queries, T keys, D head dimension, m tokens per
+block.
 """
 
 import importlib
@@ -26,52 +29,70 @@ from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from bitlm_dist.kernels.call import Call, checked, seen_by_queries
 from torch import Tensor
 
-BACKENDS = ("fa4", "triton", "merge", "flex", "reference")  # the order in which ``auto`` asks them
-# Of back ends that need more than torch: a package, and a CUDA device of at least this compute capability.
-_PACKAGES = {"triton": ("triton", (8, 0)), "fa4": ("flash_attn.cute.interface", (9, 0))}
-_FILES = {"triton": "triton_attention"}  # where a back end's module has another name
-_modules: dict[str, ModuleType] = {}  # of back ends that were asked for: some take a second to load
-_distrusted: dict[str, str] = {}  # back ends that failed a trial, and how
+from bitlm_dist.kernels.attention_inputs import AttentionInputs, validate_inputs, visible_key_ranges
+
+BACKENDS = ("fa4", "triton", "merge", "flex", "reference")  # in the order of preference of ``auto``
+
+# what some backends need besides torch: a package, and a minimum CUDA compute capability
+_REQUIREMENTS = {"triton": ("triton", (8, 0)), "fa4": ("flash_attn.cute.interface", (9, 0))}
+# where a backend's module is not named after it
+_MODULE_NAMES = {"triton": "triton_attention", "merge": "lse_merge"}
+
+# Backends are imported on first use, as some take a second to load.
+_modules: dict[str, ModuleType] = {}
+_disabled: dict[str, str] = {}  # backends that failed the self-check, and the reason
 _log = logging.getLogger(__name__)
 
 
 def available_backends() -> tuple[str, ...]:
-    """Names that ``backend=`` accepts on this machine, in the order in which ``auto`` asks them."""
-    return tuple(name for name in BACKENDS if missing(name) is None)
+    """Names that ``backend=`` accepts on this machine, in the order of preference of ``auto``."""
+    return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot look into imports
-def missing(name: str) -> str | None:
-    """What the back end ``name`` lacks on this machine; None if nothing, and then its module is loaded."""
-    reason = _distrusted.get(name) or _missing(name)
+# torch.compile cannot trace imports
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable_reason(name: str) -> str | None:
+    """Reason why a backend is unavailable on this machine; None if it is available.
+
+    An available backend's module is imported on the first call.
+    """
+    reason = _disabled.get(name) or _find_unavailable_reason(name)
     if reason is None and name not in _modules and name != "reference":
-        _modules[name] = importlib.import_module(f"bitlm_dist.kernels.{_FILES.get(name, name)}")
+        _modules[name] = importlib.import_module(
+            f"bitlm_dist.kernels.{_MODULE_NAMES.get(name, name)}"
+        )
     return reason
 
 
-def distrust(name: str, reason: str) -> None:
-    """Let this process use the back end ``name`` no more."""
-    _log.warning("attention back end %s is not used, %s", name, reason)
-    _distrusted[name] = reason
+def disable_backend(name: str, reason: str) -> None:
+    """Make a backend unavailable for the rest of this process."""
+    _log.warning("attention backend %s is not used, %s", name, reason)
+    _disabled[name] = reason
 
 
 @cache
-def _missing(name: str) -> str | None:
-    if name not in _PACKAGES:
+def _find_unavailable_reason(name: str) -> str | None:
+    if name not in _REQUIREMENTS:
         return None
-    package, least = _PACKAGES[name]
+    package, min_capability = _REQUIREMENTS[name]
+
+    # Triton's interpreter needs no GPU.
     if name != "triton" or os.environ.get("TRITON_INTERPRET") != "1":
         if not torch.cuda.is_available():
             return "there is no CUDA device"
         major, minor = torch.cuda.get_device_capability()
-        if (major, minor) < least:
-            return f"the GPU has compute capability {major}.{minor}, it needs {least[0]}.{least[1]}"
+        if (major, minor) < min_capability:
+            return (
+                f"the GPU has compute capability {major}.{minor}, "
+                f"the backend needs {min_capability[0]}.{min_capability[1]}"
+            )
+
+    # A broken package may raise anything on import, not only ImportError.
     try:
         importlib.import_module(package)
-    except Exception as error:  # of a package, whatever ails it
+    except Exception as error:
         return f"{package} cannot be imported: {error}"
     return None
 
@@ -87,68 +108,107 @@ def block_causal_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention with full sight inside a block and causal sight across blocks (paper, section 3.2); differentiable.
+    """Attention that is full within a block and causal across blocks (paper, section 3.2).
+
+    Differentiable with respect to q, k and v.
 
     Args:
-        q: [B, H, S, D], any floating-point dtype that the back end takes. With T > S keys the queries are the last S positions.
+        q: [B, H, S, D] in any floating-point dtype that the backend supports. If T > S, the queries
+            are the last S positions.
         k: [B, G, T, D], H a multiple of G (grouped-query attention).
         v: [B, G, T, D].
-        block: m >= 1, tokens a block. T - S must be a multiple of it; the last block may be incomplete.
-        document_ids: [B, T] integers; a token sees only its own document. A document is a run of equal ids: the same id after
-            another one is another document. None: one document.
-        document_bounds: what :func:`~bitlm_dist.kernels.bounds_of_documents` makes of them, to be computed once for all layers.
-        scale: factor on the scores, positive, 1/sqrt(D) by default.
-        backend: one of :func:`available_backends`, or ``auto``: the first of them that takes these arguments.
+        block: m >= 1, tokens per block. T - S must be a multiple of it; the last block may be
+            incomplete.
+        document_ids: integers [B, T]; a token attends to its own document only. A document is a
+            run of equal ids: an id that recurs after a different one starts a new document. None:
+            one document per row.
+        document_bounds: result of :func:`~bitlm_dist.kernels.bounds_of_documents`, which replaces
+            ``document_ids``, so that it is computed once for all layers.
+        scale: positive factor on the scores; defaults to 1/sqrt(D).
+        backend: one of :func:`available_backends`, or ``auto`` for the first of them that supports
+            these arguments.
 
     Returns:
         [B, H, S, D] in the dtype of q.
 
     Raises:
-        ValueError: an argument does not fit, or not this back end; the message names it, its value, and which back end takes it.
+        ValueError: an argument is invalid, or the backend does not support it. The message names
+            the argument, its value and the backends that support it.
     """
-    call = checked(q, k, v, block, document_ids, document_bounds, scale)
-    return attend(call, backend)
+    inputs = validate_inputs(q, k, v, block, document_ids, document_bounds, scale)
+    return dispatch(inputs, backend)
 
 
-def attend(call: Call, backend: str = "auto") -> Tensor:
-    """See :func:`block_causal_attention`."""
-    name = choose(call, backend)
-    out: Tensor = _reference(call) if name == "reference" or not call.q.numel() else _modules[name].attention(call)
+def dispatch(inputs: AttentionInputs, backend: str = "auto") -> Tensor:
+    """Run :func:`block_causal_attention` on validated inputs."""
+    name = select_backend(inputs, backend)
+
+    # the reference handles empty inputs, too: no kernel to launch
+    out: Tensor = (
+        _reference(inputs)
+        if name == "reference" or not inputs.q.numel()
+        else _modules[name].attention(inputs)
+    )
     return out
 
 
-def choose(call: Call, backend: str = "auto") -> str:
-    """Name of the back end that runs this call; ValueError where a forced one is not here or does not take it."""
+def select_backend(inputs: AttentionInputs, backend: str = "auto") -> str:
+    """Name of the backend that runs this call.
+
+    Raises:
+        ValueError: the named backend does not exist, is unavailable here, or does not support the
+            call.
+    """
     if backend == "auto":
-        name = next(_takers(call))
-        _announce(name, call.q.device.type, str(call.q.dtype), call.q.shape[3])
+        name = next(_supporting_backends(inputs))
+        _log_backend_once(name, inputs.q.device.type, str(inputs.q.dtype), inputs.q.shape[3])
         return name
+
+    # no silent fallback if the caller names a backend
     if backend not in BACKENDS:
-        raise ValueError(f"attention backend {backend!r} does not exist: choose from {('auto', *available_backends())}")
-    reason = missing(backend)
+        raise ValueError(
+            f"attention backend {backend!r} does not exist: "
+            f"choose from {('auto', *available_backends())}"
+        )
+
+    reason = unavailable_reason(backend)
     if reason is not None:
-        raise ValueError(f"attention backend {backend!r} is not available here: {reason}; choose from {available_backends()}")
-    reason = refusal(backend, call)
+        raise ValueError(
+            f"attention backend {backend!r} is not available here: {reason}; "
+            f"choose from {available_backends()}"
+        )
+
+    reason = unsupported_reason(backend, inputs)
     if reason is not None:
-        raise ValueError(f"attention backend {backend!r}: {reason}; {', '.join(_takers(call))} would take it")
+        raise ValueError(
+            f"attention backend {backend!r}: {reason}; "
+            f"{', '.join(_supporting_backends(inputs))} would take it"
+        )
     return backend
 
 
-def refusal(name: str, call: Call) -> str | None:
-    """Why a back end that is here does not take this call; None if it does."""
-    reason: str | None = None if name == "reference" else _modules[name].unsupported(call)
+def unsupported_reason(name: str, inputs: AttentionInputs) -> str | None:
+    """Reason why an available backend does not support this call; None if it does."""
+    reason: str | None = None if name == "reference" else _modules[name].unsupported_reason(inputs)
     return reason
 
 
-def _takers(call: Call) -> Iterator[str]:
-    return (name for name in BACKENDS if missing(name) is None and refusal(name, call) is None)
+def _supporting_backends(inputs: AttentionInputs) -> Iterator[str]:
+    return (
+        name
+        for name in BACKENDS
+        if unavailable_reason(name) is None and unsupported_reason(name, inputs) is None
+    )
 
 
-@cache  # so that every choice is said once
-def _announce(name: str, device: str, dtype: str, width: int) -> None:
-    words = f"block-causal attention on {device}, {dtype}, heads of width {width}: back end {name}"
+@cache  # logs each choice once
+def _log_backend_once(name: str, device: str, dtype: str, head_dim: int) -> None:
+    words = f"block-causal attention on {device}, {dtype}, head dim {head_dim}: backend {name}"
     if name == "reference":
-        _log.warning("%s, whose memory grows with the square of the length: no other takes such arguments", words)
+        _log.warning(
+            "%s, whose memory grows with the square of the length: no other supports this call",
+            words,
+        )
     else:
         _log.info(words)
 
@@ -162,41 +222,55 @@ def decode_attention(
     lengths: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """A few new tokens of each row against its key-value cache; as :func:`block_causal_attention`, without gradient in mind.
+    """Attention of the newest tokens of each row over the row's key-value cache, for inference.
 
-    Memory-bound, so it is torch's fused attention whatever the back end of training: without a mask where the new tokens see
-    all keys, else with one of S x T bits a row.
+    There is no choice of backend: decoding is memory-bound, so torch's fused attention suffices,
+    without a mask if the new tokens attend to all keys, else with a boolean mask of S x T per row.
 
     Args:
         q: [B, H, S, D], the last S tokens of each row.
-        k: [B, G, T, D], the cache; that of the new tokens included.
+        k: [B, G, T, D], the cache, including the new tokens.
         v: [B, G, T, D].
-        block: m; the tokens before the new ones fill whole blocks.
-        lengths: int [B], keys of each row that count, S <= length <= T; what follows them must be finite. None: all T.
-        scale: factor on the scores, 1/sqrt(D) by default.
+        block: m; the tokens before the new ones must be full blocks.
+        lengths: int [B], number of valid keys per row, S <= length <= T. Values after them are
+            masked, but must be finite. None: all T keys are valid.
+        scale: factor on the scores; defaults to 1/sqrt(D).
 
     Returns:
         [B, H, S, D].
+
+    Raises:
+        ValueError: an argument is invalid.
     """
-    new, grouped = q.shape[2], q.shape[1] != k.shape[1]
+    num_new = q.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+
     if lengths is None:
-        checked(q, k, v, block, scale=scale)
-        if new <= block:
+        validate_inputs(q, k, v, block, scale=scale)
+        # new tokens of a single block attend to every key
+        if num_new <= block:
             return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped)
         lengths = torch.full((1,), k.shape[2], device=q.device)
     elif lengths.shape != q.shape[:1] or lengths.device != q.device:
-        raise ValueError(f"lengths {(*lengths.shape,)} on {lengths.device}: expected [B] = {(*q.shape[:1],)} on {q.device}")
+        raise ValueError(
+            f"lengths {(*lengths.shape,)} on {lengths.device}: "
+            f"expected [B] = {(*q.shape[:1],)} on {q.device}"
+        )
+
+    # a token attends up to the end of its block, but not past the length of its row
     last = lengths.view(-1, 1)
-    place = last - new + torch.arange(new, device=q.device)  # [B or 1, S]
-    high = torch.minimum((place // block + 1) * block, last)
+    positions = last - num_new + torch.arange(num_new, device=q.device)  # [B or 1, S]
+    high = torch.minimum((positions // block + 1) * block, last)
     mask = torch.arange(k.shape[2], device=q.device) < high[:, None, :, None]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
-def _reference(call: Call) -> Tensor:
-    group = call.q.shape[1] // call.k.shape[1]
-    k, v = call.k.repeat_interleave(group, 1), call.v.repeat_interleave(group, 1)
-    low, high = (x[:, None, :, None] for x in seen_by_queries(call))
+def _reference(inputs: AttentionInputs) -> Tensor:
+    group = inputs.q.shape[1] // inputs.k.shape[1]
+    k = inputs.k.repeat_interleave(group, 1)
+    v = inputs.v.repeat_interleave(group, 1)
+
+    low, high = (x[:, None, :, None] for x in visible_key_ranges(inputs))
     at = torch.arange(k.shape[2], device=k.device)
-    scores = (call.q @ k.mT * call.scale).masked_fill((at < low) | (at >= high), -math.inf)
+    scores = (inputs.q @ k.mT * inputs.scale).masked_fill((at < low) | (at >= high), -math.inf)
     return scores.softmax(-1) @ v

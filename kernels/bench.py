@@ -1,9 +1,11 @@
-"""Time and memory of the attentions, every back end in turn in one run beside what torch has; `bitlm bench` prints and draws it.
+"""Time and memory of both attentions: every backend beside torch's own kernels, interleaved in one
+process. `bitlm bench` prints and plots the results.
 
-Attention is judged by FLOP/s on the exact mask, 4·D for each visible pair forward and 10·D backward, attention inside blocks by the
-bytes that it must move: 4 numbers a token, head and column forward, 7 backward.
+Block-causal attention is rated in FLOP/s over the exact mask: 4·D FLOPs per visible pair forward
+and 10·D backward. In-block attention is rated in bytes/s: it must move 4 elements per token, head
+and dimension forward, and 7 backward.
 
-Legend: B batch, H query heads, G key-value heads, S sequence, D width of a head.
+Legend: B batch, H query heads, G key-value heads, S sequence length, D head dimension.
 """
 
 import ctypes
@@ -18,22 +20,30 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bitlm_dist.kernels import attention, in_block
-from bitlm_dist.kernels.call import Call, checked, seen_by_queries
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.kernels import attention, in_block
+from bitlm_dist.kernels.attention_inputs import AttentionInputs, validate_inputs, visible_key_ranges
 
-CAUSAL, DENSE, BLOCKS, COPY = "causal flash", "SDPA, dense mask", "SDPA of blocks", "copy"  # what torch has
-CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-MOST_SCORES = 2**29  # up to which the reference takes part unasked
-LEAST_SECONDS = 0.02  # of a timed stretch: short calls are repeated
+# torch's own kernels
+CAUSAL = "causal flash"
+DENSE = "SDPA, dense mask"
+BLOCKS = "SDPA of blocks"
+COPY = "copy"
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+MAX_REFERENCE_SCORES = 2**29  # with more, the reference runs only by name
+MIN_SECONDS = 0.02  # per measurement: short calls are repeated
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What to measure: attention over the sequence, or inside its blocks (then H = G, and no documents)."""
+class AttentionShape:
+    """Shape to measure: of attention over the sequence, or within its blocks (then H = G, and there
+    are no documents).
+    """
 
     batch: int
     length: int
@@ -41,134 +51,205 @@ class Shape:
     kv_heads: int
     width: int
     block: int
-    documents: int = 1  # of one row, of equal length
+    documents: int = 1  # per row, of equal length
     dtype: str = "float32"
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to compute it. Seconds are of one call, one entry a repeat; work is FLOPs or bytes of one call."""
+class KernelTiming:
+    """Measurements of one kernel."""
 
-    forward: list[float]
-    backward: list[float]
-    forward_work: float
-    backward_work: float
-    peak_bytes: int | None  # allocated at once beyond inputs, in forward and backward; None: not measured
+    forward: list[float]  # seconds per call, one entry per repeat
+    backward: list[float]  # seconds per call, one entry per repeat
+    forward_work: float  # FLOPs or bytes per call
+    backward_work: float  # FLOPs or bytes per call
+
+    # peak allocation of forward and backward together, beyond the inputs; None: not measured
+    peak_bytes: int | None
 
     @property
     def total(self) -> float:
-        """Median seconds of forward and backward."""
+        """Sum of the median seconds of forward and backward."""
         return statistics.median(self.forward) + statistics.median(self.backward)
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Median work a second, forward and backward."""
-        return self.forward_work / statistics.median(self.forward), self.backward_work / statistics.median(self.backward)
+        """Median work per second, forward and backward."""
+        forward = self.forward_work / statistics.median(self.forward)
+        backward = self.backward_work / statistics.median(self.backward)
+        return forward, backward
 
 
-class Contender(NamedTuple):
-    """What is timed, and the work of one call of each."""
+class TimedKernel(NamedTuple):
+    """Forward and backward calls to time."""
 
     forward: Callable[[], Tensor]
     backward: Callable[[], object]
-    forward_work: float
-    backward_work: float
+    forward_work: float  # FLOPs or bytes per call
+    backward_work: float  # FLOPs or bytes per call
 
 
-def bench_attention(shape: Shape, repeats: int, backends: Sequence[str] = ()) -> dict[str, Side]:
-    """Block-causal attention by ``backends`` (default: all that train here), causal flash attention, and SDPA with a dense mask.
+def bench_attention(
+    shape: AttentionShape, repeats: int, backends: Sequence[str] = ()
+) -> dict[str, KernelTiming]:
+    """Measure block-causal attention, beside causal flash attention and SDPA with a dense mask.
+
+    Args:
+        shape: shape of the inputs.
+        repeats: number of measurements per kernel.
+        backends: names of backends; all that can train here by default.
 
     Raises:
-        UserError: a back end that is named does not take the shape.
+        UserError: a named backend does not support the shape.
     """
-    counts = (shape.heads, shape.kv_heads, shape.kv_heads)
-    q, k, v = inputs = [_random((shape.batch, count, shape.length, shape.width), shape) for count in counts]
-    at = torch.arange(shape.length, device=device_of())
-    ids = (at * shape.documents // shape.length).expand(shape.batch, -1)
-    call = checked(q, k, v, shape.block, document_ids=None if shape.documents == 1 else ids)
+    inputs, attention_inputs = _make_attention_inputs(shape)
     scores = shape.batch * shape.heads * shape.length**2
-    there = [name for name in attention.available_backends() if name != "reference" or scores <= MOST_SCORES]
-    names = _chosen(backends, there, lambda name: attention.choose(call, name))
-    low, high = (x[:, None, :, None] for x in seen_by_queries(call))
+    available = [
+        name
+        for name in attention.available_backends()
+        if name != "reference" or scores <= MAX_REFERENCE_SCORES
+    ]
+    names = _select_backends(
+        backends, available, lambda name: attention.select_backend(attention_inputs, name)
+    )
+
+    at = torch.arange(shape.length, device=default_device())
+    low, high = (x[:, None, :, None] for x in visible_key_ranges(attention_inputs))
     grouped = shape.heads != shape.kv_heads
-    dense = partial(F.scaled_dot_product_attention, attn_mask=(at >= low) & (at < high), enable_gqa=grouped)
+    dense = partial(
+        F.scaled_dot_product_attention, attn_mask=(at >= low) & (at < high), enable_gqa=grouped
+    )
+
+    # multiply-adds of one product over all pairs; without documents one row of bounds serves all
     per_pair = shape.heads * shape.width
     pairs = per_pair * float((high - low).sum(dtype=torch.int64)) * shape.batch / len(low)
     causal = per_pair * shape.batch * shape.length * (shape.length + 1) / 2
-    contenders = {name: _differentiated(partial(_attend, name, call), inputs, 4 * pairs, 10 * pairs) for name in names}
-    contenders[CAUSAL] = _differentiated(partial(_causal_flash, grouped), inputs, 4 * causal, 10 * causal)
-    contenders[DENSE] = _differentiated(dense, inputs, 4 * pairs, 10 * pairs)
-    return _measured(contenders, repeats)
+
+    timed = {
+        name: _timed_kernel(
+            partial(_dispatch, name, attention_inputs), inputs, 4 * pairs, 10 * pairs
+        )
+        for name in names
+    }
+    timed[CAUSAL] = _timed_kernel(partial(_causal_flash, grouped), inputs, 4 * causal, 10 * causal)
+    timed[DENSE] = _timed_kernel(dense, inputs, 4 * pairs, 10 * pairs)
+    return _measure(timed, repeats)
 
 
-def bench_in_block(shape: Shape, repeats: int, backends: Sequence[str] = ()) -> dict[str, Side]:
-    """Attention inside blocks by ``backends`` (default: all here), SDPA over a batch of blocks, and a copy of as many bytes.
+def _make_attention_inputs(shape: AttentionShape) -> tuple[list[Tensor], AttentionInputs]:
+    """Random q, k and v, and the validated call with the documents of the shape."""
+    head_counts = (shape.heads, shape.kv_heads, shape.kv_heads)
+    q, k, v = inputs = [
+        _random((shape.batch, count, shape.length, shape.width), shape) for count in head_counts
+    ]
+
+    at = torch.arange(shape.length, device=default_device())
+    ids = (at * shape.documents // shape.length).expand(shape.batch, -1)
+    return inputs, validate_inputs(
+        q, k, v, shape.block, document_ids=None if shape.documents == 1 else ids
+    )
+
+
+def bench_in_block(
+    shape: AttentionShape, repeats: int, backends: Sequence[str] = ()
+) -> dict[str, KernelTiming]:
+    """Measure in-block attention, beside SDPA over a batch of blocks and a copy of as many bytes.
+
+    Args:
+        shape: shape of the inputs.
+        repeats: number of measurements per kernel.
+        backends: names of backends; all that are available here by default.
 
     Raises:
-        UserError: as :func:`bench_attention`.
+        UserError: a named backend does not support the shape.
     """
-    blocks = shape.batch * shape.length // shape.block
-    qkv = _random((blocks, shape.block, 3, shape.heads, shape.width), shape)
-    names = _chosen(backends, in_block.BACKENDS, lambda name: _inside(name, qkv[:1]))
-    part = blocks * shape.block * shape.heads * shape.width
-    work = 4.0 * part * qkv.element_size(), 7.0 * part * qkv.element_size()
-    contenders = {name: _differentiated(partial(_inside, name), [qkv], *work) for name in names}
-    contenders[BLOCKS] = _differentiated(_inside_by_sdpa, [qkv], *work)
-    source, target = (torch.randn(7 * part // 2, dtype=qkv.dtype, device=qkv.device) for _ in range(2))  # read and written: 7 parts
-    copy = Contender(lambda: target[: 2 * part].copy_(source[: 2 * part]), lambda: target.copy_(source), *work)
-    contenders[COPY] = copy
-    return _measured(contenders, repeats)
+    num_blocks = shape.batch * shape.length // shape.block
+    qkv = _random((num_blocks, shape.block, 3, shape.heads, shape.width), shape)
+    names = _select_backends(backends, in_block.BACKENDS, lambda name: _in_block(name, qkv[:1]))
+
+    # forward reads q, k, v and writes out; backward reads q, k, v, dout and writes dq, dk, dv
+    out_numel = num_blocks * shape.block * shape.heads * shape.width
+    work = 4.0 * out_numel * qkv.element_size(), 7.0 * out_numel * qkv.element_size()
+    timed = {name: _timed_kernel(partial(_in_block, name), [qkv], *work) for name in names}
+    timed[BLOCKS] = _timed_kernel(_in_block_sdpa, [qkv], *work)
+
+    # a copy reads and writes, so half of the elements are copied
+    source, target = (
+        torch.randn(7 * out_numel // 2, dtype=qkv.dtype, device=qkv.device) for _ in range(2)
+    )
+    copy = TimedKernel(
+        lambda: target[: 2 * out_numel].copy_(source[: 2 * out_numel]),
+        lambda: target.copy_(source),
+        *work,
+    )
+    timed[COPY] = copy
+    return _measure(timed, repeats)
 
 
-def _chosen(named: Sequence[str], there: Sequence[str], attempt: Callable[[str], object]) -> list[str]:
-    """The named back ends, or all that do not refuse."""
-    taken = []
-    for name in named or there:
+def _select_backends(
+    named: Sequence[str], available: Sequence[str], attempt: Callable[[str], object]
+) -> list[str]:
+    """Return the named backends, or all that support the shape.
+
+    Raises:
+        UserError: a named backend raised in ``attempt``.
+    """
+    selected = []
+    for name in named or available:
         try:
             attempt(name)
         except ValueError as error:
             if named:
                 raise UserError(str(error)) from None
         else:
-            taken.append(name)
-    return taken
+            selected.append(name)
+
+    return selected
 
 
-def device_of() -> torch.device:
-    """A GPU if there is one."""
+def default_device() -> torch.device:
+    """CUDA device if there is one, else CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _random(size: tuple[int, ...], shape: Shape) -> Tensor:
-    return torch.randn(size, device=device_of()).to(getattr(torch, shape.dtype)).requires_grad_()
+def _random(size: tuple[int, ...], shape: AttentionShape) -> Tensor:
+    return (
+        torch.randn(size, device=default_device()).to(getattr(torch, shape.dtype)).requires_grad_()
+    )
 
 
-def _attend(name: str, call: Call, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention.attend(call.of(q, k, v), name)
+def _dispatch(name: str, inputs: AttentionInputs, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention.dispatch(inputs.with_qkv(q, k, v), name)
 
 
 def _causal_flash(grouped: bool, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    if q.is_cuda and q.dtype == torch.float32:  # flash takes none, and what does takes no grouped heads
+    # flash attention does not support fp32 on a GPU; the kernel that does has no grouped heads
+    if q.is_cuda and q.dtype == torch.float32:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
-def _inside(name: str, qkv: Tensor) -> Tensor:
+def _in_block(name: str, qkv: Tensor) -> Tensor:
     return in_block.in_block_attention(qkv, qkv.shape[1], backend=name)
 
 
-def _inside_by_sdpa(qkv: Tensor) -> Tensor:
+def _in_block_sdpa(qkv: Tensor) -> Tensor:
     q, k, v = (x.transpose(-2, -3) for x in qkv.unbind(-3))
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _differentiated(run: Callable[..., Tensor], inputs: Sequence[Tensor], forward_work: float, backward_work: float) -> Contender:
+def _timed_kernel(
+    run: Callable[..., Tensor], inputs: Sequence[Tensor], forward_work: float, backward_work: float
+) -> TimedKernel:
     out = run(*inputs)
     weight = torch.randn_like(out)
-    return Contender(
+
+    # the graph is retained, so that backward runs alone, any number of times
+    return TimedKernel(
         lambda: run(*inputs),
         lambda: torch.autograd.grad(out, inputs, weight, retain_graph=True),
         forward_work,
@@ -176,56 +257,71 @@ def _differentiated(run: Callable[..., Tensor], inputs: Sequence[Tensor], forwar
     )
 
 
-def _measured(contenders: Mapping[str, Contender], repeats: int) -> dict[str, Side]:
-    """Every repeat takes all contenders in turn, after one that does not count."""
-    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in contenders}
-    calls = {name: [_calls(work) for work in contender[:2]] for name, contender in contenders.items()}
+def _measure(timed: Mapping[str, TimedKernel], repeats: int) -> dict[str, KernelTiming]:
+    """Time all kernels, interleaved so that slow phases of the machine affect all of them alike."""
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in timed}
+    num_calls = {name: [_num_calls(work) for work in kernel[:2]] for name, kernel in timed.items()}
+
     for _ in range(repeats):
-        for name, contender in contenders.items():
-            for taken, work, count in zip(times[name], contender[:2], calls[name], strict=True):
-                taken.append(_seconds(work, count))
-    return {name: Side(*times[name], *contender[2:], _peak_bytes(contender)) for name, contender in contenders.items()}
+        for name, kernel in timed.items():
+            for seconds, work, count in zip(times[name], kernel[:2], num_calls[name], strict=True):
+                seconds.append(_seconds(work, count))
+
+    return {
+        name: KernelTiming(*times[name], *kernel[2:], _peak_bytes(kernel))
+        for name, kernel in timed.items()
+    }
 
 
-def _calls(work: Callable[[], object]) -> int:
-    """How many fill a stretch that a clock can measure."""
-    _seconds(work, 1)
-    return max(1, math.ceil(LEAST_SECONDS / _seconds(work, 1)))
+def _num_calls(work: Callable[[], object]) -> int:
+    """Number of calls whose duration a clock can measure."""
+    _seconds(work, 1)  # warm-up
+    return max(1, math.ceil(MIN_SECONDS / _seconds(work, 1)))
 
 
-def _seconds(work: Callable[[], object], calls: int) -> float:
-    _wait()
-    began = time.perf_counter()
-    for _ in range(calls):
+def _seconds(work: Callable[[], object], num_calls: int) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(num_calls):
         work()
-    _wait()
-    return (time.perf_counter() - began) / calls
+    _synchronize()
+    return (time.perf_counter() - start) / num_calls
 
 
-def _wait() -> None:
+def _synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _peak_bytes(contender: Contender) -> int | None:
-    """Held at once, with what forward leaves for backward, beyond what was held before."""
+def _peak_bytes(kernel: TimedKernel) -> int | None:
+    """Peak allocation of forward and backward together, beyond the memory in use before.
+
+    Returns:
+        Bytes, or None if this system cannot tell.
+    """
     on_gpu = torch.cuda.is_available()
+
     try:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed and the allocator kept would hide what this one needs
-            CLEAR.write_text("5")  # the high-water mark begins anew
-            before = _resident("VmRSS")
+            # Memory that the allocator kept from earlier calls would hide what this one needs.
+            ctypes.CDLL(None).malloc_trim(0)
+            CLEAR_REFS.write_text("5")  # resets the high-water mark, VmHWM
+            before = _status_bytes("VmRSS")
     except OSError:  # not Linux
         return None
-    out = contender.forward()
-    contender.backward()
+
+    out = kernel.forward()
+    kernel.backward()
     del out
-    return (torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")) - before
+
+    return (torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM")) - before
 
 
-def _resident(name: str) -> int:
-    """Bytes of a line of the process's status."""
-    return 1024 * next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+def _status_bytes(name: str) -> int:
+    """Read a field of ``/proc/self/status`` in bytes."""
+    return 1024 * next(
+        int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name)
+    )

@@ -1,9 +1,11 @@
-"""Which tiles of keys a tile of queries needs, and which without a mask: the lists of FlexAttention and FlashAttention 4.
+"""Block-sparse tile lists for FlexAttention and FlashAttention 4: the tiles of keys that a tile of
+queries attends to, and which of them need no mask.
 
-What a query sees is one run of keys whose ends never fall from one query to the next, so the first and last row of a tile say all
-of it: the lists cost O(tiles x tiles), are made on the device, and nothing waits for them. No S x T mask exists.
+A query attends to one contiguous range of keys, and both ends are non-decreasing from one query to
+the next. So the first and last row of a tile determine its list: the lists cost O(tiles x tiles),
+are built on the device, and need no synchronization. No S x T mask is ever materialized.
 
-Legend: B batch, S queries, T keys; NQ, NK tiles of queries and of keys.
+Legend: B batch, S queries, T keys; NQ tiles of queries, NK tiles of keys.
 """
 
 import functools
@@ -11,99 +13,156 @@ from collections.abc import Callable
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from bitlm_dist.kernels.call import Call, seen_by_queries
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from bitlm_dist.kernels.attention_inputs import AttentionInputs, visible_key_ranges
+
 Sizes = ParamSpec("Sizes")
-Made = TypeVar("Made")
-KEPT = 16  # masks in memory at a time, for each function and document layout
+Result = TypeVar("Result")
+MAX_CACHED_MASKS = 16  # per function and document layout
 
 
 class TileLists(NamedTuple):
-    """For each tile of one side its tiles of the other: the first ``count`` of ``index``, ascending; the rest is filler."""
+    """For each of N tiles of one side, the tiles of the other side that it interacts with.
 
-    partial_count: Tensor  # int32 [B or 1, 1, N]: tiles that need the mask
+    The first ``num_…`` entries of ``…_index`` are valid and ascending; the rest is padding.
+    """
+
+    num_partial: Tensor  # int32 [B or 1, 1, N]: tiles that need the mask
     partial_index: Tensor  # int32 [B or 1, 1, N, tiles of the other side]
-    full_count: Tensor  # int32 [B or 1, 1, N]: tiles that every row sees whole
+    num_full: Tensor  # int32 [B or 1, 1, N]: tiles without a masked entry
     full_index: Tensor  # int32 [B or 1, 1, N, tiles of the other side]
 
 
-def once_per_mask(make: Callable[Concatenate[Call, Sizes], Made]) -> Callable[Concatenate[Call, Sizes], Made]:
-    """Let the layers of a forward pass share what ``make`` builds from the mask of a call: its sizes, block and bounds.
+def cache_per_mask(
+    make: Callable[Concatenate[AttentionInputs, Sizes], Result],
+) -> Callable[Concatenate[AttentionInputs, Sizes], Result]:
+    """Cache what ``make`` builds from the mask of a call, so that all layers share it.
 
-    ``make`` must read nothing else of the call, and return no view of the bounds: what belongs to them goes when they go.
+    The mask is defined by the sizes, the block size and the document bounds. ``make`` must depend
+    on nothing else of the call. It must not return a view of the bounds: entries are dropped when
+    their bounds are freed.
     """
-    without_documents: dict[Any, Made] = {}
-    with_documents = WeakIdKeyDictionary()  # bounds -> what was made of them
+    without_documents: dict[Any, Result] = {}
+    with_documents = WeakIdKeyDictionary()  # bounds -> cache of their masks
 
     @functools.wraps(make)
-    def shared(call: Call, /, *sizes: Sizes.args, **named: Sizes.kwargs) -> Made:
-        if not _outlives(call):
-            return make(call, *sizes, **named)
-        store, version = without_documents, 0
-        if call.bounds is not None:
-            store = with_documents.setdefault(call.bounds, {})
-            version = call.bounds._version  # bounds may be a buffer that every batch is copied into
-        key = (call.block, call.q.shape[2], call.k.shape[2], call.q.device, version, sizes, *named.items())
+    def shared(inputs: AttentionInputs, /, *sizes: Sizes.args, **named: Sizes.kwargs) -> Result:
+        if not _is_cacheable(inputs):
+            return make(inputs, *sizes, **named)
+
+        store = without_documents
+        version = 0
+        if inputs.document_bounds is not None:
+            store = with_documents.setdefault(inputs.document_bounds, {})
+            # bounds may be a buffer that every batch is copied into
+            version = inputs.document_bounds._version
+
+        key = (
+            inputs.block,
+            inputs.q.shape[2],
+            inputs.k.shape[2],
+            inputs.q.device,
+            version,
+            sizes,
+            *named.items(),
+        )
         if key not in store:
-            while len(store) >= KEPT:
+            while len(store) >= MAX_CACHED_MASKS:
                 store.pop(next(iter(store)))
-            # An evaluation may come first: training could not save its inference tensors for the backward pass.
+
+            # The first call may be an evaluation, and autograd cannot save inference tensors.
             with torch.inference_mode(False):
-                store[key] = make(call, *sizes, **named)
+                store[key] = make(inputs, *sizes, **named)
+
         return store[key]
 
     return shared
 
 
-def _outlives(call: Call) -> bool:
-    """Whether tensors made now are still good in the next call."""
-    if torch.compiler.is_compiling() or isinstance(call.q, FakeTensor):
+def _is_cacheable(inputs: AttentionInputs) -> bool:
+    """True if tensors made now remain valid in the next call."""
+    if torch.compiler.is_compiling() or isinstance(inputs.q, FakeTensor):
         return False
-    if call.q.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False  # they belong to the graph, which fills them anew at every replay
-    return call.bounds is None or not call.bounds.is_inference()
+
+    # tensors of a captured graph are overwritten by every replay
+    if inputs.q.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+
+    return inputs.document_bounds is None or not inputs.document_bounds.is_inference()
 
 
-@once_per_mask
-def tile_lists(call: Call, tile_queries: int, tile_keys: int) -> TileLists:
-    """For each tile of queries the tiles of keys to visit, N = NQ.
+@cache_per_mask
+def tile_lists(inputs: AttentionInputs, tile_queries: int, tile_keys: int) -> TileLists:
+    """Build the tiles of keys that each tile of queries visits, N = NQ.
 
-    A tile that reaches past the last query or key is partial: the kernels check their borders together with the mask.
+    A tile that extends past the last query or key is partial, as the kernels check the bounds
+    together with the mask.
     """
-    first, last, first_full, last_full = _visits(call, tile_queries, tile_keys)
+    first, last, first_full, last_full = _tile_runs(inputs, tile_queries, tile_keys)
+
+    # an incomplete last tile of queries has no full tiles
     tile = torch.arange(first.shape[1], device=first.device)
-    last_full = last_full.where(tile < call.q.shape[2] // tile_queries, 0)
-    return _lists(first, last, first_full, last_full, _tiles(call.k.shape[2], tile_keys))
+    last_full = last_full.where(tile < inputs.q.shape[2] // tile_queries, 0)
+    return _to_tile_lists(
+        first, last, first_full, last_full, _num_tiles(inputs.k.shape[2], tile_keys)
+    )
 
 
-@once_per_mask
-def transposed_tile_lists(call: Call, tile_queries: int, tile_keys: int) -> TileLists:
-    """The same tiles by columns: for each tile of keys the tiles of queries that visit it, N = NK."""
-    # The ends of the runs never fall from one tile of queries to the next: those that visit a tile of keys are a run too.
-    keys, queries = (_tiles(x.shape[2], tile) for x, tile in ((call.k, tile_keys), (call.q, tile_queries)))
-    visits = _visits(call, tile_queries, tile_keys)
-    at = torch.arange(keys, device=call.q.device, dtype=torch.int32).expand(visits[0].shape[0], -1).contiguous()
-    last, first, last_full, first_full = (torch.searchsorted(x.contiguous(), at, right=True, out_int32=True) for x in visits)
-    whole = call.q.shape[2] // tile_queries
-    return _lists(first, last, first_full, last_full.clamp(max=whole), queries)
+@cache_per_mask
+def transposed_tile_lists(inputs: AttentionInputs, tile_queries: int, tile_keys: int) -> TileLists:
+    """Transpose :func:`tile_lists`: the tiles of queries that visit each tile of keys, N = NK."""
+    num_key_tiles, num_query_tiles = (
+        _num_tiles(x.shape[2], tile)
+        for x, tile in ((inputs.k, tile_keys), (inputs.q, tile_queries))
+    )
+
+    # The ends of the runs are non-decreasing from one tile of queries to the next. So the tiles of
+    # queries that visit a tile of keys are a run as well, found by binary search.
+    visits = _tile_runs(inputs, tile_queries, tile_keys)
+    at = (
+        torch.arange(num_key_tiles, device=inputs.q.device, dtype=torch.int32)
+        .expand(visits[0].shape[0], -1)
+        .contiguous()
+    )
+    last, first, last_full, first_full = (
+        torch.searchsorted(x.contiguous(), at, right=True, out_int32=True) for x in visits
+    )
+
+    num_full_query_tiles = inputs.q.shape[2] // tile_queries
+    return _to_tile_lists(
+        first, last, first_full, last_full.clamp(max=num_full_query_tiles), num_query_tiles
+    )
 
 
-def _tiles(positions: int, tile: int) -> int:
-    return -(-positions // tile)
+def _num_tiles(num_positions: int, tile: int) -> int:
+    return -(-num_positions // tile)
 
 
-def _visits(call: Call, tile_queries: int, tile_keys: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Runs of tiles of keys, int32 [B or 1, NQ] each: first and end of those visited, first and end of the full ones.
+def _tile_runs(
+    inputs: AttentionInputs, tile_queries: int, tile_keys: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Runs of tiles of keys that each tile of queries visits, and of the full ones among them.
 
-    An empty run of full tiles may end before it begins. A last tile of queries that is not whole counts as if it were.
+    A run of full tiles that is empty may end before it begins. An incomplete last tile of queries
+    is treated as complete.
+
+    Returns:
+        first, last, first_full, last_full: int32 [B or 1, NQ] each; ends are exclusive.
     """
-    low, high = seen_by_queries(call)
-    tiles = _tiles(low.shape[1], tile_queries)
+    low, high = visible_key_ranges(inputs)
+    num_query_tiles = _num_tiles(low.shape[1], tile_queries)
+
+    # ranges of the first and the last row of each tile; an incomplete tile ends with the last query
     first_row = slice(None, None, tile_queries)
-    last_low, last_high = (torch.cat((x[:, tile_queries - 1 :: tile_queries], x[:, -1:]), 1)[:, :tiles] for x in (low, high))
+    last_low, last_high = (
+        torch.cat((x[:, tile_queries - 1 :: tile_queries], x[:, -1:]), 1)[:, :num_query_tiles]
+        for x in (low, high)
+    )
+
+    # visited: keys of any row; full: keys of every row
     first = low[:, first_row] // tile_keys
     last = (last_high + (tile_keys - 1)) // tile_keys
     first_full = (last_low + (tile_keys - 1)) // tile_keys
@@ -111,14 +170,23 @@ def _visits(call: Call, tile_queries: int, tile_keys: int) -> tuple[Tensor, Tens
     return first, last, first_full, last_full
 
 
-def _lists(first: Tensor, last: Tensor, first_full: Tensor, last_full: Tensor, width: int) -> TileLists:
-    """Runs [B or 1, N] -> lists of ``width`` entries; partial tiles are those of the run before and after the full ones."""
-    first, last, first_full, last_full = (x[:, None] for x in (first, last, first_full, last_full))  # one list for all heads
+def _to_tile_lists(
+    first: Tensor, last: Tensor, first_full: Tensor, last_full: Tensor, num_entries: int
+) -> TileLists:
+    """Expand runs [B or 1, N] into lists of ``num_entries`` entries.
+
+    Partial tiles are the ones of the run before and after the full ones.
+    """
+    # one list for all heads
+    first, last, first_full, last_full = (x[:, None] for x in (first, last, first_full, last_full))
     full = (last_full - first_full).clamp(min=0)
-    entry = torch.arange(width, device=first.device, dtype=torch.int32)
+    entry = torch.arange(num_entries, device=first.device, dtype=torch.int32)
+
+    # partial entries skip the full tiles
     left = (first_full - first)[..., None]
     partial_index = first[..., None] + entry + torch.where(entry < left, 0, full[..., None])
     full_index = first_full[..., None] + entry
-    # Kernels may read one entry past the count, so filler names a tile too.
-    partial_index, full_index = (x.clamp(max=width - 1) for x in (partial_index, full_index))
+
+    # Kernels may read one entry past the count, so padding must be a valid tile as well.
+    partial_index, full_index = (x.clamp(max=num_entries - 1) for x in (partial_index, full_index))
     return TileLists(last - first - full, partial_index, full, full_index)

@@ -1,8 +1,9 @@
-"""Causal flash attention inside documents by what torch brings: the stock half of the merge (merge.py).
+"""Causal flash attention within documents by torch's operators: the causal part of lse_merge.py.
 
-Forward gives the output and the log-sum-exp of the scores; backward takes both, which need not be its own forward's.
+The forward pass returns the output and the log-sum-exp of the scores. The backward pass takes both,
+and they need not come from its own forward pass.
 
-Legend: B batch, H query heads, G key-value heads, S queries, T keys, D width of a head.
+Legend: B batch, H query heads, G key-value heads, S queries, T keys, D head dimension.
 """
 
 from collections.abc import Iterator
@@ -10,158 +11,261 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from bitlm_dist.kernels.call import Call
 from torch import Tensor
 
-Gradients = tuple[Tensor, Tensor, Tensor]
+from bitlm_dist.kernels.attention_inputs import AttentionInputs
+
+Gradients = tuple[Tensor, Tensor, Tensor]  # dq, dk, dv
 _CPU: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_BACKWARD: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _GPU: Any = torch.ops.aten._flash_attention_forward
 _GPU_BACKWARD: Any = torch.ops.aten._flash_attention_backward
 
 
-def unsupported(call: Call) -> str | None:
-    """Why no flash attention at hand takes the call; None if one does. That of the CPU takes all."""
-    q = call.q
+def unsupported_reason(inputs: AttentionInputs) -> str | None:
+    """Reason why torch has no flash attention for this call; None if it has."""
+    q = inputs.q
     if q.device.type == "cpu":
-        return None
+        return None  # supports everything
+
     if not q.is_cuda:
         return f"q is on {q.device}, it runs on CPU and CUDA devices"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"q, k and v are {q.dtype}, on a GPU it supports torch.float16 and torch.bfloat16"
     if q.shape[3] % 8 or q.shape[3] > 256:
-        return f"heads of width {q.shape[3]}, on a GPU it supports multiples of 8 up to 256"
+        return f"head dim {q.shape[3]}, on a GPU it supports multiples of 8 up to 256"
     if torch.cuda.get_device_capability(q.device) < (8, 0):
         return "the GPU has no flash attention, it needs compute capability 8.0"
     return None
 
 
-def flash_of(call: Call) -> "CPUFlash | GPUFlash":
-    """The library for this call, with what its backward must know of its forward."""
-    return GPUFlash(call) if call.q.is_cuda else CPUFlash(call)
+def select_flash(inputs: AttentionInputs) -> "CPUFlash | GPUFlash":
+    """Select the implementation for this call; it holds the state that its backward pass needs."""
+    return GPUFlash(inputs) if inputs.q.is_cuda else CPUFlash(inputs)
 
 
-class _Part(NamedTuple):
-    """One call of flash attention: rows of the batch, queries, keys, and whether it is causal."""
+class _FlashCall(NamedTuple):
+    """One rectangle of a flash attention."""
 
-    rows: slice
+    rows: slice  # of the batch
     queries: slice
     keys: slice
-    causal: bool
+    is_causal: bool
 
 
 class CPUFlash:
-    """torch's flash attention for CPUs: a call for each document, and one for the keys before the first query.
+    """Flash attention of torch for CPUs: one call per document, and one for the keys before the
+    first query.
 
-    It gives wrong numbers, silently, where the last dimension is not contiguous.
+    The last dimension of all inputs must be contiguous: otherwise the operator silently returns
+    wrong results.
     """
 
-    def __init__(self, call: Call) -> None:
-        self._parts = list(_parts(call))
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._calls = list(_flash_calls(inputs))
 
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """-> output [B, H, S, D], log-sum-exp [B, H, S] in fp32 or wider."""
-        q, k, v = call.q, call.k, call.v
-        if len(self._parts) == 1:
-            return _CPU(q, k, v, 0.0, True, scale=call.scale)
+    def forward(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Compute causal attention within documents.
+
+        Returns:
+            out: [B, H, S, D].
+            lse: log-sum-exp of the scores, [B, H, S], in fp32 or wider.
+        """
+        q = inputs.q
+        k = inputs.k
+        v = inputs.v
+        if len(self._calls) == 1:
+            return _CPU(q, k, v, 0.0, True, scale=inputs.scale)
+
         out = torch.empty_like(q)
         lse = q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-        for part in self._parts:
-            at, keys = (part.rows, slice(None), part.queries), (part.rows, slice(None), part.keys)
-            found = _CPU(q[at], k[keys], v[keys], 0.0, part.causal, scale=call.scale)
-            out[at], lse[at] = found if part.causal else merged(out[at], lse[at], *found)
+        for flash_call in self._calls:
+            at = (flash_call.rows, slice(None), flash_call.queries)
+            keys = (flash_call.rows, slice(None), flash_call.keys)
+            result = _CPU(q[at], k[keys], v[keys], 0.0, flash_call.is_causal, scale=inputs.scale)
+
+            # the causal call of a query comes first and writes what the others merge into
+            out[at], lse[at] = (
+                result if flash_call.is_causal else merge_by_lse(out[at], lse[at], *result)
+            )
+
         return out, lse
 
-    def backward(self, call: Call, gradient: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """-> dq, dk, dv."""
-        q, k, v = call.q, call.k, call.v
-        if gradient.stride(-1) != 1:
-            gradient = gradient.contiguous()
-        if len(self._parts) == 1:
-            return _CPU_BACKWARD(gradient, q, k, v, out, lse, 0.0, True, scale=call.scale)
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for part in self._parts:
-            at, keys = (part.rows, slice(None), part.queries), (part.rows, slice(None), part.keys)
-            found = _CPU_BACKWARD(gradient[at], q[at], k[keys], v[keys], out[at], lse[at], 0.0, part.causal, scale=call.scale)
-            for whole, place, share in zip((dq, dk, dv), (at, keys, keys), found, strict=True):
-                whole[place] += share
+    def backward(
+        self, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Compute the gradients of q, k and v from the given output and log-sum-exp."""
+        q = inputs.q
+        k = inputs.k
+        v = inputs.v
+        if dout.stride(-1) != 1:
+            dout = dout.contiguous()
+
+        if len(self._calls) == 1:
+            return _CPU_BACKWARD(dout, q, k, v, out, lse, 0.0, True, scale=inputs.scale)
+
+        dq = torch.zeros_like(q)
+        dk = torch.zeros_like(k)
+        dv = torch.zeros_like(v)
+        for flash_call in self._calls:
+            at = (flash_call.rows, slice(None), flash_call.queries)
+            keys = (flash_call.rows, slice(None), flash_call.keys)
+            partial_grads = _CPU_BACKWARD(
+                dout[at],
+                q[at],
+                k[keys],
+                v[keys],
+                out[at],
+                lse[at],
+                0.0,
+                flash_call.is_causal,
+                scale=inputs.scale,
+            )
+
+            # calls overlap in queries or keys, so their gradients add up
+            for full_grad, index, partial_grad in zip(
+                (dq, dk, dv), (at, keys, keys), partial_grads, strict=True
+            ):
+                full_grad[index] += partial_grad
+
         return dq, dk, dv
 
 
-def _parts(call: Call) -> Iterator[_Part]:
-    """Calls that together cover what causal attention inside documents sees; of each query its own document's comes first."""
-    past, keys = call.past, call.k.shape[2]
-    if call.bounds is None:
-        rows = slice(0, len(call.q))
-        yield _Part(rows, slice(0, keys - past), slice(past, keys), True)
-        if past:
-            yield _Part(rows, slice(0, keys - past), slice(0, past), False)
+def _flash_calls(inputs: AttentionInputs) -> Iterator[_FlashCall]:
+    """Split causal attention within documents into calls of flash attention.
+
+    The causal call of a query comes before the one over its past keys.
+    """
+    num_past_keys = inputs.num_past_keys
+    num_keys = inputs.k.shape[2]
+
+    if inputs.document_bounds is None:
+        rows = slice(0, len(inputs.q))
+        yield _FlashCall(
+            rows, slice(0, num_keys - num_past_keys), slice(num_past_keys, num_keys), True
+        )
+        if num_past_keys:
+            yield _FlashCall(
+                rows, slice(0, num_keys - num_past_keys), slice(0, num_past_keys), False
+            )
         return
-    for row, starts in enumerate(call.bounds[0]):
-        for begin, end in pairwise([*starts.unique_consecutive().tolist(), keys]):
-            first = max(begin, past)
+
+    for row, starts in enumerate(inputs.document_bounds[0]):
+        for document_start, end in pairwise([*starts.unique_consecutive().tolist(), num_keys]):
+            first = max(document_start, num_past_keys)
             if first >= end:
-                continue
-            own = slice(first - past, end - past)
-            yield _Part(slice(row, row + 1), own, slice(first, end), True)
-            if begin < first:
-                yield _Part(slice(row, row + 1), own, slice(begin, first), False)
+                continue  # a document without queries
+
+            queries = slice(first - num_past_keys, end - num_past_keys)
+            yield _FlashCall(slice(row, row + 1), queries, slice(first, end), True)
+            if document_start < first:
+                yield _FlashCall(slice(row, row + 1), queries, slice(document_start, first), False)
 
 
-def merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs and log-sum-exps over two disjoint sets of keys -> those over both."""
-    both = torch.logaddexp(lse, other_lse)
-    mine, theirs = (lse - both).exp_().unsqueeze(-1), (other_lse - both).exp_().unsqueeze(-1)
-    return torch.addcmul(out * mine, other, theirs.to(out.dtype)).to(out.dtype), both
+def merge_by_lse(
+    out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Merge attention over two disjoint sets of keys.
+
+    Args:
+        out: output over the first set, [..., D].
+        lse: log-sum-exp of its scores, [...].
+        other: output over the second set, [..., D].
+        other_lse: log-sum-exp of its scores, [...].
+
+    Returns:
+        out, lse: over both sets.
+    """
+    merged_lse = torch.logaddexp(lse, other_lse)
+    weight = (lse - merged_lse).exp_().unsqueeze(-1)
+    other_weight = (other_lse - merged_lse).exp_().unsqueeze(-1)
+    return torch.addcmul(out * weight, other, other_weight.to(out.dtype)).to(out.dtype), merged_lse
 
 
 class GPUFlash:
-    """The flash attention 2 that torch brings: documents by cumulative lengths, causal from the bottom right corner."""
+    """FlashAttention 2 of torch: documents by cumulative lengths, causal mask aligned to the bottom
+    right corner.
+    """
 
-    def __init__(self, call: Call) -> None:
-        self._queries = self._keys = None
-        if call.bounds is not None:
-            self._queries, self._keys = cumulative_lengths(call.bounds, call.past)
-        self._random: list[Tensor] = []  # state of a dropout that is not used
+    def __init__(self, inputs: AttentionInputs) -> None:
+        self._cu_seqlens_q = self._cu_seqlens_k = None  # without documents, no packing
+        if inputs.document_bounds is not None:
+            self._cu_seqlens_q, self._cu_seqlens_k = compute_cu_seqlens(
+                inputs.document_bounds, inputs.num_past_keys
+            )
 
-    def _packed(self, *tensors: Tensor) -> list[Tensor]:
-        """[B, H, S, D] -> [B, S, H, D], with documents [B S, H, D]."""
+        # the operator returns it and its backward requires it, though no dropout is used
+        self._rng_state: list[Tensor] = []
+
+    def _pack(self, *tensors: Tensor) -> list[Tensor]:
+        """Convert [B, H, S, D] to [B, S, H, D], with documents to [B S, H, D]."""
         turned = [x.transpose(1, 2) for x in tensors]
-        return turned if self._keys is None else [x.flatten(0, 1) for x in turned]
+        return turned if self._cu_seqlens_k is None else [x.flatten(0, 1) for x in turned]
 
-    def _unpacked(self, x: Tensor, batch: int) -> Tensor:
-        return (x if self._keys is None else x.unflatten(0, (batch, -1))).transpose(1, 2)
+    def _unpack(self, x: Tensor, batch: int) -> Tensor:
+        return (x if self._cu_seqlens_k is None else x.unflatten(0, (batch, -1))).transpose(1, 2)
 
-    def forward(self, call: Call) -> tuple[Tensor, Tensor]:
-        """-> output [B, H, S, D], log-sum-exp fp32 [B, H, S]."""
-        batch, queries, keys = len(call.q), call.q.shape[2], call.k.shape[2]
-        q, k, v = self._packed(call.q, call.k, call.v)
-        out, lse, *self._random, _ = _GPU(
-            q, k, v, self._queries, self._keys, queries, keys, 0.0, True, False, scale=call.scale
+    def forward(self, inputs: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """Compute causal attention within documents.
+
+        Returns:
+            out: [B, H, S, D].
+            lse: log-sum-exp of the scores, fp32 [B, H, S].
+        """
+        batch = len(inputs.q)
+        max_seqlen_q = inputs.q.shape[2]
+        max_seqlen_k = inputs.k.shape[2]
+
+        q, k, v = self._pack(inputs.q, inputs.k, inputs.v)
+        out, lse, *self._rng_state, _ = _GPU(
+            q, k, v, self._cu_seqlens_q, self._cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+            0.0, True, False, scale=inputs.scale,
         )  # fmt: skip
-        if self._keys is not None:  # [H, B S]
+
+        # packed sequences have the log-sum-exp [H, B S]
+        if self._cu_seqlens_k is not None:
             lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        return self._unpacked(out, batch), lse
 
-    def backward(self, call: Call, gradient: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """-> dq, dk, dv."""
-        batch, queries, keys = len(call.q), call.q.shape[2], call.k.shape[2]
-        g, q, k, v, o = self._packed(gradient, call.q, call.k, call.v, out)
-        if self._keys is not None:
+        return self._unpack(out, batch), lse
+
+    def backward(
+        self, inputs: AttentionInputs, dout: Tensor, out: Tensor, lse: Tensor
+    ) -> Gradients:
+        """Compute the gradients of q, k and v from the given output and log-sum-exp."""
+        batch = len(inputs.q)
+        max_seqlen_q = inputs.q.shape[2]
+        max_seqlen_k = inputs.k.shape[2]
+
+        g, q, k, v, o = self._pack(dout, inputs.q, inputs.k, inputs.v, out)
+        if self._cu_seqlens_k is not None:
             lse = lse.transpose(0, 1).flatten(1)
-        sizes = (self._queries, self._keys, queries, keys)
-        dq, dk, dv = _GPU_BACKWARD(g, q, k, v, o, lse.contiguous(), *sizes, 0.0, True, *self._random, scale=call.scale)
-        return self._unpacked(dq, batch), self._unpacked(dk, batch), self._unpacked(dv, batch)
+
+        sizes = (self._cu_seqlens_q, self._cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        dq, dk, dv = _GPU_BACKWARD(
+            g, q, k, v, o, lse.contiguous(), *sizes, 0.0, True, *self._rng_state, scale=inputs.scale
+        )
+
+        return self._unpack(dq, batch), self._unpack(dk, batch), self._unpack(dv, batch)
 
 
-def cumulative_lengths(bounds: Tensor, past: int) -> tuple[Tensor, Tensor]:
-    """Of all documents of the batch, one row after another: int32 [documents + 1] of queries and of keys. Waits for the GPU."""
+def compute_cu_seqlens(bounds: Tensor, num_past_keys: int) -> tuple[Tensor, Tensor]:
+    """Cumulative lengths of all documents of the batch, one row after another.
+
+    Waits for the GPU, as the number of documents decides a shape.
+
+    Returns:
+        cu_seqlens_q: int32 [documents + 1].
+        cu_seqlens_k: int32 [documents + 1].
+    """
     batch, keys = bounds.shape[1:]
-    place = torch.arange(keys, device=bounds.device)
-    row, start = (bounds[0] == place).nonzero(as_tuple=True)
-    queries = (start - past).clamp(min=0) + row * (keys - past)
+    positions = torch.arange(keys, device=bounds.device)
+
+    # a document before the first query has no queries, and length 0
+    row, start = (bounds[0] == positions).nonzero(as_tuple=True)
+    queries = (start - num_past_keys).clamp(min=0) + row * (keys - num_past_keys)
+
     ends = queries.new_tensor([batch])
     return (
-        torch.cat((queries, ends * (keys - past))).int(),
+        torch.cat((queries, ends * (keys - num_past_keys))).int(),
         torch.cat((start + row * keys, ends * keys)).int(),
     )

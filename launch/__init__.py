@@ -1,1 +1,1 @@
-"""Where a process stands in its job, and starting jobs."""
+"""Rank discovery, and supervised jobs on Slurm or on one machine."""

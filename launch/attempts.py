@@ -1,25 +1,27 @@
-"""One run is as many attempts as it takes: what each leaves in the run folder, and what is to be done after it.
+"""Attempts of a run: the files that each one leaves in the run folder, and the action that follows.
 
-RUN/launch/attempts/NNNN/ holds of one start of all ranks::
+An attempt is one launch of all ranks. RUN/launch/attempts/NNNN/ holds::
 
-    attempt.json        who started it: job, restart of the job, nodes, time, newest checkpoint then, limits of the watch
-    start.log           what was printed before there was a rank: by srun, by nodes where the ranks could not start
-    logs/rank-R.log     what each rank printed
-    beats/rank-R        where each rank is, see :mod:`bitlm_dist.launch.heartbeat`
-    stop                exists once the attempt is to save and end; holds why
-    outcome.json        written by rank 0 when it ended as it should: done or stopped, and the step
+    attempt.json        written at the start: job, restart count of the job, nodes, time, latest
+                        checkpoint, heartbeat timeouts
+    start.log           output from before the ranks started: of srun, and of nodes on which they
+                        could not start
+    logs/rank-R.log     output of each rank
+    beats/rank-R        heartbeat of each rank, see :mod:`bitlm_dist.launch.heartbeat`
+    stop                created to make the attempt save and exit; holds the reason
+    outcome.json        written by rank 0 at an orderly exit: done or stopped, and the step
     failures/rank-R.json  written by a rank that failed
-    hung.json           a rank that was found hanging
-    nodes/NODE.json     what each node measured before, see :mod:`bitlm_dist.launch.preflight`
-    end.json            written by the launcher: what came of it
+    hung.json           the rank that was reported as hung
+    nodes/NODE.json     preflight measurements of each node, see
+                        :mod:`bitlm_dist.launch.preflight`
+    end.json            written by the launcher: the outcome of the attempt
 
-Files decide, not exit codes: a batch system loses or replaces these. Everything here is the standard library, so that a launcher
-can ask before anything heavy is imported.
+An outcome is read from these files rather than from exit codes, which a batch system may lose or
+replace. This module imports nothing heavy (no torch), so that launchers start fast.
 """
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -28,52 +30,80 @@ from pathlib import Path
 from typing import Any
 
 from bitlm_dist import errors
+from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import to_json, write_atomically
+from bitlm_dist.files import write_atomically
+from bitlm_dist.strict_json import to_json
 
-LAUNCH, CANCELLED = "launch", "cancelled"
-VARIABLE = "BITLM_ATTEMPT"  # the attempt's folder, for its ranks
-DONE, STOPPED, REFUSED, FAILED, HUNG, LOST, BAD_NODES = "done", "stopped", "refused", "failed", "hung", "lost", "bad nodes"
-DIVERGED = "diverged"
-SIGN = "bitlm: "  # before each line that tells the user what to mend
-OWN_FILES = (LAUNCH, "run.lock", "stop")  # beside config.yaml, what a folder may hold in which no step was taken
-STOP_REQUEST, BY_USER = "stop file", "the file `stop` in the run folder"
-CHECKPOINT = re.compile(r"step-(\d{8,})")
+LAUNCH = "launch"
+CANCELLED_FILE = "cancelled"
+ATTEMPT_VARIABLE = "BITLM_ATTEMPT"  # environment variable with the attempt's folder, for the ranks
+
+# outcomes of an attempt
+DONE = "done"  # all steps were taken
+STOPPED = "stopped"  # saved and exited on request
+REFUSED = "refused"  # a rank raised UserError: the user has to fix something
+FAILED = "failed"  # a rank failed in any other way
+HUNG = "hung"  # a rank made no progress until a timeout
+LOST = "lost"  # the launcher was killed before it could record an outcome
+BAD_NODES = "bad nodes"  # the preflight check excluded nodes
+DIVERGED = "diverged"  # loss, gradients or weights became non-finite
+
+USER_ERROR_PREFIX = "bitlm: "  # starts each line that tells the user what to fix
+
+# what a folder may hold, besides config.yaml, before the first step of a run
+FILES_BEFORE_FIRST_STEP = (LAUNCH, "run.lock", "stop")
+STOP_FILE_REASON = "stop file"
+STOPPED_BY_USER = "the file `stop` in the run folder"
+_RENAMED_LIMITS = {  # names before 0.2.0, and what they are called today
+    "beat": "heartbeat_interval",
+    "frozen": "heartbeat_timeout",
+    "stalled": "step_timeout",
+    "start": "startup_timeout",
+}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When a rank is taken to hang, in seconds.
+    """Heartbeat interval, and the timeouts after which a rank counts as hung; all in seconds.
 
     Attributes:
-        beat: between two signs of life.
-        frozen: without any: the process is stopped, swapped out, or stuck inside a call that holds Python's lock.
-        stalled: without a step.
-        start: until the first step.
+        heartbeat_interval: between two heartbeats.
+        heartbeat_timeout: without a heartbeat. The process is then stopped, swapped out, or stuck
+            in a call that holds the GIL.
+        step_timeout: without a step.
+        startup_timeout: until the first step.
     """
 
-    beat: float = 10.0
-    frozen: float = 120.0
-    stalled: float = 1800.0
-    start: float = 3600.0
+    heartbeat_interval: float = 10.0
+    heartbeat_timeout: float = 120.0
+    step_timeout: float = 1800.0
+    startup_timeout: float = 3600.0
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, float]) -> "Limits":
+        """Read the limits in a settings.json or attempt.json, also of older versions."""
+        return cls(**{_RENAMED_LIMITS.get(name, name): value for name, value in record.items()})
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """attempt.json and end.json.
+    """Contents of attempt.json and end.json.
 
     Attributes:
-        number: from 1.
-        job, restart: of the batch system; the job is empty on a single machine.
+        number: counted from 1.
+        job: job id of the batch system; empty on a single machine.
+        restart: restart count of that job.
         nodes: host names.
-        began: seconds since 1970.
-        checkpoint: step of the newest complete checkpoint when it began, -1: none.
-        outcome: DONE, STOPPED … ; empty while it runs.
-        reason: in words.
-        reached: as ``checkpoint``, at its end.
-        ended: seconds since 1970.
-        limits: of the watch over its ranks.
-        submission: what the user did last to start the run; attempts before that count no more.
+        began: start time, seconds since 1970.
+        checkpoint: step of the latest complete checkpoint at the start; -1 if there was none.
+        outcome: DONE, STOPPED, …; empty while the attempt runs.
+        reason: the outcome in words.
+        reached: step of the latest complete checkpoint at the end; -1 if there was none.
+        ended: end time, seconds since 1970.
+        limits: heartbeat timeouts of its ranks.
+        submission: id of the user's submit or resume command that led to this attempt. Attempts of
+            earlier submissions do not count against ``max_restarts``.
     """
 
     number: int
@@ -91,127 +121,200 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the launcher does next.
+class NextAction:
+    """The launcher's action after an attempt.
 
     Attributes:
-        action: ``end`` (all is done, or as the user wishes), ``give up``, ``restart`` (in this allocation), ``requeue`` (give the
-            allocation back and wait for another), ``resubmit`` (the same, without the nodes in ``exclude``).
+        action: ``end`` (trained, or ended by the user), ``give up``, ``restart`` (in this
+            allocation), ``requeue`` (release the allocation and wait for another one), or
+            ``resubmit`` (the same, without the nodes in ``exclude``).
         reason: one line.
-        exclude: see above.
-        idle: attempts in a row, up to the last, that made no new checkpoint.
+        exclude: nodes that the next job must not use.
+        num_without_progress: number of attempts since the last one that made a new checkpoint.
     """
 
     action: str
     reason: str
     exclude: tuple[str, ...] = ()
-    idle: int = 0
+    num_without_progress: int = 0
 
 
-def check_free(run: Path, used: Iterable[Path]) -> None:
-    """Refuse a folder that holds anything but a run, or what is there for a run to begin.
+def check_run_folder(run: Path, used: Iterable[Path]) -> None:
+    """Refuse a folder that is not empty and was not written by a run.
 
     Args:
         run: the run folder, absolute; may be missing.
-        used: absolute paths that the run reads or writes; they may lie in its folder.
+        used: absolute paths that the config names; they may be inside the run folder.
 
     Raises:
-        UserError: it holds other files.
+        UserError: the folder holds unrelated files.
     """
     if (run / "config.yaml").is_file() or not run.is_dir():
         return
+
     for file in run.iterdir():
+        # the user may have linked the checkpoints to another disk before the first start
         linked = file.name == "checkpoints" and file.is_symlink()
-        if not (linked or file.name in OWN_FILES or file.name[0] == "." or any(path.is_relative_to(file) for path in used)):
-            raise UserError(f"run.dir = {run} holds files but no run: choose an empty or a new folder")
+        if not (
+            linked
+            or file.name in FILES_BEFORE_FIRST_STEP
+            or file.name[0] == "."
+            or any(path.is_relative_to(file) for path in used)
+        ):
+            raise UserError(
+                f"run.dir = {run} holds files but no run: choose an empty or a new folder"
+            )
 
 
-def check_link(run: Path) -> None:
-    """Raise a UserError if the checkpoints of a run are behind a link that leads nowhere."""
+def check_checkpoint_link(run: Path) -> None:
+    """Refuse a run whose checkpoint folder is a dangling link.
+
+    Raises:
+        UserError: the target of the link does not exist.
+    """
     link = run / "checkpoints"
     if link.is_symlink() and not link.exists() and (run / "config.yaml").is_file():
-        raise UserError(f"{link} leads to {link.resolve()}, which is not there: mount its disk, or mend the link")
+        raise UserError(
+            f"{link} leads to {link.resolve()}, which is not there: "
+            "mount its disk, or mend the link"
+        )
 
 
-def newest_checkpoint(run: Path) -> int:
-    """Step of the newest complete checkpoint of a run, -1: none."""
-    found = (CHECKPOINT.fullmatch(path.parent.name) for path in (run / "checkpoints").glob("*/manifest.json"))
-    return max((int(match[1]) for match in found if match), default=-1)
+def latest_checkpoint_step(run: Path) -> int:
+    """Step of the latest complete checkpoint of a run; -1 if there is none."""
+    return max(complete_steps(run / "checkpoints"), default=-1)
 
 
-def folder_of(run: Path, number: int) -> Path:
-    """Where an attempt's files are."""
+def attempt_folder(run: Path, number: int) -> Path:
+    """Folder of an attempt's files."""
     return run / LAUNCH / "attempts" / f"{number:04d}"
 
 
-def run_of(folder: Path) -> Path:
-    """The run whose attempt is in ``folder``."""
+def run_folder_of(folder: Path) -> Path:
+    """Run folder that contains the attempt folder ``folder``."""
     return folder.parents[2]
 
 
 def read_attempt(folder: Path) -> Attempt:
-    """The attempt of a folder."""
-    record = {**_read(folder / "attempt.json"), **_read(folder / "end.json")}
-    return Attempt(**{**record, "nodes": tuple(record["nodes"]), "limits": Limits(**record["limits"])})
+    """Read the attempt whose files are in ``folder``."""
+    record = {**_read_json(folder / "attempt.json"), **_read_json(folder / "end.json")}
+
+    return Attempt(
+        **{
+            **record,
+            "nodes": tuple(record["nodes"]),
+            "limits": Limits.from_record(record["limits"]),
+        }
+    )
 
 
 def read_attempts(run: Path) -> list[Attempt]:
-    """All attempts of a run, the first first."""
-    return [read_attempt(file.parent) for file in sorted((run / LAUNCH / "attempts").glob("*/attempt.json"))]
+    """Read all attempts of a run, oldest first."""
+    return [
+        read_attempt(file.parent)
+        for file in sorted((run / LAUNCH / "attempts").glob("*/attempt.json"))
+    ]
 
 
-def begin(run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limits, submission: str = "") -> Path:
-    """Make the next attempt's folder; one before it that has no end is given it."""
+def create_attempt(
+    run: Path, job: str, restart: int, nodes: Sequence[str], limits: Limits, submission: str = ""
+) -> Path:
+    """Create the folder of the next attempt; a previous one without an outcome is marked LOST.
+
+    Returns:
+        The attempt folder.
+    """
     attempts = read_attempts(run)
     if attempts and not attempts[-1].outcome:
-        end(run, attempts[-1], LOST, "its launcher was ended: the node failed, or the job was killed")
+        # its launcher had no time to record an end
+        record_end(
+            run,
+            attempts[-1],
+            LOST,
+            "its launcher was ended: the node failed, or the job was killed",
+        )
+
     number = attempts[-1].number + 1 if attempts else 1
-    folder = folder_of(run, number)
+    folder = attempt_folder(run, number)
     for name in ("logs", "beats", "failures", "nodes"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+
     attempt = asdict(
-        Attempt(number, job, restart, tuple(nodes), time.time(), newest_checkpoint(run), limits=limits, submission=submission)
+        Attempt(
+            number,
+            job,
+            restart,
+            tuple(nodes),
+            time.time(),
+            latest_checkpoint_step(run),
+            limits=limits,
+            submission=submission,
+        )
     )
-    began = {key: value for key, value in attempt.items() if key not in ("outcome", "reason", "reached", "ended")}
-    write_atomically(folder / "attempt.json", to_json(began) + "\n")
+
+    # the other fields go into end.json
+    record = {
+        key: value
+        for key, value in attempt.items()
+        if key not in ("outcome", "reason", "reached", "ended")
+    }
+    write_atomically(folder / "attempt.json", to_json(record) + "\n")
     return folder
 
 
-def end(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
-    """Record what came of an attempt."""
-    record = {"outcome": outcome, "reason": reason, "reached": newest_checkpoint(run), "ended": time.time()}
-    write_atomically(folder_of(run, attempt.number) / "end.json", to_json(record) + "\n")
+def record_end(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
+    """Write end.json of an attempt."""
+    record = {
+        "outcome": outcome,
+        "reason": reason,
+        "reached": latest_checkpoint_step(run),
+        "ended": time.time(),
+    }
+    write_atomically(attempt_folder(run, attempt.number) / "end.json", to_json(record) + "\n")
 
 
 def stop_files(environment: Mapping[str, str]) -> list[Path]:
-    """The file by which the launcher asks this process to stop; none without a launcher."""
-    return [Path(environment[VARIABLE]) / "stop"] if VARIABLE in environment else []
+    """Files by which the launcher asks this process to stop; empty without a launcher."""
+    return [Path(environment[ATTEMPT_VARIABLE]) / "stop"] if ATTEMPT_VARIABLE in environment else []
 
 
-def ask_to_stop(folder: Path, why: str) -> None:
-    """Have the ranks of an attempt save and end."""
-    write_atomically(folder / "stop", why + "\n")
+def request_stop(folder: Path, reason: str) -> None:
+    """Ask the ranks of an attempt to save and exit."""
+    write_atomically(folder / "stop", reason + "\n")
 
 
-def report(environment: Mapping[str, str], outcome: str, step: int, by: str) -> None:
-    """Rank 0 of a launched run says that it ended as it should, and what stopped it; does nothing otherwise."""
-    if VARIABLE in environment:
-        record = {"outcome": outcome, "step": step, "by": by}
-        write_atomically(Path(environment[VARIABLE]) / "outcome.json", to_json(record) + "\n")
+def report_outcome(
+    environment: Mapping[str, str], outcome: str, step: int, stopped_by: str
+) -> None:
+    """Record an orderly exit and its cause. Called on rank 0; a no-op without a launcher."""
+    if ATTEMPT_VARIABLE in environment:
+        record = {"outcome": outcome, "step": step, "by": stopped_by}
+        write_atomically(
+            Path(environment[ATTEMPT_VARIABLE]) / "outcome.json", to_json(record) + "\n"
+        )
 
 
 def report_failure(
-    environment: Mapping[str, str], rank: int, message: str, lost_peer: bool, refused: bool, diverged: bool = False
+    environment: Mapping[str, str],
+    rank: int,
+    message: str,
+    lost_peer: bool,
+    refused: bool,
+    diverged: bool = False,
 ) -> None:
-    """A rank of a launched run says why it ends; does nothing otherwise.
+    """Record why this rank failed. A no-op without a launcher.
 
     Args:
-        lost_peer: whether it only missed another one.
-        refused: whether the user has to mend something.
-        diverged: whether training arrived at numbers that are not finite.
+        environment: environment variables of this process.
+        rank: global rank.
+        message: the error in one line.
+        lost_peer: the rank only lost its connection to another rank.
+        refused: the user has to fix something.
+        diverged: loss, gradients or weights became non-finite.
     """
-    if VARIABLE not in environment:
+    if ATTEMPT_VARIABLE not in environment:
         return
+
     record = {
         "time": time.time(),
         "host": os.uname().nodename,
@@ -220,39 +323,65 @@ def report_failure(
         "refused": refused,
         "diverged": diverged,
     }
-    with suppress(OSError):  # the error itself is what must be seen
-        write_atomically(Path(environment[VARIABLE]) / "failures" / f"rank-{rank}.json", to_json(record) + "\n")
+
+    with suppress(OSError):  # a failed report must not hide the error itself
+        write_atomically(
+            Path(environment[ATTEMPT_VARIABLE]) / "failures" / f"rank-{rank}.json",
+            to_json(record) + "\n",
+        )
 
 
 def first_failure(folder: Path) -> dict[str, Any] | None:
-    """The failure that came first, with its rank; of ranks that only lost a peer if there is no other."""
-    found = []
+    """Earliest failure report of an attempt, with its rank; None if there is none.
+
+    Ranks that only lost a peer come last, because another rank's failure was the cause.
+    """
+    failures = []
     for file in (folder / "failures").glob("rank-*.json"):
-        record = _read(file)
+        record = _read_json(file)
         if record:
-            found.append({**record, "rank": int(file.stem.partition("-")[2])})
-    return min(found, key=lambda record: (record["lost_peer"], record["time"], record["rank"]), default=None)
+            failures.append({**record, "rank": int(file.stem.partition("-")[2])})
+
+    return min(
+        failures,
+        key=lambda record: (record["lost_peer"], record["time"], record["rank"]),
+        default=None,
+    )
 
 
 def hung_rank(folder: Path) -> int | None:
-    """The rank that was found hanging."""
-    found = _read(folder / "hung.json").get("rank")
-    return None if found is None else int(found)
+    """Rank that was reported as hung; None if there is none."""
+    rank = _read_json(folder / "hung.json").get("rank")
+    return None if rank is None else int(rank)
 
 
-def outcome_of(folder: Path, code: int) -> tuple[str, str]:
-    """What came of the attempt whose ranks have ended, and why in one line.
+def outcome_of(folder: Path, exit_code: int) -> tuple[str, str]:
+    """Determine the outcome of an attempt whose ranks have exited.
 
     Args:
-        code: of the command that ran them; counts only where no file says more.
+        folder: the attempt folder.
+        exit_code: of the command that ran the ranks; used only if no file tells the outcome.
+
+    Returns:
+        The outcome, and the reason in one line.
     """
-    outcome, hung, failure = _read(folder / "outcome.json"), _read(folder / "hung.json"), first_failure(folder)
+    outcome = _read_json(folder / "outcome.json")
+    hung = _read_json(folder / "hung.json")
+    failure = first_failure(folder)
+
+    # rank 0 reported an orderly exit
     if outcome and outcome["outcome"] == DONE:
         return DONE, f"step {outcome['step']}"
     if outcome:
-        by_user = outcome["by"] == STOP_REQUEST and not (folder / "stop").is_file()
-        why = BY_USER if by_user else _why(folder / "stop") or outcome["by"]
-        return STOPPED, f"{why}, " + (f"saved at step {outcome['step']}" if outcome["step"] else "before the first step")
+        # without the launcher's stop file, it was the user's
+        is_user_stop = outcome["by"] == STOP_FILE_REASON and not (folder / "stop").is_file()
+        why = STOPPED_BY_USER if is_user_stop else _read_text(folder / "stop") or outcome["by"]
+        return STOPPED, f"{why}, " + (
+            f"saved at step {outcome['step']}" if outcome["step"] else "before the first step"
+        )
+
+    # Known causes come first. A hang precedes other failures, as ranks that abort because of it
+    # report failures, too.
     if failure and failure["refused"]:
         return REFUSED, str(failure["message"])
     if failure and failure.get("diverged"):
@@ -261,85 +390,127 @@ def outcome_of(folder: Path, code: int) -> tuple[str, str]:
         return HUNG, f"rank {hung['rank']} on {hung['host']} {hung['what']}"
     if failure:
         return FAILED, f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
+
+    # no rank has reported anything
     if (folder / "stop").is_file():
-        return STOPPED, _why(folder / "stop")
-    if code == errors.DIVERGED:
-        return DIVERGED, f"a rank ended with exit code {code}: see {folder}/logs"
-    return _said_at_start(folder) or (FAILED, f"the ranks ended with exit code {code} and left no word: see {folder}/logs")
+        return STOPPED, _read_text(folder / "stop")
+    if exit_code == errors.DIVERGED_EXIT_CODE:
+        return DIVERGED, f"a rank ended with exit code {exit_code}: see {folder}/logs"
+    return _outcome_from_start_log(folder) or (
+        FAILED,
+        f"the ranks ended with exit code {exit_code} and reported nothing: see {folder}/logs",
+    )
 
 
-def _said_at_start(folder: Path) -> tuple[str, str] | None:
-    lines = [line.strip() for line in _why(folder / "start.log").splitlines() if line.strip()]
-    ours = [line.removeprefix(SIGN) for line in lines if line.startswith(SIGN)]
-    if ours:  # in the words of bitlm: the user has to mend it
-        return REFUSED, ours[0]
+def _outcome_from_start_log(folder: Path) -> tuple[str, str] | None:
+    """Outcome and reason according to start.log; None if it is empty."""
+    lines = [line.strip() for line in _read_text(folder / "start.log").splitlines() if line.strip()]
+    user_errors = [
+        line.removeprefix(USER_ERROR_PREFIX) for line in lines if line.startswith(USER_ERROR_PREFIX)
+    ]
+
+    # a line with bitlm's own prefix tells the user what to fix
+    if user_errors:
+        return REFUSED, user_errors[0]
     return (FAILED, lines[0]) if lines else None
 
 
-def decide(attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excluded: Sequence[str] = ()) -> Verdict:
-    """What to do after the last of ``attempts``.
+def next_action(
+    attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excluded: Sequence[str] = ()
+) -> NextAction:
+    """Decide what follows the last of ``attempts``.
 
-    Restarts count as long as no new checkpoint is made; one that is further than any before resets the count, so that a run of
-    weeks may fail many times, but none goes round in circles. What must be mended ends a run that has never got anywhere; later it
-    is more likely the weather. A run that diverged is not restarted: it is a function of its config, and would diverge again.
+    Only consecutive attempts without a new checkpoint count towards ``max_restarts``; a checkpoint
+    beyond all earlier ones resets the count. So a run of weeks may fail many times, but a crash
+    loop ends. A user error is fatal only before the submission's first progress; after that it is
+    probably transient. A run that diverged is not restarted: it is a function of its config, and
+    would diverge again.
 
     Args:
-        max_restarts: in a row without a new checkpoint.
-        cancelled: whether the user ended the run.
+        attempts: oldest first; at least one.
+        max_restarts: allowed consecutive restarts without a new checkpoint.
+        cancelled: the user cancelled the run.
         excluded: nodes found bad before the last attempt.
     """
     last = attempts[-1]
+
+    # these end the run, whatever happened before
     if last.outcome == DONE:
-        return Verdict("end", f"trained: {last.reason}")
+        return NextAction("end", f"trained: {last.reason}")
     if cancelled:
-        return Verdict("end", "cancelled")
-    if last.outcome == STOPPED and last.reason.startswith(BY_USER):
-        return Verdict("end", last.reason)
+        return NextAction("end", "cancelled")
+    if last.outcome == STOPPED and last.reason.startswith(STOPPED_BY_USER):
+        return NextAction("end", last.reason)
     if last.outcome == DIVERGED:
-        return Verdict("give up", last.reason)
-    idle, advanced = _idle(attempts)
-    if last.outcome == REFUSED and not advanced:
-        return Verdict("give up", last.reason)
-    if idle > max_restarts:
-        return Verdict("give up", f"{idle} attempts in a row made no new checkpoint; the last: {last.reason}")
+        return NextAction("give up", last.reason)
+
+    num_without_progress, has_progress = _count_without_progress(attempts)
+    if last.outcome == REFUSED and not has_progress:
+        return NextAction("give up", last.reason)
+    if num_without_progress > max_restarts:
+        return NextAction(
+            "give up",
+            f"{num_without_progress} attempts in a row made no new checkpoint; "
+            f"the last: {last.reason}",
+        )
+
+    # only a new job can get other nodes
     if last.outcome == BAD_NODES:
-        return Verdict("resubmit", last.reason, tuple(excluded), idle)
-    return Verdict("requeue" if last.outcome == STOPPED else "restart", last.reason, idle=idle)
+        return NextAction("resubmit", last.reason, tuple(excluded), num_without_progress)
+    return NextAction(
+        "requeue" if last.outcome == STOPPED else "restart",
+        last.reason,
+        num_without_progress=num_without_progress,
+    )
 
 
-def _idle(attempts: Sequence[Attempt]) -> tuple[int, bool]:
-    """Attempts of the last submission, up to the last, that made no new checkpoint, and whether one before them did.
+def _count_without_progress(attempts: Sequence[Attempt]) -> tuple[int, bool]:
+    """Count the trailing attempts of the last submission that made no new checkpoint.
 
-    Attempts that ended because nodes were left out do not count: there is an end of nodes.
+    Attempts that ended because nodes were excluded do not count: the number of nodes is finite, so
+    this cannot repeat forever.
+
+    Returns:
+        The count, and whether any attempt of the last submission made progress.
     """
-    idle, advanced, furthest = 0, False, -1
+    num_without_progress = 0
+    has_progress = False
+    furthest = -1
+
     for attempt in attempts:
         if attempt.submission != attempts[-1].submission:
-            idle, advanced = 0, False
+            num_without_progress = 0
+            has_progress = False
         elif attempt.reached > max(furthest, attempt.checkpoint):
-            idle, advanced = 0, True
+            num_without_progress = 0
+            has_progress = True
         elif attempt.outcome != BAD_NODES:
-            idle += 1
+            num_without_progress += 1
+
+        # includes earlier submissions: repeating their steps is no progress
         furthest = max(furthest, attempt.checkpoint, attempt.reached)
-    return idle, advanced
+
+    return num_without_progress, has_progress
 
 
 def is_cancelled(run: Path) -> bool:
-    """Whether the user ended the run."""
-    return (run / LAUNCH / CANCELLED).exists()
+    """True if the user cancelled the run."""
+    return (run / LAUNCH / CANCELLED_FILE).exists()
 
 
-def _why(file: Path) -> str:
+def _read_text(file: Path) -> str:
+    """Contents of a file; empty if it cannot be read."""
     try:
         return file.read_text(errors="replace").strip()
     except OSError:
         return ""
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none."""
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if the file is missing or holds none."""
     try:
-        found = json.loads(file.read_text())
+        record = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+
+    return record if isinstance(record, dict) else {}

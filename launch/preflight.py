@@ -1,7 +1,8 @@
-"""What one node can do, measured before training: `python -m bitlm_dist.launch.preflight ATTEMPT`, one process a node.
+"""Preflight measurements, one process per node: `python -m bitlm_dist.launch.preflight ATTEMPT`.
 
-Each writes ATTEMPT/nodes/NODE.json, first with what it measured alone, then again with what takes others: so a node that breaks the
-group is the one without a file, and not those that waited for it.
+Each process writes ATTEMPT/nodes/NODE.json twice: first with the measurements of the node alone,
+then with those that need other nodes added. So if a node breaks the process group, only that node
+has no file, and those that waited for it have one.
 """
 
 import json
@@ -16,131 +17,181 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bitlm_dist.launch.ranks import Ranks, read_ranks
-
-from bitlm_dist.disks import free_bytes, problem_of, shared_memory_problem, temporary_problem
-from bitlm_dist.files import to_json, write_atomically
+from bitlm_dist.disks import free_bytes, shared_memory_problem, temp_dir_problem, write_problem
+from bitlm_dist.files import write_atomically
+from bitlm_dist.launch.rank_info import RankInfo, read_rank_info
+from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
     import torch
 
-SHARED_WITHIN = 10.0  # seconds in which a network file system shows other nodes a file
-GEMM = {"cuda": (8192, 20), "cpu": (1024, 4)}  # rows, products
+# seconds until a network file system must show a new folder to the other nodes
+SHARED_FOLDER_TIMEOUT = 10.0
+GEMM_SIZES = {"cuda": (8192, 20), "cpu": (1024, 4)}  # rows, number of products
 LINK_MB = {"cuda": 256, "cpu": 16}
 
 
-def measure(attempt: Path, ranks: Ranks, node: str, gpus: int, seconds: float, checkpoints: Path) -> None:
-    """Measure this node.
+def measure_node(
+    attempt: Path,
+    rank_info: RankInfo,
+    node: str,
+    num_gpus: int,
+    timeout_seconds: float,
+    checkpoints: Path,
+) -> None:
+    """Measure this node and write its results; exit with code 1 if it cannot be used.
 
     Args:
-        attempt: the attempt's folder.
-        ranks: this process among those of all nodes.
-        node: name under which the launcher knows it.
-        gpus: that the node must have.
-        seconds: for the group to come together.
+        attempt: the attempt folder.
+        rank_info: rank of this process among the processes of all nodes.
+        node: name by which the launcher knows this node.
+        num_gpus: number of GPUs that the node must have.
+        timeout_seconds: for the process group to come up.
         checkpoints: a folder on the disk where checkpoints are written.
     """
-    found: dict[str, Any] = {"error": "", "clock": None, "gemm": None, "bandwidth": None}
+    result: dict[str, Any] = {"error": "", "clock": None, "gemm": None, "bandwidth": None}
+
     try:
-        found["disk_gb"] = min(_disk(attempt, node), free_bytes(checkpoints) / 1e9)
-        found["error"] = problem_of(checkpoints, 0) or shared_memory_problem() or temporary_problem() or _gpu_health(gpus)
-        if not found["error"]:
-            found["gemm"] = _gemm(gpus)
+        result["disk_gb"] = min(_free_disk_gb(attempt, node), free_bytes(checkpoints) / 1e9)
+        result["error"] = (
+            write_problem(checkpoints, 0)
+            or shared_memory_problem()
+            or temp_dir_problem()
+            or _gpu_problem(num_gpus)
+        )
+        if not result["error"]:
+            result["gemm"] = _gemm_tflops(num_gpus)
     except Exception as error:  # whatever it is, the node cannot train
-        found["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    _write(attempt, node, found)
-    if found["error"]:
+        result["error"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+    # written before the group comes up, because another node may break it
+    _write(attempt, node, result)
+    if result["error"]:
         sys.exit(1)
-    if ranks.world > 1:
-        with suppress(Exception):  # another node's failure; that one is named
-            found |= _together(ranks, gpus > 0, seconds)
-            _write(attempt, node, found)
+
+    if rank_info.world_size > 1:
+        with suppress(Exception):  # the fault of another node, which is reported by its own file
+            result |= _clock_and_bandwidth(rank_info, num_gpus > 0, timeout_seconds)
+            _write(attempt, node, result)
 
 
-def _write(attempt: Path, node: str, found: dict[str, Any]) -> None:
-    write_atomically(attempt / "nodes" / f"{node}.json", to_json(found) + "\n")
+def _write(attempt: Path, node: str, result: dict[str, Any]) -> None:
+    write_atomically(attempt / "nodes" / f"{node}.json", to_json(result) + "\n")
 
 
-def _disk(attempt: Path, node: str) -> float:
-    """GB that are free where the run folder is, which must be writable."""
+def _free_disk_gb(attempt: Path, node: str) -> float:
+    """Free space on the run folder's disk in GB. The folder must be writable."""
     probe = attempt / "nodes" / f".{node}"
     probe.write_text(node)
     probe.unlink()
     return shutil.disk_usage(attempt).free / 1e9
 
 
-def _gpu_health(gpus: int) -> str:
-    if not gpus:
+def _gpu_problem(num_gpus: int) -> str:
+    """Describe missing GPUs or uncorrected memory errors; empty if all is well."""
+    if not num_gpus:
         return ""
+
     import torch
 
-    if torch.cuda.device_count() != gpus:
-        return f"has {torch.cuda.device_count()} GPUs, expected {gpus}"
+    if torch.cuda.device_count() != num_gpus:
+        return f"has {torch.cuda.device_count()} GPUs, expected {num_gpus}"
+
+    # containers may lack nvidia-smi
     if shutil.which("nvidia-smi") is None:
         return ""
-    query = ["nvidia-smi", "--query-gpu=index,ecc.errors.uncorrected.volatile.total", "--format=csv,noheader,nounits"]
+
+    query = [
+        "nvidia-smi",
+        "--query-gpu=index,ecc.errors.uncorrected.volatile.total",
+        "--format=csv,noheader,nounits",
+    ]
     answer = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
     if answer.returncode:
         return f"nvidia-smi says: {' '.join((answer.stdout + answer.stderr).split())}"
+
+    # GPUs without ECC answer "[N/A]"
     for line in answer.stdout.splitlines():
         index, _, errors = line.partition(",")
         if errors.strip().isdigit() and int(errors):
             return f"GPU {index.strip()} has {errors.strip()} uncorrected memory errors"
+
     return ""
 
 
-def _gemm(gpus: int) -> float:
-    """TFLOP/s at matrix products, of the slowest GPU, or of one CPU thread."""
+def _gemm_tflops(num_gpus: int) -> float:
+    """Matrix product speed in TFLOP/s of the slowest GPU, or of one CPU thread."""
     import torch
 
     torch.set_num_threads(1)
-    kind = "cuda" if gpus else "cpu"
-    rows, times = GEMM[kind]
+    device_type = "cuda" if num_gpus else "cpu"
+    rows, num_products = GEMM_SIZES[device_type]
+
     rates = []
-    for device in [torch.device("cuda", i) for i in range(gpus)] or [torch.device("cpu")]:
-        left = torch.ones(rows, rows, device=device, dtype=torch.bfloat16 if gpus else torch.float32)
-        left @ left
-        began = _now(device)
-        for _ in range(times):
+    for device in [torch.device("cuda", i) for i in range(num_gpus)] or [torch.device("cpu")]:
+        left = torch.ones(
+            rows, rows, device=device, dtype=torch.bfloat16 if num_gpus else torch.float32
+        )
+        left @ left  # not timed: the first product loads libraries
+
+        began = _synchronized_time(device)
+        for _ in range(num_products):
             left @ left
-        rates.append(2 * rows**3 * times / (_now(device) - began) / 1e12)
+        rates.append(2 * rows**3 * num_products / (_synchronized_time(device) - began) / 1e12)
+
     return min(rates)
 
 
-def _together(ranks: Ranks, gpu: bool, seconds: float) -> dict[str, Any]:
-    """The clock at one moment, and the speed of the better of the two links to the neighbours in a ring, GB/s."""
+def _clock_and_bandwidth(rank_info: RankInfo, gpu: bool, timeout_seconds: float) -> dict[str, Any]:
+    """Measure the clock right after a collective, and the bandwidth to the neighbours.
+
+    The bandwidth, in GB/s, is that of the better of the two links to the previous and next rank, so
+    that a node is not blamed for a slow neighbour. Collective.
+    """
     import torch
     from torch import distributed
 
-    kind = "cuda" if gpu else "cpu"
-    distributed.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(seconds=seconds))
-    ours = torch.ones(LINK_MB[kind] << 18, device=kind)
-    theirs = torch.empty_like(ours)
-    distributed.all_reduce(torch.ones(1, device=kind))
+    device_type = "cuda" if gpu else "cpu"
+    distributed.init_process_group(
+        "nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout_seconds)
+    )
+    send_buffer = torch.ones(LINK_MB[device_type] << 18, device=device_type)
+    receive_buffer = torch.empty_like(send_buffer)
+
+    # all nodes leave the collective at nearly the same moment, so their clocks can be compared
+    distributed.all_reduce(torch.ones(1, device=device_type))
     clock = time.time()
+
+    # ranks pair up first with one neighbour, then with the other
     rates = []
     for parity in (0, 1):
         distributed.barrier()
-        other = ranks.rank + 1 if ranks.rank % 2 == parity else ranks.rank - 1
-        if not 0 <= other < ranks.world:
+        peer = rank_info.rank + 1 if rank_info.rank % 2 == parity else rank_info.rank - 1
+        if not 0 <= peer < rank_info.world_size:
             continue
+
+        # the first exchange sets up the connection and is not timed
         for timed in (False, True):
-            began = _now(ours.device)
+            began = _synchronized_time(send_buffer.device)
             operations = [
-                distributed.P2POp(distributed.isend, ours, other),
-                distributed.P2POp(distributed.irecv, theirs, other),
+                distributed.P2POp(distributed.isend, send_buffer, peer),
+                distributed.P2POp(distributed.irecv, receive_buffer, peer),
             ]
             for work in distributed.batch_isend_irecv(operations):
                 work.wait()
+
             if timed:
-                rates.append(2 * ours.nbytes / (_now(ours.device) - began) / 1e9)
+                rates.append(
+                    2 * send_buffer.nbytes / (_synchronized_time(send_buffer.device) - began) / 1e9
+                )
+
     distributed.barrier()
     distributed.destroy_process_group()
     return {"clock": clock, "bandwidth": max(rates)}
 
 
-def _now(device: "torch.device") -> float:
-    """Seconds, once the device has done what it was asked."""
+def _synchronized_time(device: "torch.device") -> float:
+    """Time in seconds, after the device has finished all queued work."""
     if device.type == "cuda":
         import torch
 
@@ -149,21 +200,37 @@ def _now(device: "torch.device") -> float:
 
 
 def main() -> None:
-    """The command line."""
-    attempt, ranks = Path(sys.argv[1]), read_ranks(os.environ)
-    end = time.monotonic() + SHARED_WITHIN
+    """Run the command line."""
+    attempt = Path(sys.argv[1])
+    rank_info = read_rank_info(os.environ)
+
+    end = time.monotonic() + SHARED_FOLDER_TIMEOUT
     while not (attempt / "nodes").is_dir():
         if time.monotonic() > end:
             print(
-                f"bitlm: {attempt} is not there on {socket.gethostname()}: choose a run.dir that all nodes share", file=sys.stderr
+                f"bitlm: {attempt} is not there on {socket.gethostname()}: "
+                "choose a run.dir that all nodes share",
+                file=sys.stderr,
             )
             sys.exit(2)
         time.sleep(0.2)
-    os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.world), LOCAL_RANK="0")
+
+    # torch.distributed reads these; srun sets only its own
+    os.environ.update(
+        RANK=str(rank_info.rank), WORLD_SIZE=str(rank_info.world_size), LOCAL_RANK="0"
+    )
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     settings = json.loads((attempt.parents[1] / "settings.json").read_text())
     checkpoints = Path(settings.get("checkpoints") or attempt)
-    measure(attempt, ranks, node, settings["gpus_per_node"], settings["preflight"]["seconds"], checkpoints)
+
+    measure_node(
+        attempt,
+        rank_info,
+        node,
+        settings["gpus_per_node"],
+        settings["preflight"]["seconds"],
+        checkpoints,
+    )
 
 
 if __name__ == "__main__":

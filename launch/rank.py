@@ -1,8 +1,13 @@
-"""One rank of a launched run: `python -m bitlm_dist.launch.rank train CONFIG`.
+"""Entry point of one rank of a launched run: `python -m bitlm_dist.launch.rank train CONFIG`.
 
-Before anything heavy is imported it ties itself to what started it, finds the attempt's folder (a run folder that nodes do not
-share is seen in the first second), sends what it prints to a file of its own, binds itself to its memory, and says where it stands
-in the words that torch reads. Then it becomes `bitlm`.
+It replaces itself by `bitlm` after a set-up that must come before any heavy import:
+
+1. tie its life to its parent process,
+2. check that the attempt folder is visible, which detects within the first second a run folder that
+   is not shared between the nodes,
+3. bind its CPUs and memory to a NUMA node,
+4. redirect its output to its own log file,
+5. export its rank in the environment variables that torch reads.
 """
 
 import os
@@ -11,42 +16,67 @@ import socket
 import sys
 from pathlib import Path
 
-from bitlm_dist.launch.attempts import VARIABLE
-from bitlm_dist.launch.ranks import export_ranks, read_ranks
+from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE
+from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
+from bitlm_dist.processes import die_with_parent
 
-from bitlm_dist.processes import die_with
-
-PARENT, NUMA = "BITLM_PARENT", "BITLM_NUMA"
+PARENT_VARIABLE = "BITLM_PARENT"
+NUMA_VARIABLE = "BITLM_NUMA"
 
 
 def main() -> None:
-    """Become the rank."""
-    if PARENT in os.environ:
-        die_with(int(os.environ.pop(PARENT)))
-    attempt, ranks = Path(os.environ[VARIABLE]), read_ranks(os.environ)
+    """Set up this process and replace it by `bitlm`."""
+    if PARENT_VARIABLE in os.environ:
+        die_with_parent(int(os.environ.pop(PARENT_VARIABLE)))
+
+    attempt = Path(os.environ[ATTEMPT_VARIABLE])
+    rank_info = read_rank_info(os.environ)
     if not (attempt / "logs").is_dir():
         print(
-            f"bitlm: {attempt} is not there on {socket.gethostname()}: choose a run.dir on a file system that all nodes share",
+            f"bitlm: {attempt} is not there on {socket.gethostname()}: "
+            "choose a run.dir on a file system that all nodes share",
             file=sys.stderr,
         )
         sys.exit(2)
-    nodes = os.environ.pop(NUMA, "")
-    if nodes:
-        _bind(nodes.split(",")[ranks.local])
-    log = os.open(attempt / "logs" / f"rank-{ranks.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    # removed from the environment, because numactl starts this program a second time
+    numa_nodes = os.environ.pop(NUMA_VARIABLE, "")
+    if numa_nodes:
+        _exec_under_numactl(numa_nodes.split(",")[rank_info.local_rank])
+
+    # at the level of file descriptors, so that output of C++ libraries is in the log, too
+    log = os.open(
+        attempt / "logs" / f"rank-{rank_info.rank}.log",
+        os.O_WRONLY | os.O_CREAT | os.O_APPEND,
+        0o644,
+    )
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    export_ranks(ranks, os.environ)
+
+    export_rank_info(rank_info, os.environ)
     os.execv(sys.executable, [sys.executable, "-u", "-m", "bitlm_dist", *sys.argv[1:]])
 
 
-def _bind(node: str) -> None:
-    """Start again under numactl, which is the one to bind memory as well as CPUs."""
+def _exec_under_numactl(node: str) -> None:
+    """Restart this process under numactl, which can bind memory as well as CPUs."""
     if shutil.which("numactl") is None:
-        print(f"bitlm: numa = {node} needs numactl on {socket.gethostname()}: install it or leave numa out", file=sys.stderr)
+        print(
+            f"bitlm: numa = {node} needs numactl on {socket.gethostname()}: "
+            "install it or leave numa out",
+            file=sys.stderr,
+        )
         sys.exit(2)
-    words = ["numactl", f"--cpunodebind={node}", f"--membind={node}", sys.executable, "-u", "-m", "bitlm_dist.launch.rank"]
+
+    words = [
+        "numactl",
+        f"--cpunodebind={node}",
+        f"--membind={node}",
+        sys.executable,
+        "-u",
+        "-m",
+        "bitlm_dist.launch.rank",
+    ]
     os.execvp("numactl", [*words, *sys.argv[1:]])
 
 

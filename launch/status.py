@@ -1,4 +1,4 @@
-"""How a launched run is: from the batch system, its attempts and its metrics."""
+"""Status of a launched run, from the batch system, its attempts and its metrics."""
 
 import json
 import time
@@ -8,32 +8,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.launch import agent, attempts, slurm, submit
-
+from bitlm_dist.checkpoint.steps import folder_of, read_health
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import absolute, load, read_run
+from bitlm_dist.config_loading import load_config, load_run_config, with_absolute_paths
 from bitlm_dist.errors import UserError
+from bitlm_dist.launch import attempts, slurm, submit, supervisor
 
-METRICS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"  # as bitlm_dist.training.metrics has them, whose import brings torch
-RECENT = 20  # steps whose mean speed tells when it will be done
-TAIL = 20  # lines of a log
+# the same names as in bitlm_dist.training.metrics, which would import torch
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+NUM_RECENT_STEPS = 20  # for the mean speed, from which the remaining time follows
+NUM_LOG_LINES = 20
 
 
 @dataclass(frozen=True)
 class Status:
-    """A run at one moment.
+    """Snapshot of a run.
 
     Attributes:
-        state: of the job in Slurm's words, or running, ended; with the reason it waits, if it does.
-        job: its number, empty on a single machine.
-        attempts: starts so far.
-        last: what came of the newest attempt that has ended.
-        step, steps: done, and in all.
-        tokens_per_second: positions, of the last steps.
-        predicted_tokens_per_second: tokens that carried loss, of the last steps.
-        checkpoint: newest complete one, -1: none.
-        seconds_left: of training at that speed; None: not known.
-        excluded: nodes found bad.
+        state: Slurm's state of the job, with the reason if it is pending; without Slurm, running or
+            ended.
+        job: job id; empty on a single machine.
+        attempts: number of attempts so far.
+        last: outcome of the latest attempt that has ended.
+        step: number of completed steps.
+        steps: number of steps of the whole run.
+        tokens_per_second: positions per second over the latest steps.
+        predicted_tokens_per_second: tokens that carry loss, per second over the latest steps.
+        checkpoint: step of the latest complete checkpoint; -1 if there is none.
+        seconds_left: remaining training time at the current speed; None if unknown.
+        excluded: nodes that are no longer used.
     """
 
     state: str
@@ -50,117 +54,156 @@ class Status:
 
 
 def status_of(run: Path) -> Status:
-    """Raises UserError where ``run`` was not launched."""
-    folder = submit.launched(run)
-    every, numbers = attempts.read_attempts(run), submit.jobs(run)
-    config = load(folder / "config.yaml").config
-    recent = list(deque(_lines(run / METRICS), maxlen=RECENT))
+    """Collect the status of a run.
+
+    Raises:
+        UserError: ``run`` was not launched.
+    """
+    folder = submit.launch_folder(run)
+    all_attempts = attempts.read_attempts(run)
+    job_ids = submit.job_ids(run)
+    ended = [attempt for attempt in all_attempts if attempt.outcome]
+    config = load_config(folder / "config.yaml").config
+
+    # speed of the latest steps, and what it predicts
+    recent = list(deque(_read_jsonl(run / METRICS), maxlen=NUM_RECENT_STEPS))
     step = int(recent[-1]["step"]) if recent else 0
     rate = _rate(recent, "tokens")
-    left = (config.training.steps - step) * config.training.global_batch_tokens
-    ended = [attempt for attempt in every if attempt.outcome]
+    num_tokens_left = (config.training.steps - step) * config.training.global_batch_tokens
+
     return Status(
-        state=_state(run, numbers, every),
-        job=numbers[-1] if numbers else "",
-        attempts=len(every),
+        state=_job_state(run, job_ids, all_attempts),
+        job=job_ids[-1] if job_ids else "",
+        attempts=len(all_attempts),
         last=f"{ended[-1].outcome}: {ended[-1].reason}" if ended else "",
         step=step,
         steps=config.training.steps,
         tokens_per_second=rate,
         predicted_tokens_per_second=_rate(recent, "predicted_tokens"),
-        checkpoint=attempts.newest_checkpoint(run),
-        seconds_left=left / rate if rate else None,
-        excluded=agent.left_out(run),
+        checkpoint=attempts.latest_checkpoint_step(run),
+        seconds_left=num_tokens_left / rate if rate else None,
+        excluded=supervisor.excluded_nodes(run),
     )
 
 
 def _rate(recent: list[dict[str, Any]], name: str) -> float | None:
-    """A count per second of training; None where there are no two steps, or an older version did not count it."""
+    """Increase of a metrics field per second of training.
+
+    Returns:
+        The rate; None if there are fewer than two steps, or an older version did not count it.
+    """
     if len(recent) < 2:
         return None
-    first, last = recent[0], recent[-1]
-    spent = last["seconds"] - first["seconds"]
-    if spent <= 0 or first.get(name) is None or last.get(name) is None:
+
+    first = recent[0]
+    last = recent[-1]
+    elapsed = last["seconds"] - first["seconds"]
+
+    if elapsed <= 0 or first.get(name) is None or last.get(name) is None:
         return None
-    return float(last[name] - first[name]) / spent
+    return float(last[name] - first[name]) / elapsed
 
 
-def _state(run: Path, numbers: list[str], every: list[attempts.Attempt]) -> str:
-    if not numbers:
-        return _state_here(run, every)
-    found = slurm.show(numbers[-1])
-    if not found:
+def _job_state(run: Path, job_ids: list[str], all_attempts: list[attempts.Attempt]) -> str:
+    if not job_ids:
+        return _local_state(run, all_attempts)
+
+    job = slurm.show_job(job_ids[-1])
+    if not job:
         return "unknown to Slurm by now"
-    waits = found["JobState"] == "PENDING" and found.get("Reason", "None") != "None"
-    return f"{found['JobState']} ({found['Reason']})" if waits else found["JobState"]
+
+    waits = job["JobState"] == "PENDING" and job.get("Reason", "None") != "None"
+    return f"{job['JobState']} ({job['Reason']})" if waits else job["JobState"]
 
 
-def _state_here(run: Path, every: list[attempts.Attempt]) -> str:
-    """Without a batch system: by what the last attempt left."""
-    if not every or every[-1].outcome:
-        return "ended" if every else "not begun"
-    beats = (attempts.folder_of(run, every[-1].number) / "beats").glob("rank-*")
-    newest = max((beat.stat().st_mtime for beat in beats), default=every[-1].began)
+def _local_state(run: Path, all_attempts: list[attempts.Attempt]) -> str:
+    """State of a run without a batch system, from the files of its last attempt."""
+    if not all_attempts or all_attempts[-1].outcome:
+        return "ended" if all_attempts else "not begun"
+
+    beats = (attempts.attempt_folder(run, all_attempts[-1].number) / "beats").glob("rank-*")
+    newest = max((beat.stat().st_mtime for beat in beats), default=all_attempts[-1].began)
     silent = time.time() - newest
-    return "running" if silent < every[-1].limits.frozen else f"no sign of life for {silent:,.0f} s: its launcher was ended"
+
+    return (
+        "running"
+        if silent < all_attempts[-1].limits.heartbeat_timeout
+        else f"no sign of life for {silent:,.0f} s: its launcher was ended"
+    )
 
 
 def is_trained(run: Path, config: Config) -> bool:
-    """Whether a run of this very config, with absolute paths, has nothing left to do."""
-    if not (run / "config.yaml").is_file() or absolute(read_run(run)) != config:
+    """True if a run of exactly this config, with absolute paths, is complete."""
+    if not (run / "config.yaml").is_file() or with_absolute_paths(load_run_config(run)) != config:
         return False
-    steps, every = config.training.steps, config.evaluation.every_steps
-    evaluated = max((entry["step"] for entry in _lines(run / EVALUATIONS)), default=0)
-    newest = attempts.newest_checkpoint(run)
-    return newest >= steps and (not every or evaluated >= steps) and _is_healthy(run / "checkpoints" / f"step-{newest:08d}")
+
+    steps = config.training.steps
+    eval_interval = config.evaluation.every_steps
+    evaluated = max((entry["step"] for entry in _read_jsonl(run / EVALUATIONS)), default=0)
+    newest = attempts.latest_checkpoint_step(run)
+
+    # A run that ended in NaN is not complete: started again, it must report the divergence again.
+    return (
+        newest >= steps
+        and (not eval_interval or evaluated >= steps)
+        and read_health(folder_of(run / "checkpoints", newest)) is not False
+    )
 
 
-def _is_healthy(checkpoint: Path) -> bool:
-    """What :func:`bitlm_dist.checkpoint.store.read_health` says, without torch; a run that ended in NaN has to say so again."""
-    for name, key in (("health.json", "healthy"), ("state.json", "finite")):
-        try:
-            return bool(json.loads((checkpoint / name).read_text())[key])
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return True
-
-
-def _lines(file: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
+
     with file.open() as stream:
         for line in stream:
             try:
                 yield json.loads(line)
             except ValueError:
-                continue  # being written
+                continue  # the last line may be half-written
 
 
-def log_of(run: Path, rank: int | None, number: int | None) -> tuple[str, list[str]]:
-    """The end of a log: that of ``rank``; without one, that of the rank which failed first, else of rank 0.
+def read_log_tail(run: Path, rank: int | None, attempt_number: int | None) -> tuple[str, list[str]]:
+    """Read the end of a rank's log.
 
     Args:
-        number: of the attempt; None: the newest.
+        run: the run folder.
+        rank: global rank; None: the rank that failed first, else rank 0.
+        attempt_number: number of the attempt; None: the latest.
+
+    Returns:
+        A title, and the last lines of the log.
 
     Raises:
-        UserError: no such attempt or log.
+        UserError: the attempt or the log does not exist.
     """
-    submit.launched(run)
-    every = attempts.read_attempts(run)
-    chosen = next((attempt for attempt in reversed(every) if number in (None, attempt.number)), None)
+    submit.launch_folder(run)
+    all_attempts = attempts.read_attempts(run)
+    chosen = next(
+        (attempt for attempt in reversed(all_attempts) if attempt_number in (None, attempt.number)),
+        None,
+    )
     if chosen is None:
+        # without a number the text would hold two blanks
         raise UserError(
-            f"{run} has no attempt {number or ''}: `bitlm launch status {run}` says how many there are".replace("  ", " ")
+            f"{run} has no attempt {attempt_number or ''}: "
+            f"`bitlm launch status {run}` says how many there are".replace("  ", " ")
         )
-    folder = attempts.folder_of(run, chosen.number)
+
+    # a rank that hangs makes others fail, so it comes before them
+    folder = attempts.attempt_folder(run, chosen.number)
     failure = attempts.first_failure(folder)
-    first = attempts.hung_rank(folder)
-    first = first if first is not None else int(failure["rank"]) if failure else 0
-    rank = first if rank is None else rank
+    failed_rank = attempts.hung_rank(folder)
+    failed_rank = failed_rank if failed_rank is not None else int(failure["rank"]) if failure else 0
+    rank = failed_rank if rank is None else rank
+
     file = folder / "logs" / f"rank-{rank}.log"
     title = f"attempt {chosen.number}, rank {rank}"
     if failure and failure["rank"] == rank:
-        title += f", the first to fail, at {time.strftime('%H:%M:%S', time.localtime(failure['time']))}: {failure['message']}"
+        clock = time.strftime("%H:%M:%S", time.localtime(failure["time"]))
+        title += f", the first to fail, at {clock}: {failure['message']}"
+
     if not file.is_file():
-        raise UserError(f"{file} is not there: the rank never began, see the job's own log in {run}/launch")
-    return title, file.read_text(errors="replace").splitlines()[-TAIL:]
+        raise UserError(
+            f"{file} is not there: the rank never started, see the job's own log in {run}/launch"
+        )
+    return title, file.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:]

@@ -1,4 +1,4 @@
-"""From a config to a queued job, and what a user does with it afterwards."""
+"""Submission of runs to Slurm, and the commands on a submitted run: resume, cancel, list jobs."""
 
 import re
 import tempfile
@@ -9,207 +9,278 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.launch import agent, attempts, slurm
-from bitlm_dist.launch.agent import SETTINGS
-from bitlm_dist.launch.attempts import CANCELLED, LAUNCH, Limits
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import load_config, to_yaml
+from bitlm_dist.errors import UserError
+from bitlm_dist.files import try_lock, write_atomically
+from bitlm_dist.launch import attempts, slurm, supervisor
+from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Limits
 from bitlm_dist.launch.cluster import Cluster
 from bitlm_dist.launch.render import Job, render
 from bitlm_dist.launch.snapshot import save_code
+from bitlm_dist.launch.supervisor import SETTINGS
+from bitlm_dist.strict_json import to_json
 
-from bitlm_dist.config import Config
-from bitlm_dist.config_loading import load, to_yaml
-from bitlm_dist.errors import UserError
-from bitlm_dist.files import to_json, try_lock, write_atomically
-
-NODE = re.compile(r"[\w.\[\]-]+")
-JOBS, SCRIPT = "jobs", "job.sh"  # numbers of the run's jobs, one a line; what is submitted
-MOUNT_SIGNS = set(",: ")  # what container runtimes read as signs in a list of mounts
+NODE_NAME_PATTERN = re.compile(r"[\w.\[\]-]+")
+JOBS = "jobs"  # ids of the run's jobs, one per line
+SCRIPT = "job.sh"  # the submitted batch script
+MOUNT_SEPARATORS = set(",: ")  # have a meaning for container runtimes in a list of mounts
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A queued job."""
+class SubmittedJob:
+    """A queued job and its run folder."""
 
     run: Path
     job: str
 
 
-def job_of(config: Config, cluster: Cluster, nodes: int, exclude: tuple[str, ...]) -> Job:
-    """What to render, for a config with absolute paths.
+def build_job(config: Config, cluster: Cluster, num_nodes: int, exclude: tuple[str, ...]) -> Job:
+    """Check a config with absolute paths against a cluster, and build the job to render.
 
     Raises:
-        UserError: data are not set or there, ranks do not fit the layout, or a path does not go into a container.
+        UserError: data are not set or missing, the ranks do not fit the layout, or a container
+            cannot mount a path.
     """
     from bitlm_dist.data.manifest import read_manifest
-    from bitlm_dist.parallel.layout import check_batch, layout_of
+    from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 
     if config.data.path is None:
         raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
     for node in exclude:
-        if not NODE.fullmatch(node):
-            raise UserError(f"--exclude {node!r} is no name of a node")
-    layout = layout_of(config.parallel, nodes * cluster.ranks_per_node, 0)
-    check_batch(config, layout)
-    folders = [config.data.path, *(source.path for source in config.data.sources), config.distillation.teacher, config.data.cache]
-    folders.append(checkpoints_of(config))
+        if not NODE_NAME_PATTERN.fullmatch(node):
+            raise UserError(f"--exclude {node!r} is not a node name")
+
+    # raise now what would otherwise end the job in its first minute
+    layout = build_layout(config.parallel, num_nodes * cluster.ranks_per_node, 0)
+    resolve_micro_batch_size(config, layout)
+
+    folders = [
+        config.data.path,
+        *(source.path for source in config.data.sources),
+        config.distillation.teacher,
+        config.data.cache,
+    ]
+    folders.append(external_checkpoint_folder(config))
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
     for folder in data[:1]:
         read_manifest(folder)
+
     if not str(config.run.dir).isprintable():
-        raise UserError(f"run.dir = {config.run.dir!r}: choose a name without line breaks and the like")
+        raise UserError(
+            f"run.dir = {config.run.dir!r}: choose a name without line breaks and the like"
+        )
+
     if cluster.container:
         for folder in (config.run.dir, *data):
-            if set(str(folder)) & MOUNT_SIGNS:
-                raise UserError(f"{folder}: a container takes no folder with a comma, colon or blank in its name")
-    return Job(config.run.dir, data, nodes, cluster, exclude)
+            if set(str(folder)) & MOUNT_SEPARATORS:
+                raise UserError(
+                    f"{folder}: a container takes no folder with a comma, colon or blank in its "
+                    "name"
+                )
+
+    return Job(config.run.dir, data, num_nodes, cluster, exclude)
 
 
-def checkpoints_of(config: Config) -> Path | None:
-    """The folder outside the run folder that holds the run's checkpoints; None: they are inside."""
+def external_checkpoint_folder(config: Config) -> Path | None:
+    """Folder outside the run folder that holds the checkpoints; None if they are inside."""
     link = config.run.dir / "checkpoints"
     return config.checkpoint.dir or (link.resolve() if link.is_symlink() else None)
 
 
-def check(job: Job) -> None:
-    """Raise a UserError if the run folder holds something else, or another job of the run is queued or running."""
-    attempts.check_free(job.run, job.data)
-    _refuse_second(job.run)
+def check_can_start(job: Job) -> None:
+    """Check that the run folder is free for this run.
+
+    Raises:
+        UserError: it holds other files, or another job of the run is queued or running.
+    """
+    attempts.check_run_folder(job.run_folder, job.data_folders)
+    _check_no_active_job(job.run_folder)
 
 
-def save(job: Job, config: Config) -> None:
-    """Write what the job needs into the run folder."""
-    folder, checkpoints = job.run / LAUNCH, checkpoints_of(config)
+def write_job_files(job: Job, config: Config) -> None:
+    """Write the files that the job needs into the run folder."""
+    folder = job.run_folder / LAUNCH
+    checkpoints = external_checkpoint_folder(config)
     if checkpoints is not None:
-        attempts.check_link(config.run.dir)
-        _make(checkpoints)
-    settings = {**settings_of(job), "checkpoints": None if checkpoints is None else str(checkpoints)}
+        attempts.check_checkpoint_link(config.run.dir)
+        _make_checkpoint_folder(checkpoints)
+
+    settings = {
+        **job_settings(job),
+        "checkpoints": None if checkpoints is None else str(checkpoints),
+    }
     write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
     write_atomically(folder / "config.yaml", to_yaml(config))
     save_code(folder)
 
 
-def _make(checkpoints: Path) -> None:
-    """Make the folder of checkpoints on another disk, as containers mount it."""
+def _make_checkpoint_folder(checkpoints: Path) -> None:
+    """Create the external checkpoint folder, because containers can only mount one that exists."""
     try:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"checkpoint.dir = {checkpoints} cannot be written ({error}): choose another folder") from error
+        raise UserError(
+            f"checkpoint.dir = {checkpoints} cannot be written ({error}): choose another folder"
+        ) from error
 
 
-def settings_of(job: Job) -> dict[str, Any]:
-    """What decides inside the job."""
+def job_settings(job: Job) -> dict[str, Any]:
+    """Settings of the supervisor inside the job."""
     cluster = job.cluster
     return {
-        "submission": _now(),
+        "submission": _submission_time(),
         "exclude": job.exclude,
         "max_restarts": cluster.max_restarts,
-        "pause": cluster.pause,
+        "pause": cluster.restart_backoff,
         "gpus_per_node": cluster.gpus_per_node,
         "preflight": cluster.preflight.model_dump(),
         "limits": asdict(Limits(**cluster.watch.model_dump())),
     }
 
 
-def submit(job: Job, config: Config) -> Submitted:
-    """Save what the job needs and queue it; what Slurm refuses leaves everything as it was.
+def submit_job(job: Job, config: Config) -> SubmittedJob:
+    """Write the job's files and queue it. If Slurm refuses the script, nothing is written.
 
     Raises:
-        UserError: the script is refused, or another job of the run is queued or running; nothing was queued.
+        UserError: Slurm refuses the script, or another job of the run is queued or running.
     """
-    slurm.check_time(job.cluster.partition, job.cluster.seconds)
-    check(job)
+    slurm.check_walltime(job.cluster.partition, job.cluster.walltime_seconds)
+    check_can_start(job)
+
+    # tried outside the run folder, so that a refusal leaves no folder behind
     with tempfile.NamedTemporaryFile("w", suffix=".sh") as tried:
         tried.write(render(job))
         tried.flush()
-        slurm.test(Path(tried.name))
-    with _submitting(job.run):
-        save(job, config)
-        write_atomically(job.run / LAUNCH / SCRIPT, render(job))
-        return Submitted(job.run, _queue(job.run))
+        slurm.validate_script(Path(tried.name))
+
+    with _submission_lock(job.run_folder):
+        write_job_files(job, config)
+        write_atomically(job.run_folder / LAUNCH / SCRIPT, render(job))
+        return SubmittedJob(job.run_folder, _queue_job(job.run_folder))
 
 
-def resume(run: Path) -> Submitted:
+def resume_run(run: Path) -> SubmittedJob:
     """Queue the saved script again.
 
     Raises:
         UserError: the run was not launched or has been moved, or a job of it is queued or running.
     """
-    script = launched(run) / SCRIPT
+    script = launch_folder(run) / SCRIPT
     if not script.is_file():
-        raise UserError(f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` again")
-    before = load(run / LAUNCH / "config.yaml").config.run.dir  # which the script names too
-    if not before.exists() or not before.samefile(run):
-        raise UserError(f"{run} was launched as {before} and has been moved: use `bitlm launch slurm {run}/config.yaml`")
-    with _submitting(run):
-        write_atomically(run / LAUNCH / SETTINGS, to_json({**agent.settings_of(run), "submission": _now()}, indent=1) + "\n")
-        return Submitted(run, _queue(run))
+        raise UserError(
+            f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` "
+            "again"
+        )
+
+    # the script names the original folder, too
+    original_folder = load_config(run / LAUNCH / "config.yaml").config.run.dir
+    if not original_folder.exists() or not original_folder.samefile(run):
+        raise UserError(
+            f"{run} was launched as {original_folder} and has been moved: "
+            f"use `bitlm launch slurm {run}/config.yaml`"
+        )
+
+    with _submission_lock(run):
+        # a new submission restarts the count of attempts without progress
+        write_atomically(
+            run / LAUNCH / SETTINGS,
+            to_json({**supervisor.load_settings(run), "submission": _submission_time()}, indent=1)
+            + "\n",
+        )
+        return SubmittedJob(run, _queue_job(run))
 
 
-def cancel(run: Path) -> list[str]:
-    """Have the run save and end, and take what is queued out of the queue -> the jobs."""
-    launched(run)
-    write_atomically(run / LAUNCH / CANCELLED, "")  # also seen by a job that is just being queued again
-    active = [job for job in jobs(run) if is_active(job)]
+def cancel_run(run: Path) -> list[str]:
+    """Checkpoint and stop the run, and remove its queued jobs.
+
+    Returns:
+        Ids of the jobs that were queued or running.
+    """
+    launch_folder(run)
+
+    # first, so that a job which is just being requeued sees it, too
+    write_atomically(run / LAUNCH / CANCELLED_FILE, "")
+
+    active = [job for job in job_ids(run) if is_active(job)]
     for job in active:
-        running = slurm.show(job).get("JobState") == "RUNNING"
-        slurm.cancel(job, *(["--batch", "--signal=USR2"] if running else []))
-    every = attempts.read_attempts(run)
-    if not active and every and not every[-1].outcome:  # without Slurm
-        attempts.ask_to_stop(attempts.folder_of(run, every[-1].number), "cancelled")
+        running = slurm.show_job(job).get("JobState") == "RUNNING"
+        slurm.cancel_job(job, *(["--batch", "--signal=USR2"] if running else []))
+
+    # without Slurm, the attempt is stopped by its file
+    all_attempts = attempts.read_attempts(run)
+    if not active and all_attempts and not all_attempts[-1].outcome:
+        attempts.request_stop(attempts.attempt_folder(run, all_attempts[-1].number), "cancelled")
+
     return active
 
 
-def launched(run: Path) -> Path:
-    """The folder of the launcher's files.
+def launch_folder(run: Path) -> Path:
+    """Folder of the launcher's files.
 
     Raises:
-        UserError: there is none.
+        UserError: the run was not launched.
     """
     folder = run / LAUNCH
     if not (folder / SETTINGS).is_file():
-        raise UserError(f"{run} was not launched: start it with `bitlm launch slurm` or `bitlm launch local`")
+        raise UserError(
+            f"{run} was not launched: start it with `bitlm launch slurm` or `bitlm launch local`"
+        )
     return folder
 
 
-def jobs(run: Path) -> list[str]:
-    """Numbers of all jobs of the run, the first first."""
+def job_ids(run: Path) -> list[str]:
+    """Ids of all jobs of the run, oldest first."""
     file = run / LAUNCH / JOBS
     queued = file.read_text().split() if file.is_file() else []
-    begun = [attempt.job for attempt in attempts.read_attempts(run) if attempt.job]
-    return list(dict.fromkeys(job.partition(";")[0] for job in (*queued, *begun)))
+    started = [attempt.job for attempt in attempts.read_attempts(run) if attempt.job]
+
+    # with several clusters `sbatch --parsable` prints ID;CLUSTER
+    return list(dict.fromkeys(job.partition(";")[0] for job in (*queued, *started)))
 
 
 def is_active(job: str) -> bool:
-    """Whether a job is queued or running."""
-    state = slurm.show(job).get("JobState", "")
-    return bool(state) and state not in slurm.ENDED
+    """True if a job is queued or running."""
+    state = slurm.show_job(job).get("JobState", "")
+    return bool(state) and state not in slurm.TERMINAL_STATES
 
 
-def _refuse_second(run: Path) -> None:
-    for job in jobs(run):
+def _check_no_active_job(run: Path) -> None:
+    for job in job_ids(run):
         if is_active(job):
-            raise UserError(f"job {job} of {run} is queued or running: `bitlm launch status {run}` shows it, `cancel` ends it")
+            raise UserError(
+                f"job {job} of {run} is queued or running: "
+                f"`bitlm launch status {run}` shows it, `cancel` ends it"
+            )
 
 
-def _queue(run: Path) -> str:
-    bad = agent.left_out(run)
-    job = slurm.submit(run / LAUNCH / SCRIPT, *([f"--exclude={','.join(bad)}"] if bad else []))
+def _queue_job(run: Path) -> str:
+    """Submit the saved script, without the bad nodes, and record the job id."""
+    bad = supervisor.excluded_nodes(run)
+    job = slurm.submit_script(
+        run / LAUNCH / SCRIPT, *([f"--exclude={','.join(bad)}"] if bad else [])
+    )
+
     with (run / LAUNCH / JOBS).open("a") as stream:
         stream.write(f"{job}\n")
     return job
 
 
 @contextmanager
-def _submitting(run: Path) -> Iterator[None]:
-    """While open, nobody else submits the run."""
+def _submission_lock(run: Path) -> Iterator[None]:
+    """Hold the run, so that nobody else can submit it, and lift an earlier cancellation."""
     (run / LAUNCH).mkdir(parents=True, exist_ok=True)
     with (run / LAUNCH / "lock").open("w") as lock:
         if not try_lock(lock):
-            raise UserError(f"{run} is being submitted or trained by another `bitlm launch`: wait for it")
-        _refuse_second(run)
-        (run / LAUNCH / CANCELLED).unlink(missing_ok=True)
+            raise UserError(
+                f"{run} is being submitted or trained by another `bitlm launch`: wait for it"
+            )
+
+        # again under the lock: another submission may have come first
+        _check_no_active_job(run)
+        (run / LAUNCH / CANCELLED_FILE).unlink(missing_ok=True)
         yield
 
 
-def _now() -> str:
+def _submission_time() -> str:
     return f"{time.time():.3f}"

@@ -1,4 +1,4 @@
-"""Imports run downwards only, and the method can be read without Megatron."""
+"""Packages import only from lower layers, and the method does not depend on Megatron."""
 
 import ast
 from pathlib import Path
@@ -10,8 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__"},
     {"cli"},
-    {"bench", "checkpoints", "display", "doctor", "launching", "prepared"},
-    {"terminal"},
+    {"bench"},
     {"evaluation", "planning"},
     {"inference", "training"},
     {"data_prep", "launch"},
@@ -24,7 +23,8 @@ LAYERS = [
     {"codes"},
     {"compilation"},
     {"disks", "paths"},
-    {"cpu_threads", "errors", "files", "processes"},
+    {"cpu_contention"},
+    {"cpu_threads", "errors", "files", "processes", "renamed_keys", "strict_json"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 
@@ -50,7 +50,9 @@ def level(package):
     return next(i for i, layer in enumerate(LAYERS) if package in layer)
 
 
-@pytest.mark.parametrize(("package", "file"), modules(), ids=lambda x: x.name if isinstance(x, Path) else x)
+@pytest.mark.parametrize(
+    ("package", "file"), modules(), ids=lambda x: x.name if isinstance(x, Path) else x
+)
 def test_imports_run_downwards(package, file):
     for name in imported(file):
         root, _, rest = name.partition(".")
@@ -58,4 +60,52 @@ def test_imports_run_downwards(package, file):
         if root == "bitlm_dist" and target != package:
             assert level(target) > level(package), f"{file} imports {name}"
         if package in PURE:
-            assert root not in {"megatron", "deepspeed", "streaming", "pydantic"}, f"{file} imports {name}"
+            assert root not in {"megatron", "deepspeed", "streaming", "pydantic"}, (
+                f"{file} imports {name}"
+            )
+
+
+# Tests of more than one module; every other test file bears the name of its module.
+TOPICS = {
+    "bench/test_bench.py": "the command, with all its runners",
+    "cli/test_cli.py": "the command line as a whole",
+    "data_prep/test_tokenizer_copies.py": "tokenizers of other projects",
+    "evaluation/test_missing_values.py": "values that cannot be computed, in every output",
+    "faults/test_kills.py": "kill -9 at any moment",
+    "golden/test_golden.py": "losses on file",
+    "kernels/test_triton.py": "Triton's interpreter",
+    "kernels/test_triton_gpu.py": "Triton on a GPU",
+    "model/test_compile.py": "compiled against plain code",
+    "parallel/test_jobs.py": "resuming on another layout",
+    "parallel/test_parity.py": "every layout against one process",
+    "parallel/test_saving.py": "saving on several ranks",
+    "slurm/test_cluster.py": "the test cluster itself",
+    "slurm/test_launch.py": "jobs on a real Slurm",
+    "test_architecture.py": "imports and names of files",
+    "test_copy_task.py": "a task that a model must learn",
+    "test_docs.py": "links and quotes of the docs",
+    "test_mutants.py": "the patches",
+    "test_style.py": "how the source reads",
+    "test_suite.py": "the test suite cleans up",
+    "training/test_counts.py": "predicted tokens and bytes, from data to metrics",
+    "training/test_health.py": "health of checkpoints, from trainer to store",
+    "training/test_old_runs.py": "runs of earlier versions",
+    "training/test_places.py": "run folders that move",
+    "training/test_resume.py": "resume is bitwise",
+    "training/test_saves_in_training.py": "saves that fail or overlap",
+    "training/test_stopping.py": "signals and stop files",
+    "training/test_training_gpu.py": "training on a GPU",
+}
+
+
+def test_tests_are_named_after_their_modules():
+    sources = set()
+    for _, file in modules():
+        path = file.relative_to(ROOT)
+        inside = path.relative_to("bitlm_dist") if path.parts[0] == "bitlm_dist" else path
+        sources.add(str(inside.with_name(f"test_{inside.name}")))
+
+    tests = ROOT / "tests"
+    files = {str(file.relative_to(tests)) for file in tests.rglob("test_*.py")}
+    assert files - sources - TOPICS.keys() == set(), "name it after its module, or add a topic"
+    assert TOPICS.keys() - files == set(), "a topic without a file"

@@ -1,19 +1,22 @@
-"""A compiler that does not work is found before the first step, not in it."""
+"""A compiler that does not work is detected before the first step."""
 
 import pytest
 import torch
 
 from bitlm_dist import compilation
-from bitlm_dist.compilation import compiles
+from bitlm_dist.compilation import should_compile
 from bitlm_dist.errors import UserError
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 @pytest.fixture
 def trial(monkeypatch):
-    """(problem) -> the trial says so."""
-    return lambda problem: monkeypatch.setattr(compilation, "_trial", lambda device: problem)
+    """A function that makes the trial compilation report a problem."""
+    return lambda problem: monkeypatch.setattr(
+        compilation, "_compile_failure_reason", lambda device: problem
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -23,22 +26,28 @@ def _compiler(monkeypatch):
 
 def test_auto_compiles_on_a_gpu_where_that_works(trial, caplog):
     trial(None)
-    assert compiles("auto", GPU)
-    assert compiles("always", CPU)
-    assert not compiles("auto", CPU)
-    assert not compiles("never", GPU)
+    assert should_compile("auto", GPU)
+    assert should_compile("always", CPU)
+    assert not should_compile("auto", CPU)
+    assert not should_compile("never", GPU)
+
     trial("no header Python.h")
-    assert not compiles("auto", GPU)
-    assert "regions of the head run as they are written, which is slower: no header Python.h" in caplog.messages
+    assert not should_compile("auto", GPU)
+    assert (
+        "regions of the head run as they are written, which is slower: no header Python.h"
+        in caplog.messages
+    )
 
 
 def test_always_is_refused_where_it_does_not_work(trial, monkeypatch):
     trial("no header Python.h")
-    with pytest.raises(UserError, match=r"training.compile = always: no header Python.h: fix it, or use never"):
-        compiles("always", GPU)
+    with pytest.raises(
+        UserError, match=r"training.compile = always: no header Python.h: fix it, or use never"
+    ):
+        should_compile("always", GPU)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     with pytest.raises(UserError, match="no compiler, looked for"):
-        compiles("always", GPU)
+        should_compile("always", GPU)
 
 
 def test_a_trial_says_what_ails_the_compiler(monkeypatch):
@@ -46,6 +55,9 @@ def test_a_trial_says_what_ails_the_compiler(monkeypatch):
         raise OSError("cc1plus:\n  not found")
 
     monkeypatch.setattr(torch, "compile", broken)
-    compilation._trial.cache_clear()
-    assert compilation._trial(CPU) == "torch.compile fails on cpu (OSError: cc1plus: not found)"
-    compilation._trial.cache_clear()
+    compilation._compile_failure_reason.cache_clear()
+    assert (
+        compilation._compile_failure_reason(CPU)
+        == "torch.compile fails on cpu (OSError: cc1plus: not found)"
+    )
+    compilation._compile_failure_reason.cache_clear()

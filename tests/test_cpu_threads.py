@@ -1,16 +1,15 @@
-"""OpenMP's variables, as a launcher leaves them and as a process starts with them; and who keeps the cores busy."""
+"""OpenMP's and MKL's variables, as a launcher leaves them and as a process starts with them."""
 
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
 from bitlm_dist import cpu_threads
-from bitlm_dist.cpu_threads import BusyCores, num_local_ranks, set_cpu_environment
+from bitlm_dist.cpu_threads import num_local_ranks, set_cpu_environment
 
-WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": cpu_threads.SPINS}
+WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": cpu_threads.DEFAULT_SPIN_COUNT}
 
 
 @pytest.fixture
@@ -32,9 +31,25 @@ def eight_cores(monkeypatch):
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),2", "SLURM_NODEID": "1", "SLURM_PROCID": "5"}, "2"),
         ({"SLURM_STEP_TASKS_PER_NODE": "4(x2),2", "SLURM_NODEID": "2", "SLURM_PROCID": "8"}, "4"),
         # the job has four of the node's eight cores
-        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_CPUS_ON_NODE": "4"}, "2"),
+        (
+            {
+                "SLURM_STEP_TASKS_PER_NODE": "2",
+                "SLURM_NODEID": "0",
+                "SLURM_PROCID": "0",
+                "SLURM_CPUS_ON_NODE": "4",
+            },
+            "2",
+        ),
         # Slurm has bound each rank to its own eight of sixteen
-        ({"SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_CPUS_ON_NODE": "16"}, "8"),
+        (
+            {
+                "SLURM_STEP_TASKS_PER_NODE": "2",
+                "SLURM_NODEID": "0",
+                "SLURM_PROCID": "0",
+                "SLURM_CPUS_ON_NODE": "16",
+            },
+            "8",
+        ),
     ],
 )
 def test_ranks_share_the_cores_unless_the_user_says_otherwise(given, threads, eight_cores):
@@ -56,28 +71,38 @@ def test_products_do_not_depend_on_where_their_operands_lie():
     import torch
 
     def moved(matrix, offset):
-        """A copy that begins ``offset`` bytes after an address that is a multiple of 64."""
+        """Copy to ``offset`` bytes after an address that is a multiple of 64."""
         memory = torch.empty(matrix.nbytes + 128, dtype=torch.uint8)
         start = -memory.data_ptr() % 64 + offset
-        return memory[start : start + matrix.nbytes].view(matrix.dtype).view(matrix.shape).copy_(matrix)
+        return (
+            memory[start : start + matrix.nbytes]
+            .view(matrix.dtype)
+            .view(matrix.shape)
+            .copy_(matrix)
+        )
 
     torch.manual_seed(0)
     for rows, columns in [(2, 32), (64, 9)]:
-        inputs, weight, bias = torch.randn(rows, 32), torch.randn(columns, 32), torch.randn(columns)
+        inputs = torch.randn(rows, 32)
+        weight = torch.randn(columns, 32)
+        bias = torch.randn(columns)
         expected = torch.nn.functional.linear(moved(inputs, 0), weight, bias)
         for offset in (4, 8, 16, 32):
-            assert torch.equal(torch.nn.functional.linear(moved(inputs, offset), weight, bias), expected), (rows, offset)
+            assert torch.equal(
+                torch.nn.functional.linear(moved(inputs, offset), weight, bias), expected
+            ), (rows, offset)
 
 
 @pytest.mark.parametrize(
-    ("tasks", "node", "ranks"), [("3", "0", 3), ("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("", "0", 1), ("2", "x", 2)]
+    ("tasks", "node", "ranks"),
+    [("3", "0", 3), ("2(x3),1", "2", 2), ("2(x3),1", "3", 1), ("", "0", 1), ("2", "x", 2)],
 )
 def test_ranks_on_a_node_of_slurm(tasks, node, ranks):
     assert num_local_ranks({"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_NODEID": node}) == ranks
 
 
 def test_the_command_sets_them_before_torch_is_loaded():
-    """In a process of its own, as this one has torch."""
+    """Runs in a separate process, as torch is loaded in this one."""
     script = """
 import os, sys
 import typer
@@ -89,32 +114,13 @@ bitlm_dist.cli.app = app
 from bitlm_dist.__main__ import main
 main()
 """
-    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "passive\n"
-
-
-def test_another_busy_program_is_counted_and_this_process_is_not(monkeypatch):
-    busy, job = [100.0], [20.0]
-    monkeypatch.setattr(cpu_threads, "_busy_seconds", lambda: busy[0])
-    monkeypatch.setattr(cpu_threads, "_job_seconds", lambda: job[0])
-    times = iter((0.0, *[4.0] * 9))
-    monkeypatch.setattr(time, "monotonic", lambda: next(times))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    cores = BusyCores()
-    busy[0], job[0] = 106.0, 22.0
-    assert cores.by_others() == 1.0
-    assert cores.warning(1) is None
-    assert cores.warning(2).startswith("2 threads on 2 cores, of which other programs keep 1.0 busy: ")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert cores.warning(1).startswith("2 ranks x 1 threads on 2 cores")
-
-
-def test_this_process_s_own_work_is_not_taken_for_others():
-    cores = BusyCores()
-    end = time.process_time() + 0.5
-    while time.process_time() < end:
-        pass
-    used_by_all, own = cpu_threads._busy_seconds() - cores._machine, cpu_threads._job_seconds() - cores._job
-    assert 0.4 <= own <= used_by_all + 0.1

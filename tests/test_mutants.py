@@ -1,4 +1,4 @@
-"""The planted faults of tests/mutants stay usable: `make mutants` runs them."""
+"""The planted faults of tests/mutants still apply; `make mutants` runs them."""
 
 import importlib.util
 from pathlib import Path
@@ -47,7 +47,8 @@ def write(folder, name):
 @pytest.mark.parametrize("name", BROKEN)
 def test_what_is_wrong_with_a_patch_is_named(name, tree, tmp_path):
     write(tmp_path / "patches", name)
-    found, message = mutants.problems(tmp_path / "patches", tree), BROKEN[name][2]
+    found = mutants.problems(tmp_path / "patches", tree)
+    message = BROKEN[name][2]
     assert len(found) == (1 if message else 0)
     assert not found or found[0].startswith(f"{name}: {message}")
     assert (tree / "code.py").read_text() == CODE, "nothing is changed by a check"
@@ -56,9 +57,9 @@ def test_what_is_wrong_with_a_patch_is_named(name, tree, tmp_path):
 def test_a_patch_is_taken_back(tree, tmp_path):
     write(tmp_path / "patches", "good")
     (mutant,) = mutants.mutants_in(tmp_path / "patches")
-    assert mutants.apply(mutant, tree) == ""
+    assert mutants.apply_patch(mutant, tree) == ""
     assert (tree / "code.py").read_text() == CODE.replace("two = 2", "two = 3")
-    assert mutants.apply(mutant, tree, "--reverse") == ""
+    assert mutants.apply_patch(mutant, tree, "--reverse") == ""
     assert (tree / "code.py").read_text() == CODE
 
 

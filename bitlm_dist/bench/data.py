@@ -1,92 +1,119 @@
-"""`bitlm bench data`: tokens a second that the loader alone delivers, beside those that training consumes."""
+"""`bitlm bench data`: tokens per second of the data loader alone, beside those of training."""
 
 from typing import Any
 
-from bitlm_dist.bench.contest import Contender, Runner, contest
-from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
-from bitlm_dist.bench.train import Load, build_stack, predicted_share
-from bitlm_dist.codes import bits_needed
+from typing_extensions import override
+
+from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
+from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
+from bitlm_dist.bench.train import Workload, build_stack_runner, measure_predicted_fraction
+from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
-from bitlm_dist.data.mixed_feed import training_feed
-from bitlm_dist.model.build import check_machine
+from bitlm_dist.data.mixture_dataset import training_dataset
+from bitlm_dist.model.build import prepare_device
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import Flops, training_flops
 
-COLD, WARM, TRAINING = "data, cold", "data, warm", "training"
+COLD = "data, cold"
+WARM = "data, warm"
+TRAINING = "training"
 
 
-class ColdRunner(Runner):
-    """Opens the folder, plans the first epoch and reads from its first shards on, as a run that begins does."""
+class ColdRunner(BenchRunner):
+    """Opens the dataset, plans the first epoch and reads from the first shards on, as the start of
+    a run does.
+    """
 
-    def __init__(self, config: Config, steps: int) -> None:
-        self._config, self._steps = config, steps
+    def __init__(self, config: Config, num_steps: int) -> None:
+        self._config = config
+        self._num_steps = num_steps
 
+    @override
     def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
-        feed = training_feed(self._config)
-        size = self._config.training.global_batch_tokens // self._config.data.sequence_length
-        for step in range(self._steps):
-            feed.batch(step * size, size, mesh.device())
-        feed.close()
-        return self._steps * self._config.training.global_batch_tokens
+        dataset = training_dataset(self._config)
+        num_sequences = (
+            self._config.training.global_batch_tokens // self._config.data.sequence_length
+        )
+
+        for step in range(self._num_steps):
+            dataset.batch(step * num_sequences, num_sequences, mesh.device())
+
+        # the next repeat must open the files again
+        dataset.close()
+        return self._num_steps * self._config.training.global_batch_tokens
 
 
-class WarmRunner(Runner):
-    """Goes on where the repeat before stopped."""
+class WarmRunner(BenchRunner):
+    """Reads from an open dataset; each repeat continues where the previous one stopped."""
 
-    def __init__(self, config: Config, steps: int) -> None:
-        self._config, self._steps, self._step = config, steps, 0
-        self._feed = training_feed(config)
+    def __init__(self, config: Config, num_steps: int) -> None:
+        self._config = config
+        self._num_steps = num_steps
+        self._step = 0
+        self._dataset = training_dataset(config)
 
+    @override
     def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
-        size = self._config.training.global_batch_tokens // self._config.data.sequence_length
-        for _ in range(self._steps):
-            self._feed.batch(self._step * size, size, mesh.device())
+        num_sequences = (
+            self._config.training.global_batch_tokens // self._config.data.sequence_length
+        )
+
+        # batches that were read before could come from a cache
+        for _ in range(self._num_steps):
+            self._dataset.batch(self._step * num_sequences, num_sequences, mesh.device())
             self._step += 1
-        return self._steps * self._config.training.global_batch_tokens
+
+        return self._num_steps * self._config.training.global_batch_tokens
 
 
-def build_cold(config: Config, steps: int) -> Runner:
-    """Built in the child."""
+def build_cold_runner(config: Config, steps: int) -> BenchRunner:
+    """Build a :class:`ColdRunner` in the child process."""
     return ColdRunner(config, steps)
 
 
-def build_warm(config: Config, steps: int) -> Runner:
-    """Built in the child."""
+def build_warm_runner(config: Config, steps: int) -> BenchRunner:
+    """Build a :class:`WarmRunner` in the child process."""
     return WarmRunner(config, steps)
 
 
-def bench_data(config: Config, load: Load, steps: int, repeats: int) -> Results:
-    """Time the reading of a config's data cold and warm, and its training steps, in turn.
+def bench_data(config: Config, workload: Workload, num_batches: int, repeats: int) -> Results:
+    """Time reading a config's data, cold and warm, and its training steps, in turn.
 
     Args:
-        config: checked; its data is read.
-        load: of the training steps.
-        steps: batches that a repeat of the reading reads.
+        config: the checked config; its data is read.
+        workload: of the training steps.
+        num_batches: batches to read per repeat.
         repeats: at least 1.
     """
-    check_machine(config)
-    contenders = {
-        COLD: Contender(build_cold, (config, steps)),
-        WARM: Contender(build_warm, (config, steps)),
-        TRAINING: Contender(build_stack, (config, load)),
+    prepare_device(config)
+    variants = {
+        COLD: Variant(build_cold_runner, (config, num_batches)),
+        WARM: Variant(build_warm_runner, (config, num_batches)),
+        TRAINING: Variant(build_stack_runner, (config, workload)),
     }
-    timings = contest(contenders, repeats=repeats)
-    flops = {TRAINING: training_flops(config, bits_needed(load.vocabulary), load.vocabulary)}
-    share = predicted_share(training_feed(config), config)
-    sides: dict[str, Any] = {name: describe(timing, flops.get(name, Flops(0, 0, 0, 0)), share) for name, timing in timings.items()}
+    timings = time_interleaved(variants, repeats=repeats)
+
+    # reading computes nothing
+    flops = {
+        TRAINING: training_flops(config, num_bits_needed(workload.vocab_size), workload.vocab_size)
+    }
+    fraction = measure_predicted_fraction(training_dataset(config), config)
+    sides: dict[str, Any] = {
+        name: summarize_timing(timing, flops.get(name, Flops(0, 0, 0, 0)), fraction)
+        for name, timing in timings.items()
+    }
+
     return Results(
         kind="data",
         first=COLD,
         sides=sides,
         settings={
-            **settings_of(config, load.vocabulary, repeats),
+            **common_settings(config, workload.vocab_size, repeats),
             "batch_tokens": config.training.global_batch_tokens,
             "sequence_length": config.data.sequence_length,
             "packing": config.data.packing,
             "data": str(config.data.path),
-            "batches_a_repeat": steps,
+            "batches_a_repeat": num_batches,
         },
-        environment=environment_of(),
+        environment=machine_environment(),
     )

@@ -1,114 +1,181 @@
-"""`bitlm bench generate`: tokens a second of written text, with a key-value cache."""
+"""`bitlm bench generate`: tokens per second of generation with a key-value cache."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from bitlm_dist.bench.contest import Contender, Runner, contest
-from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
-from bitlm_dist.bench.train import as_softmax, plain_codes, refuse_itself
-from bitlm_dist.codes import bits_needed
+from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
+from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
+from bitlm_dist.bench.train import (
+    check_baselines_differ,
+    natural_bit_codes,
+    softmax_baseline_config,
+)
+from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.inference.generate import generate_batch
-from bitlm_dist.model.build import build_model, check_machine
+from bitlm_dist.model.build import build_model, prepare_device
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import generation_flops
 from bitlm_dist.planning.memory import check_memory, generation_bytes
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is written: ``batch`` rows of ``tokens`` new tokens after a prompt of ``prompt`` tokens."""
+class GenerationWorkload:
+    """Batch to generate: ``batch_size`` rows of ``num_new_tokens`` tokens after a prompt of
+    ``num_prompt_tokens`` tokens.
+    """
 
-    vocabulary: int
-    batch: int
-    tokens: int
-    prompt: int
+    vocab_size: int
+    batch_size: int
+    num_new_tokens: int
+    num_prompt_tokens: int
 
 
-class Writer(Runner):
-    """Writes the request with an untrained model: the cost does not depend on the weights."""
+class GenerationRunner(BenchRunner):
+    """Generates with an untrained model: the cost does not depend on the weights."""
 
-    def __init__(self, config: Config, request: Request) -> None:
-        self.model = build_model(config, plain_codes(request.vocabulary), eos=1).to(mesh.device()).eval()
-        self.config, self.request = config, request
+    def __init__(self, config: Config, workload: GenerationWorkload) -> None:
+        self.model = (
+            build_model(config, natural_bit_codes(workload.vocab_size), eos=1)
+            .to(mesh.device())
+            .eval()
+        )
+        self.config = config
+        self.workload = workload
 
+    @override
     def prepare(self) -> None:
-        """Read the prompt and write the first block."""
-        request, m = self.request, self.model.block_size
-        prompts = torch.full((request.batch, request.prompt // m * m), 2, device=mesh.device())
-        blocks = 1 + -(-request.tokens // m)
-        self._text = generate_batch(self.model, prompts, bos=0, blocks=blocks, sampling=self.config.sampling, seed=0)
-        next(self._text)
+        """Process the prompt and generate the first block."""
+        workload = self.workload
+        m = self.model.block_size
 
+        # the prompt is cut to whole blocks
+        prompts = torch.full(
+            (workload.batch_size, workload.num_prompt_tokens // m * m), 2, device=mesh.device()
+        )
+        blocks = 1 + -(-workload.num_new_tokens // m)
+        self._block_iterator = generate_batch(
+            self.model, prompts, bos=0, num_blocks=blocks, sampling=self.config.sampling, seed=0
+        )
+
+        # the first block includes the pass over the prompt
+        next(self._block_iterator)
+
+    @override
     def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`: the blocks after the first."""
-        m, blocks = self.model.block_size, 0
-        for block in self._text:
-            assert block.shape == (self.request.batch, m)
+        """Generate the blocks after the first."""
+        m = self.model.block_size
+        blocks = 0
+        for block in self._block_iterator:
+            assert block.shape == (self.workload.batch_size, m)
             blocks += 1
-        return self.request.batch * blocks * m
+
+        return self.workload.batch_size * blocks * m
 
 
-def build_writer(config: Config, request: Request) -> Runner:
-    """Built in the child."""
-    return Writer(config, request)
+def build_generation_runner(config: Config, workload: GenerationWorkload) -> BenchRunner:
+    """Build a :class:`GenerationRunner` in the child process."""
+    return GenerationRunner(config, workload)
 
 
-def bench_generate(config: Config, request: Request, against: list[str], samplers: list[str], repeats: int) -> Results:
-    """Time writing with each sampler, and with what it is compared with, in turn.
+def bench_generate(
+    config: Config,
+    workload: GenerationWorkload,
+    baselines: list[str],
+    samplers: list[str],
+    repeats: int,
+) -> Results:
+    """Time generation with each sampler and each baseline, in turn.
 
     Args:
-        config: checked.
-        request: what to write.
-        against: of ``softmax``.
-        samplers: ``sequential``, or ``ode:K`` for K steps, ``sde:K``; empty: as the config says.
+        config: the checked config.
+        workload: batch to generate.
+        baselines: may hold ``softmax``.
+        samplers: ``sequential``, or ``ode:K`` and ``sde:K`` for K steps; empty: as configured.
         repeats: at least 1.
+
+    Raises:
+        UserError: a baseline or sampler does not apply, or the models do not fit into memory.
     """
-    check_machine(config)
-    refuse_itself(config, against)
-    if "plain" in against:
+    prepare_device(config)
+    check_baselines_differ(config, baselines)
+    if "plain" in baselines:
         raise UserError("--vs plain compares training steps: use it with `bitlm bench train`")
-    if config.model.output == "softmax":
-        configs = {"softmax": config}
-    else:
-        named = samplers or [_name_of(config)]
-        configs = {f"bits {name}": with_sampler(config, name) for name in named}
+
+    # the side that the others are compared with comes first
+    configs = _configs_by_sampler(config, samplers)
     first = next(iter(configs))
-    if "softmax" in against:
-        configs["softmax"] = as_softmax(config)
-    check_memory({name: generation_bytes(c, request.vocabulary) for name, c in configs.items()})
-    contenders = {name: Contender(build_writer, (c, request)) for name, c in configs.items()}
-    timings = contest(contenders, repeats=repeats)
-    bits, keys = bits_needed(request.vocabulary), request.prompt + request.tokens / 2
+    if "softmax" in baselines:
+        configs["softmax"] = softmax_baseline_config(config)
+    check_memory({name: generation_bytes(c, workload.vocab_size) for name, c in configs.items()})
+
+    variants = {
+        name: Variant(build_generation_runner, (c, workload)) for name, c in configs.items()
+    }
+    timings = time_interleaved(variants, repeats=repeats)
+
+    # the cache grows by one token per step, so half of the new tokens on average
+    bits = num_bits_needed(workload.vocab_size)
+    mean_context_length = workload.num_prompt_tokens + workload.num_new_tokens / 2
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
-        sides[name] = describe(timing, generation_flops(configs[name], bits, request.vocabulary, keys), 1.0)
+        sides[name] = summarize_timing(
+            timing,
+            generation_flops(configs[name], bits, workload.vocab_size, mean_context_length),
+            1.0,  # every generated token is predicted
+        )
+
     return Results(
         kind="generate",
         first=first,
         sides=sides,
         settings={
-            **settings_of(config, request.vocabulary, repeats),
-            "batch": request.batch,
-            "new_tokens": request.tokens,
-            "prompt_tokens": request.prompt,
+            **common_settings(config, workload.vocab_size, repeats),
+            "batch": workload.batch_size,
+            "new_tokens": workload.num_new_tokens,
+            "prompt_tokens": workload.num_prompt_tokens,
         },
-        environment=environment_of(),
+        environment=machine_environment(),
     )
 
 
-def _name_of(config: Config) -> str:
+def _configs_by_sampler(config: Config, samplers: list[str]) -> dict[str, Config]:
+    """Config of each side; a softmax model has a single sampler."""
+    if config.model.output == "softmax":
+        return {"softmax": config}
+
+    sampler_names = samplers or [_sampler_name(config)]
+    return {f"bits {name}": with_sampler(config, name) for name in sampler_names}
+
+
+def _sampler_name(config: Config) -> str:
     sampling = config.sampling
-    return sampling.sampler if sampling.sampler == "sequential" else f"{sampling.sampler}:{sampling.steps}"
+    return (
+        sampling.sampler
+        if sampling.sampler == "sequential"
+        else f"{sampling.sampler}:{sampling.steps}"
+    )
 
 
 def with_sampler(config: Config, name: str) -> Config:
-    """The config with sampler ``sequential``, ``ode:K`` or ``sde:K``; raises :class:`UserError` for another name."""
+    """Return the config with another sampler.
+
+    Args:
+        config: the config to copy.
+        name: ``sequential``, ``ode:K`` or ``sde:K``.
+
+    Raises:
+        UserError: there is no such sampler.
+    """
     sampler, _, steps = name.partition(":")
     if sampler not in ("sequential", "ode", "sde") or (steps and not steps.isdigit()):
-        raise UserError(f"--sampler {name}: write sequential, ode:K or sde:K with K steps, e.g. ode:8")
+        raise UserError(
+            f"--sampler {name}: write sequential, ode:K or sde:K with K steps, e.g. ode:8"
+        )
+
     update = {"sampler": sampler, "steps": int(steps or config.sampling.steps)}
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=update)}).check()

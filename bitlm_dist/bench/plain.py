@@ -1,7 +1,8 @@
-"""The same training step as anyone would write it in plain PyTorch: no Megatron, no counter-based noise, no data pipeline.
+"""Reference implementation of the training step in plain PyTorch: no Megatron, no counter-based
+noise, no data pipeline.
 
-What the stack costs is measured against it. The diffusion head is the same module, which is plain PyTorch already; the backbone's
-layer is the one that decoding runs.
+The overhead of the stack is measured against it. The diffusion head is the same module, as it is
+plain PyTorch already; the backbone uses the layer that decoding runs.
 
 Legend: B batch, S sequence, D width.
 """
@@ -12,86 +13,159 @@ from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import BackboneConfig, Config
-from bitlm_dist.diffusion.process import logit_normal
+from bitlm_dist.diffusion.process import logit_normal_time
 from bitlm_dist.model.bit_embedding import BitEmbedding
-from bitlm_dist.model.head import DiffusionHead
-from bitlm_dist.model.plain_layer import LayerWeights, layer, rotary
+from bitlm_dist.model.head import Conditioning, DiffusionHead
+from bitlm_dist.model.torch_layer import LayerWeights, rotary_cos_sin, transformer_layer
 
 
 class PlainLayer(nn.Module):
-    """The weights of :func:`bitlm_dist.model.plain_layer.layer`."""
+    """Weights of one :func:`bitlm_dist.model.torch_layer.transformer_layer`."""
 
-    def __init__(self, b: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.Parameter(torch.ones(b.width)), nn.Parameter(torch.ones(b.width))
-        self.q_norm, self.k_norm = nn.Parameter(torch.ones(b.head_width)), nn.Parameter(torch.ones(b.head_width))
-        self.qkv = nn.Linear(b.width, (b.heads + 2 * b.kv_heads) * b.head_width, bias=False)
-        self.out = nn.Linear(b.heads * b.head_width, b.width, bias=False)
-        self.gate_up = nn.Linear(b.width, 2 * b.ffn_width, bias=False)
-        self.down = nn.Linear(b.ffn_width, b.width, bias=False)
-        self.per_group = b.heads // b.kv_heads
+        self.norm1 = nn.Parameter(torch.ones(config.hidden_size))
+        self.norm2 = nn.Parameter(torch.ones(config.hidden_size))
+        self.q_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.k_norm = nn.Parameter(torch.ones(config.head_dim))
+        self.qkv = nn.Linear(
+            config.hidden_size,
+            (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
+            bias=False,
+        )
+        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=False)
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=False)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+        self.num_queries_per_kv_head = config.num_heads // config.num_kv_heads
 
     def weights(self) -> LayerWeights:
-        """In the order that the function takes."""
-        qk_norm = torch.cat((self.q_norm.expand(self.per_group, -1), self.k_norm[None]))
-        out, gate_up, down = self.out.weight, self.gate_up.weight, self.down.weight
-        return LayerWeights(self.norm1, self.qkv.weight, qk_norm, out, self.norm2, gate_up, down)
+        """Weights as the layer function takes them."""
+        # one row per head of a key-value group: its queries, then its key
+        qk_norm = torch.cat(
+            (self.q_norm.expand(self.num_queries_per_kv_head, -1), self.k_norm[None])
+        )
+
+        return LayerWeights(
+            self.norm1,
+            self.qkv.weight,
+            qk_norm,
+            self.out.weight,
+            self.norm2,
+            self.gate_up.weight,
+            self.down.weight,
+        )
 
 
 class PlainBackbone(nn.Module):
     """Block-causal Transformer."""
 
-    def __init__(self, b: BackboneConfig, block: int) -> None:
+    def __init__(self, config: BackboneConfig, block_size: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(PlainLayer(b) for _ in range(b.layers))
-        self.norm = nn.RMSNorm(b.width, 1e-6)
-        self.block, self.config = block, b
+        self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, 1e-6)
+        self.block_size = block_size
+        self.config = config
 
     def forward(self, x: Tensor, document_ids: Tensor) -> Tensor:
-        """x [B, S, D], document_ids [B, S] -> [B, S, D]."""
-        b, place = self.config, torch.arange(x.shape[1], device=x.device)
-        mask = place[None, :] // self.block <= place[:, None] // self.block
+        """Compute the hidden states.
+
+        Args:
+            x: embeddings [B, S, D].
+            document_ids: [B, S]; positions attend within their document only.
+
+        Returns:
+            Hidden states [B, S, D].
+        """
+        config = self.config
+
+        # each position sees its own and earlier blocks of its document
+        position = torch.arange(x.shape[1], device=x.device)
+        mask = position[None, :] // self.block_size <= position[:, None] // self.block_size
         mask = mask & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=b.heads != b.kv_heads)
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, enable_gqa=config.num_heads != config.num_kv_heads
+            )
 
-        cos, sin = rotary(0, x.shape[1], b.rope_base, b.head_width, x)
+        cos, sin = rotary_cos_sin(0, x.shape[1], config.rope_theta, config.head_dim, x)
         for plain in self.layers:
             assert isinstance(plain, PlainLayer)
-            x = layer(x, plain.weights(), cos, sin, attend, b.kv_heads)
+            x = transformer_layer(x, plain.weights(), cos, sin, attend, config.num_kv_heads)
+
         return self.norm(x)
 
 
 class PlainBitLM(nn.Module):
-    """The model and its loss on whole blocks of one document a sequence."""
+    """Model and training loss, for sequences of whole blocks that hold one document each."""
 
     def __init__(self, config: Config, codes: BitCodes) -> None:
         super().__init__()
-        self.config, self.codes = config, codes
-        self.embedding = BitEmbedding(codes.bits, config.model.backbone.width, config.model.input_window)
-        self.backbone = PlainBackbone(config.model.backbone, config.model.block_size if config.model.attention == "block" else 1)
-        self.head = DiffusionHead(config, codes.bits)
+        self.config = config
+        self.codes = codes
+        self.embedding = BitEmbedding(
+            codes.num_bits, config.model.backbone.hidden_size, config.model.input_window
+        )
+        self.backbone = PlainBackbone(
+            config.model.backbone,
+            config.model.block_size if config.model.attention == "block" else 1,
+        )
+        self.head = DiffusionHead(config, codes.num_bits)
 
     def loss(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
-        """tokens [B, S] -> mean loss of the tokens after the first block."""
-        m, diffusion = self.config.model.block_size, self.config.diffusion
-        bits = self.codes.encode(tokens)
-        states = self.backbone(self.embedding(bits), document_ids)
+        """Mean loss of the tokens after the first block.
+
+        Args:
+            tokens: token ids [B, S].
+            document_ids: [B, S].
+        """
+        m = self.config.model.block_size
+        diffusion = self.config.diffusion
+        bits = self.codes.ids_to_bits(tokens)
+        hidden = self.backbone(self.embedding(bits), document_ids)
+
+        # each block is predicted from the hidden states of the block before it
         clean = bits.unflatten(1, (-1, m))[:, 1:].flatten(0, 1)
-        context = self.head.read(states.unflatten(1, (-1, m))[:, :-1].flatten(0, 1))
-        clean = clean.expand(diffusion.draws, *clean.shape)
-        shared, own = torch.randn(clean.shape[:2], device=clean.device), torch.randn(clean.shape[:3], device=clean.device)
-        each = torch.rand(clean.shape[:2], device=clean.device) < diffusion.per_token
-        t = torch.where(each[..., None], logit_normal(own, diffusion.per_token_sigma), logit_normal(shared)[..., None])
-        noisy = (1 - t)[..., None] * clean + t[..., None] * torch.randn_like(clean)
-        loss = self.head.output.loss(self.head(noisy, t, context.broadcast(diffusion.draws)), noisy, t, clean).mean()
-        if context.logits is not None:
-            loss = loss - self.head.output.log_prob(context.logits, clean[0]).mean() / self.codes.bits
-        if self.head.chained:
-            chain = self.head.output.log_prob(self.head.chain(clean[0], context), clean[0])
-            loss = loss - diffusion.chain * chain.mean() / self.codes.bits
-        if diffusion.next_token and m > 1:
-            logits = self.head.next_logits(states[:, m - 1 : -1])
-            loss = loss - diffusion.next_token * self.head.output.log_prob(logits, bits[:, m:]).mean() / self.codes.bits
+        conditioning = self.head.condition(hidden.unflatten(1, (-1, m))[:, :-1].flatten(0, 1))
+        loss = self._denoising_loss(clean, conditioning)
+
+        # the denoising loss is a mean over the bits of a token, so likelihoods are divided by them
+        if conditioning.context_logits is not None:
+            log_prob = self.head.output.log_prob(conditioning.context_logits, clean)
+            loss = loss - log_prob.mean() / self.codes.num_bits
+
+        if self.head.has_autoregressive_pass:
+            log_prob = self.head.output.log_prob(
+                self.head.autoregressive_logits(clean, conditioning), clean
+            )
+            loss = (
+                loss - diffusion.autoregressive_loss_weight * log_prob.mean() / self.codes.num_bits
+            )
+
+        if diffusion.next_token_loss_weight and m > 1:
+            logits = self.head.next_token_logits(hidden[:, m - 1 : -1])
+            log_prob = self.head.output.log_prob(logits, bits[:, m:])
+            loss = loss - diffusion.next_token_loss_weight * log_prob.mean() / self.codes.num_bits
+
         return loss
+
+    def _denoising_loss(self, clean: Tensor, conditioning: Conditioning) -> Tensor:
+        """Mean denoising loss of clean bits [blocks, m, bits] over all noise samples."""
+        diffusion = self.config.diffusion
+        clean = clean.expand(diffusion.num_noise_samples, *clean.shape)
+        block_noise = torch.randn(clean.shape[:2], device=clean.device)
+        token_noise = torch.randn(clean.shape[:3], device=clean.device)
+
+        # a block has one noise level or, with the configured probability, one per token
+        is_per_token = (
+            torch.rand(clean.shape[:2], device=clean.device) < diffusion.per_token_noise_prob
+        )
+        t = torch.where(
+            is_per_token[..., None],
+            logit_normal_time(token_noise, diffusion.per_token_noise_sigma),
+            logit_normal_time(block_noise)[..., None],
+        )
+        noisy = (1 - t)[..., None] * clean + t[..., None] * torch.randn_like(clean)
+
+        prediction = self.head(noisy, t, conditioning.expand(diffusion.num_noise_samples))
+        return self.head.output.loss(prediction, noisy, t, clean).mean()

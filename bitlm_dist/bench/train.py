@@ -1,4 +1,4 @@
-"""`bitlm bench train`: tokens a second of whole training steps."""
+"""`bitlm bench train`: tokens per second of complete training steps."""
 
 import tempfile
 from dataclasses import dataclass
@@ -6,19 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from bitlm_dist.bench.contest import Contender, Runner, contest
+from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
 from bitlm_dist.bench.plain import PlainBitLM
-from bitlm_dist.bench.results import Results, describe, environment_of, settings_of
-from bitlm_dist.codes import BitCodes, bits_needed, natural
+from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
+from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
-from bitlm_dist.data.feed import Feed
-from bitlm_dist.data.mixed_feed import MixedFeed
+from bitlm_dist.data.mixture_dataset import MixtureDataset
+from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import check_machine, rounded
+from bitlm_dist.model.build import cast_weights, prepare_device
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.planning.flops import training_flops
 from bitlm_dist.planning.memory import check_memory, training_bytes
 from bitlm_dist.training.engine import Engine
@@ -27,156 +28,221 @@ from bitlm_dist.training.optimizer import Optimizers
 
 
 @dataclass(frozen=True)
-class Load:
-    """What is trained on: synthetic sequences over V tokens, or the config's data where ``real``; steps a repeat."""
+class Workload:
+    """Training data of a bench.
 
-    vocabulary: int
+    Attributes:
+        vocab_size: number of tokens.
+        eos: id of the end-of-sequence token.
+        has_data: read the config's data; otherwise the sequences are synthetic.
+        steps_per_repeat: training steps per repeat.
+    """
+
+    vocab_size: int
     eos: int
-    real: bool
-    steps: int
+    has_data: bool
+    steps_per_repeat: int
 
 
-def plain_codes(vocabulary: int) -> BitCodes:
-    """Codes of a vocabulary without a corpus: the token's number in bits."""
-    return BitCodes(natural(vocabulary), bits_needed(vocabulary))
+def natural_bit_codes(vocab_size: int) -> BitCodes:
+    """Codes of a vocabulary without a corpus: the token id in binary."""
+    return BitCodes(natural_codes(vocab_size), num_bits_needed(vocab_size))
 
 
-def synthetic_batch(config: Config, vocabulary: int, number: int, device: torch.device) -> Batch:
-    """Random tokens, one document a sequence; the cost of a step does not depend on what they are."""
-    sequences = config.training.global_batch_tokens // config.data.sequence_length
-    generator = torch.Generator().manual_seed(number)
-    tokens = torch.randint(2, vocabulary, (sequences, config.data.sequence_length), generator=generator)
-    return Batch(tokens.to(device), torch.zeros_like(tokens, device=device), torch.arange(sequences, device=device))
+def synthetic_batch(config: Config, vocab_size: int, seed: int, device: torch.device) -> Batch:
+    """Draw random tokens, one document per sequence; the cost of a step does not depend on them."""
+    num_sequences = config.training.global_batch_tokens // config.data.sequence_length
+
+    # ids below 2 are special tokens
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(
+        2, vocab_size, (num_sequences, config.data.sequence_length), generator=generator
+    )
+
+    return Batch(
+        tokens.to(device),
+        torch.zeros_like(tokens, device=device),
+        torch.arange(num_sequences, device=device),
+    )
 
 
-class StackRunner(Runner):
-    """Steps through this project's own path: feed, loss, optimizers, metrics."""
+class StackRunner(BenchRunner):
+    """Training steps of this project's stack: dataset, loss, optimizers, metrics."""
 
-    def __init__(self, config: Config, load: Load) -> None:
-        self.config, self.load, self.device = config, load, mesh.device()
-        self.engine = Engine(config, plain_codes(load.vocabulary), load.eos, Layout())
+    def __init__(self, config: Config, workload: Workload) -> None:
+        self.config = config
+        self.workload = workload
+        self.device = mesh.device()
+        self.engine = Engine(
+            config, natural_bit_codes(workload.vocab_size), workload.eos, ParallelLayout()
+        )
+
+        # metrics are written as in a real run, as they are part of its cost
         self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
         self.log = MetricsLog(Path(self.folder.name), config, step=0)
-        self.feed = Feed.of_config(config, "train", config.data.shuffle) if load.real else None
+        self.dataset = (
+            PackedDataset.from_config(config, "train", config.data.shuffle)
+            if workload.has_data
+            else None
+        )
         self.step = 0
 
     def _batch(self) -> Batch:
-        if self.feed is None:
-            return synthetic_batch(self.config, self.load.vocabulary, self.step, self.device)
-        sequences = self.config.training.global_batch_tokens // self.config.data.sequence_length
-        return self.feed.batch(self.step * sequences, sequences, self.device)
+        if self.dataset is None:
+            return synthetic_batch(self.config, self.workload.vocab_size, self.step, self.device)
 
+        num_sequences = self.config.training.global_batch_tokens // self.config.data.sequence_length
+        return self.dataset.batch(self.step * num_sequences, num_sequences, self.device)
+
+    @override
     def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
-        for _ in range(self.load.steps):
-            update = self.engine.step(self._batch(), self.step)
+        for _ in range(self.workload.steps_per_repeat):
+            update = self.engine.train_step(self._batch(), self.step)
             self.step += 1
-            self.log.write({"step": self.step, "loss": float(update.loss), "grad_norm": update.norm})
-        return self.load.steps * self.config.training.global_batch_tokens
+            self.log.write(
+                {"step": self.step, "loss": float(update.loss), "grad_norm": update.grad_norm}
+            )
 
+        return self.workload.steps_per_repeat * self.config.training.global_batch_tokens
+
+    @override
     def close(self) -> None:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
-        self.log.close()  # its threads write, so before the folder goes
+        # first, because its threads write into the folder
+        self.log.close()
         self.folder.cleanup()
 
 
-class PlainRunner(Runner):
-    """The same steps in plain PyTorch on one batch that lies ready."""
+class PlainRunner(BenchRunner):
+    """The same training steps in plain PyTorch, on one batch that is already on the device."""
 
-    def __init__(self, config: Config, load: Load) -> None:
+    def __init__(self, config: Config, workload: Workload) -> None:
+        # plain PyTorch draws weights and noise from the global generator
         torch.manual_seed(config.training.seed)
-        self.config, self.load = config, load
+        self.config = config
+        self.workload = workload
         device = mesh.device()
-        self.model = rounded(PlainBitLM(config, plain_codes(load.vocabulary)), config).to(device)
+        self.model = cast_weights(
+            PlainBitLM(config, natural_bit_codes(workload.vocab_size)), config
+        ).to(device)
         self.optimizers = Optimizers(dict(self.model.named_parameters()), config.optimizer)
-        self.batch = synthetic_batch(config, load.vocabulary, 0, device)
+        self.batch = synthetic_batch(config, workload.vocab_size, 0, device)
 
+    @override
     def __call__(self) -> int:
-        """See :class:`~bitlm_dist.bench.contest.Runner`."""
-        for _ in range(self.load.steps):
+        for _ in range(self.workload.steps_per_repeat):
             self.model.loss(self.batch.tokens, self.batch.document_ids).backward()  # type: ignore[no-untyped-call]
-            self.optimizers.step(1.0)
-        return self.load.steps * self.config.training.global_batch_tokens
+            self.optimizers.clip_and_step(1.0)
+
+        return self.workload.steps_per_repeat * self.config.training.global_batch_tokens
 
 
-def build_stack(config: Config, load: Load) -> Runner:
-    """Built in the child."""
-    return StackRunner(config, load)
+def build_stack_runner(config: Config, workload: Workload) -> BenchRunner:
+    """Build a :class:`StackRunner` in the child process."""
+    return StackRunner(config, workload)
 
 
-def build_plain(config: Config, load: Load) -> Runner:
-    """Built in the child."""
-    return PlainRunner(config, load)
+def build_plain_runner(config: Config, workload: Workload) -> BenchRunner:
+    """Build a :class:`PlainRunner` in the child process."""
+    return PlainRunner(config, workload)
 
 
-def bench_train(config: Config, load: Load, against: list[str], repeats: int) -> Results:
-    """Time a config's training steps, and those of what it is compared with, in turn.
+def bench_train(config: Config, workload: Workload, baselines: list[str], repeats: int) -> Results:
+    """Time the training steps of a config and of each baseline, in turn.
 
     Args:
-        config: checked.
-        load: what to train on.
-        against: of ``softmax`` and ``plain``.
+        config: the checked config.
+        workload: training data.
+        baselines: may hold ``softmax`` and ``plain``.
         repeats: at least 1.
 
     Raises:
-        UserError: a model does not fit into memory, before it is built.
+        UserError: a baseline does not apply, or the models do not fit into memory. Raised before
+            any model is built.
     """
-    check_machine(config)
-    refuse_itself(config, against)
-    if "plain" in against and config.model.output != "bits":
-        raise UserError("--vs plain compares model.output = bits: the softmax has no plain counterpart")
+    prepare_device(config)
+    check_baselines_differ(config, baselines)
+    if "plain" in baselines and config.model.output != "bits":
+        raise UserError(
+            "--vs plain compares model.output = bits: the softmax has no plain counterpart"
+        )
+
     configs: dict[str, Config] = {config.model.output: config}
-    if "softmax" in against:
-        configs["softmax"] = as_softmax(config)
-    contenders = {name: Contender(build_stack, (c, load)) for name, c in configs.items()}
-    if "plain" in against:
-        contenders["plain"] = Contender(build_plain, (config, load))
-        configs["plain"] = config
-    check_memory({name: training_bytes(c, load.vocabulary) for name, c in configs.items()})
-    timings = contest(contenders, repeats=repeats)
-    bits = bits_needed(load.vocabulary)
+    if "softmax" in baselines:
+        configs["softmax"] = softmax_baseline_config(config)
+
+    variants = {name: Variant(build_stack_runner, (c, workload)) for name, c in configs.items()}
+    if "plain" in baselines:
+        variants["plain"] = Variant(build_plain_runner, (config, workload))
+        configs["plain"] = config  # for its FLOPs and memory
+
+    # all models are in memory at the same time
+    check_memory({name: training_bytes(c, workload.vocab_size) for name, c in configs.items()})
+    timings = time_interleaved(variants, repeats=repeats)
+
+    bits = num_bits_needed(workload.vocab_size)
     sides: dict[str, Any] = {}
     for name, timing in timings.items():
-        synthetic = name == "plain" or not load.real
-        c = configs[name]
-        share = synthetic_share(c) if synthetic else predicted_share(Feed.of_config(c, "train", c.data.shuffle), c)
-        sides[name] = describe(timing, training_flops(configs[name], bits, load.vocabulary), share)
+        # the plain runner always trains on a synthetic batch
+        is_synthetic = name == "plain" or not workload.has_data
+        fraction = _predicted_fraction(configs[name], is_synthetic)
+        sides[name] = summarize_timing(
+            timing, training_flops(configs[name], bits, workload.vocab_size), fraction
+        )
+
     return Results(
         kind="train",
         first=config.model.output,
         sides=sides,
         settings={
-            **settings_of(config, load.vocabulary, repeats),
+            **common_settings(config, workload.vocab_size, repeats),
             "batch_tokens": config.training.global_batch_tokens,
             "sequence_length": config.data.sequence_length,
-            "draws": config.diffusion.draws,
-            "data": str(config.data.path) if load.real else "synthetic",
-            "steps_a_repeat": load.steps,
+            "draws": config.diffusion.num_noise_samples,
+            "data": str(config.data.path) if workload.has_data else "synthetic",
+            "steps_a_repeat": workload.steps_per_repeat,
         },
-        environment=environment_of(),
+        environment=machine_environment(),
     )
 
 
-def synthetic_share(config: Config) -> float:
-    """Share of the positions of :func:`synthetic_batch` whose token is predicted: all but the document's first block."""
+def _predicted_fraction(config: Config, is_synthetic: bool) -> float:
+    if is_synthetic:
+        return synthetic_predicted_fraction(config)
+
+    dataset = PackedDataset.from_config(config, "train", config.data.shuffle)
+    return measure_predicted_fraction(dataset, config)
+
+
+def synthetic_predicted_fraction(config: Config) -> float:
+    """Fraction of the positions of :func:`synthetic_batch` whose token is predicted.
+
+    The first block of a document is not predicted.
+    """
     return 1 - config.model.block_size / config.data.sequence_length
 
 
-def predicted_share(feed: Feed | MixedFeed, config: Config) -> float:
-    """Share of the positions that training reads from a feed whose token is predicted; the feed is closed."""
+def measure_predicted_fraction(dataset: PackedDataset | MixtureDataset, config: Config) -> float:
+    """Fraction of the positions read in training whose token is predicted. Closes the dataset."""
     try:
-        return feed.predicted_share(config.training.steps)
+        return dataset.predicted_fraction(config.training.steps)
     finally:
-        feed.close()
+        dataset.close()
 
 
-def refuse_itself(config: Config, against: list[str]) -> None:
-    """Raise :class:`UserError` where the config is already what it is to be compared with."""
-    if config.model.output in against:
-        raise UserError(f"--vs {config.model.output}: model.output is that already; leave it at bits")
+def check_baselines_differ(config: Config, baselines: list[str]) -> None:
+    """Check that no baseline is the config's own kind of model.
+
+    Raises:
+        UserError: one is.
+    """
+    if config.model.output in baselines:
+        raise UserError(
+            f"--vs {config.model.output}: model.output is that already; leave it at bits"
+        )
 
 
-def as_softmax(config: Config) -> Config:
-    """The baseline with the same backbone, data and optimizers."""
+def softmax_baseline_config(config: Config) -> Config:
+    """Return the config of the softmax baseline: same backbone, data and optimizers."""
+    # the softmax predicts single tokens
     model = config.model.model_copy(update={"output": "softmax", "block_size": 1})
     return config.model_copy(update={"model": model}).check()

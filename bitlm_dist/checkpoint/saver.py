@@ -1,7 +1,8 @@
-"""Checkpoints written while training goes on, at most one at a time.
+"""Asynchronous checkpoints, at most one at a time.
 
-Every rank copies what it is to write into host memory and goes on; a thread of its own writes, hashes and flushes its file. Threads
-talk to no other rank: the ranks agree between two steps that all files are there, and rank 0 completes the folder.
+Every rank copies its part into host memory and resumes training, while a background thread writes,
+hashes and flushes the rank's file. These threads do not communicate with other ranks: between two
+steps the ranks agree that all files are written, and rank 0 completes the folder.
 """
 
 import logging
@@ -17,77 +18,96 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
+from bitlm_dist.checkpoint.steps import folder_of
 from bitlm_dist.checkpoint.store import SaveError
-from bitlm_dist.checkpoint.tensors import NAMES, Entry, Written
+from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, FileDigest, ShardEntry
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 
 log = logging.getLogger(__name__)
 ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A checkpoint that was completed: how long training stood still for it and how long it took on the first rank.
-
-    ``bytes`` are those of all ranks' files, ``copy_bytes`` the host memory that a rank's copy takes, at most.
-    """
+class SaveStats:
+    """Cost of a completed checkpoint; times are those of rank 0."""
 
     step: int
-    stall_seconds: float
+    stall_seconds: float  # during which training was blocked
     total_seconds: float
-    bytes: int
-    copy_bytes: int
+    bytes: int  # of all ranks' files
+    copy_bytes: int  # size of the host buffer, the maximum over ranks
 
 
 class _Writer(Thread):
-    """Writes one file; ``found`` is what it wrote, ``problem`` why it could not."""
+    """Writes one file in the background.
 
-    def __init__(self, file: Path, entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
-        super().__init__(daemon=True, name="checkpoint")  # one that is not completed is no loss
-        self._file, self._entries, self._tensors = file, entries, tensors
-        self.found: Written | None = None
+    Attributes:
+        digest: Size and hash of the file; None until it is written.
+        problem: Why it could not be written; empty if it was.
+    """
+
+    def __init__(
+        self, file: Path, entries: Sequence[ShardEntry], tensors: Sequence[Tensor]
+    ) -> None:
+        # A daemon, so that an exiting process does not wait for a save that nobody will complete.
+        super().__init__(daemon=True, name="checkpoint")
+        self._file = file
+        self._entries = entries
+        self._tensors = tensors
+        self.digest: FileDigest | None = None
         self.problem = ""
 
+    @override
     def run(self) -> None:
         try:
-            self.found = tensor_files.write(self._file, self._entries, self._tensors)
+            self.digest = tensor_files.write_safetensors(self._file, self._entries, self._tensors)
         except Exception as error:
             self.problem = str(error) or type(error).__name__
 
 
-class _Copy:
-    """Host memory for some slices, in one piece."""
+class _HostBuffer:
+    """One contiguous buffer in host memory for a rank's shards."""
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
+    def __init__(self, entries: Sequence[ShardEntry]) -> None:
         ends = [0]
         for entry in entries:
-            ends.append(ends[-1] + -(-entry.bytes // ALIGNMENT) * ALIGNMENT)
+            ends.append(ends[-1] + -(-entry.num_bytes // ALIGNMENT) * ALIGNMENT)
+
         self._memory = torch.empty(ends[-1], dtype=torch.uint8)
         if mesh.device().type == "cuda" and ends[-1]:
-            _pin(self._memory)
-        parts = ((self._memory[a : a + e.bytes], e) for a, e in zip(ends, entries, strict=False))
-        self.tensors = [part.view(NAMES[entry.dtype]).view(entry.size) for part, entry in parts]
+            _pin_memory(self._memory)
+
+        views = (
+            (self._memory[a : a + e.num_bytes], e) for a, e in zip(ends, entries, strict=False)
+        )
+        self.tensors = [
+            view.view(TORCH_DTYPES[entry.dtype]).view(entry.sizes) for view, entry in views
+        ]
 
     @property
-    def bytes(self) -> int:
+    def num_bytes(self) -> int:
+        """Size of the buffer."""
         return len(self._memory)
 
-    def take(self, tensors: Sequence[Tensor]) -> None:
-        for own, tensor in zip(self.tensors, tensors, strict=True):
-            own.copy_(tensor, non_blocking=True)
+    def copy_from(self, tensors: Sequence[Tensor]) -> None:
+        """Copy tensors into the buffer; they may change as soon as this returns."""
+        for buffer, tensor in zip(self.tensors, tensors, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
         if mesh.device().type == "cuda":
             torch.cuda.current_stream().synchronize()
 
 
-def _pin(memory: Tensor) -> None:
-    """Lock host memory for fast copies from the GPU; where that is not allowed, say so and go on without.
+def _pin_memory(memory: Tensor) -> None:
+    """Page-lock host memory for fast copies from the GPU; if that fails, warn and use it unlocked.
 
-    torch's own pinned memory comes in powers of two, up to twice as much as is needed.
+    ``pin_memory=True`` would waste up to half of the memory, as torch's allocator of pinned memory
+    rounds sizes up to powers of two.
     """
     cudart = torch.cuda.cudart()
     code = int(cudart.cudaHostRegister(memory.data_ptr(), len(memory), 0))
@@ -95,113 +115,177 @@ def _pin(memory: Tensor) -> None:
         weakref.finalize(memory.untyped_storage(), cudart.cudaHostUnregister, memory.data_ptr())
         return
 
-    log.warning("%.1f GiB of host memory could not be locked (CUDA error %d): saves take longer", len(memory) / 2**30, code)
-    # CUDA keeps the error for the next check of a launch, which would report it as that launch's.
+    log.warning(
+        "%.1f GiB of host memory could not be locked (CUDA error %d): saves take longer",
+        len(memory) / 2**30,
+        code,
+    )
+    # CUDA keeps the error, and the next launch would report it as its own: consume it here.
     with suppress(RuntimeError):
         torch.zeros(1, device=mesh.device())
 
 
 class Saver:
-    """Saves checkpoints of one run; every process of the job makes one and calls the same methods in the same order.
+    """Saves the checkpoints of one run.
 
-    Host memory: what this rank writes, once, kept from save to save (:attr:`bytes`). What several ranks hold, one of them writes.
+    Collective: all ranks must construct one and call its methods in the same order. A shard that
+    several ranks hold is written by one of them. The host memory for what this rank writes
+    (:attr:`host_buffer_bytes`) is allocated once and reused by all saves.
 
     Args:
-        root: the run's ``checkpoints`` folder.
-        layout: of the job.
+        root: The run's ``checkpoints`` folder.
+        layout: The job's parallel layout.
     """
 
-    def __init__(self, root: Path, layout: Layout) -> None:
-        self._root, self._layout = root, layout
-        self._shares: list[list[Entry]] | None = None  # what each rank writes; the same in every save of a job
-        self._copy: _Copy | None = None
+    def __init__(self, root: Path, layout: ParallelLayout) -> None:
+        self._root = root
+        self._layout = layout
+        # What each rank writes. It is the same in every save of a job, so ranks agree on it once.
+        self._entries_per_rank: list[list[ShardEntry]] | None = None
+        self._host_buffer: _HostBuffer | None = None
         self._writer: _Writer | None = None
-        self._step, self._state = 0, dict[str, Any]()
-        self._began = self._stall = 0.0
+
+        # The pending save.
+        self._step = 0
+        self._train_state = dict[str, Any]()
+        self._start_time = self._stall_seconds = 0.0
 
     @property
-    def bytes(self) -> int:
-        """Host memory that copies of this rank's share take."""
-        return 0 if self._copy is None else self._copy.bytes
+    def host_buffer_bytes(self) -> int:
+        """Size of this rank's host buffer; 0 before the first save."""
+        return 0 if self._host_buffer is None else self._host_buffer.num_bytes
 
     @property
-    def pending(self) -> bool:
-        """Whether a save was begun that :meth:`finish` has not completed."""
+    def has_pending_save(self) -> bool:
+        """True if a save was started that :meth:`finish_save` has not completed."""
         return self._writer is not None
 
     @property
-    def writing(self) -> bool:
-        """Whether this rank's file of it is still being written."""
+    def is_writing(self) -> bool:
+        """True while this rank's file of the pending save is being written."""
         return self._writer is not None and self._writer.is_alive()
 
-    def begin(self, step: int, tensors: Mapping[str, Sliced], state: Mapping[str, Any], began: float | None = None) -> None:
-        """Copy what a checkpoint holds and start writing it; the caller may change the tensors as soon as this returns.
+    def start_save(
+        self,
+        step: int,
+        tensors: Mapping[str, ShardedTensor],
+        train_state: Mapping[str, Any],
+        start_time: float | None = None,
+    ) -> None:
+        """Copy a checkpoint's contents and start writing them.
+
+        The caller may change the tensors as soon as this returns.
 
         Args:
-            tensors: what this rank holds, by name.
-            state: JSON values.
-            began: when the caller began to collect all this, by ``time.perf_counter``; default: now.
+            step: The checkpoint's step.
+            tensors: This rank's shards, by tensor name.
+            train_state: Step, counters and metadata, as JSON values.
+            start_time: When the caller began to collect the contents, by ``time.perf_counter``;
+                default: now.
 
         Raises:
-            SaveError: on every rank, if the folder could not be made.
+            SaveError: On every rank, if the folder could not be created.
         """
-        assert not self.pending, "finish the save before this one"
-        self._began, self._step, self._state = time.perf_counter() if began is None else began, step, dict(state)
-        held = tensor_files.entries_of(tensors)
-        if self._shares is None:
-            self._shares = tensor_files.share_out(mesh.from_all(list(held), self._layout))
-        mine = self._shares[self._layout.rank]
-        self._on_first(lambda: store.begin(self._root, step))
-        file = store.building_of(self._root, step) / store.file_of(self._layout.rank)
+        assert not self.has_pending_save, "finish the save before this one"
+        self._start_time = time.perf_counter() if start_time is None else start_time
+        self._step = step
+        self._train_state = dict(train_state)
+
+        local_tensors = tensor_files.local_entries(tensors)
+        if self._entries_per_rank is None:
+            self._entries_per_rank = tensor_files.assign_writers(
+                mesh.all_gather_object(list(local_tensors), self._layout)
+            )
+        entries_to_write = self._entries_per_rank[self._layout.rank]
+
+        self._run_on_rank_0(lambda: store.create_partial_folder(self._root, step))
+        file = store.partial_folder_of(self._root, step) / store.rank_file_name(self._layout.rank)
         try:
-            self._copy = self._copy or _Copy(mine)
-            self._copy.take([held[entry] for entry in mine])
-            self._writer = _Writer(file, mine, self._copy.tensors)
+            self._host_buffer = self._host_buffer or _HostBuffer(entries_to_write)
+            self._host_buffer.copy_from([local_tensors[entry] for entry in entries_to_write])
+            self._writer = _Writer(file, entries_to_write, self._host_buffer.tensors)
             self._writer.start()
-        except (RuntimeError, MemoryError) as error:  # no memory: this save fails, on all ranks
+        except (RuntimeError, MemoryError) as error:
+            # This rank is out of memory. The others learn of it in finish_save, where all raise.
             self._writer = _Writer(file, [], [])
             self._writer.problem = str(error)
-        self._stall = time.perf_counter() - self._began
+        self._stall_seconds = time.perf_counter() - self._start_time
 
-    def finish(self) -> Saved:
+    def finish_save(self) -> SaveStats:
         """Wait until every rank's file is written, and complete the checkpoint.
 
         Raises:
-            SaveError: on every rank, if one could not write; the checkpoints before it are as they were.
+            SaveError: On every rank, if one of them could not write. Earlier checkpoints are
+                unchanged.
         """
         assert self._writer is not None
-        assert self._shares is not None
-        began = time.perf_counter()
-        if self._writer.ident is not None:
-            self._writer.join()
-        reports = mesh.from_all((self._writer.found, self._writer.problem, self.bytes), self._layout)
-        self._writer = None
-        problems = [f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(reports) if problem]
-        if problems:
-            self._fail(problems[0] if self._layout.world > 1 else problems[0].partition(": ")[2])
-        written, shares = [found for found, _, _ in reports], self._shares
-        self._on_first(lambda: store.complete(self._root, self._step, self._state, shares, written))
-        now = time.perf_counter()
-        stall, total = self._stall + now - began, now - self._began
-        return Saved(self._step, stall, total, sum(found.bytes for found in written), max(copy for _, _, copy in reports))
+        assert self._entries_per_rank is not None
+        start_time = time.perf_counter()
 
-    def _on_first(self, action: Callable[[], object]) -> None:
-        """Rank 0 does it; where that fails every rank raises, so that none waits for the others."""
+        if self._writer.ident is not None:  # None: it was never started
+            self._writer.join()
+        reports = mesh.all_gather_object(
+            (self._writer.digest, self._writer.problem, self.host_buffer_bytes), self._layout
+        )
+        self._writer = None
+
+        problems = [
+            f"rank {rank}: {problem}" for rank, (_, problem, _) in enumerate(reports) if problem
+        ]
+        if problems:
+            self._raise_save_error(
+                problems[0] if self._layout.world_size > 1 else problems[0].partition(": ")[2]
+            )
+
+        digests = [digest for digest, _, _ in reports]
+        entries_per_rank = self._entries_per_rank
+        self._run_on_rank_0(
+            lambda: store.finalize(
+                self._root, self._step, self._train_state, entries_per_rank, digests
+            )
+        )
+
+        now = time.perf_counter()
+        stall = self._stall_seconds + now - start_time
+        total = now - self._start_time
+        return SaveStats(
+            self._step,
+            stall,
+            total,
+            sum(digest.bytes for digest in digests),
+            max(copy for _, _, copy in reports),
+        )
+
+    def _run_on_rank_0(self, action: Callable[[], object]) -> None:
+        """Run an action on rank 0; if it fails, every rank raises, so that none waits for another.
+
+        Raises:
+            SaveError: On every rank, if the action failed.
+        """
         problem = ""
         if self._layout.rank == 0:
             try:
                 action()
             except OSError as error:
                 problem = str(error)
-        problem = mesh.from_first(problem, self._layout)
-        if problem:
-            self._fail(problem)
 
-    def _fail(self, problem: str) -> None:
-        folder, free = store.folder_of(self._root, self._step), ""
+        problem = mesh.broadcast_object(problem, self._layout)
+        if problem:
+            self._raise_save_error(problem)
+
+    def _raise_save_error(self, problem: str) -> None:
+        """Discard the pending save and raise, with the free disk space as rank 0 sees it."""
+        folder = folder_of(self._root, self._step)
+        free_note = ""
         if self._layout.rank == 0:
-            store.abandon(self._root, self._step)
+            store.discard(self._root, self._step)
             with suppress(OSError):
-                place = self._root if self._root.exists() else self._root.parent
-                free = f", {shutil.disk_usage(place).free / 2**20:,.0f} MiB are free there"
-        raise SaveError(f"{folder} could not be written{mesh.from_first(free, self._layout)}: {problem}")
+                existing_folder = self._root if self._root.exists() else self._root.parent
+                free_note = (
+                    f", {shutil.disk_usage(existing_folder).free / 2**20:,.0f} MiB are free there"
+                )
+
+        raise SaveError(
+            f"{folder} could not be written"
+            f"{mesh.broadcast_object(free_note, self._layout)}: {problem}"
+        )

@@ -1,23 +1,24 @@
 """Checkpoints: one folder each, complete or absent.
 
-A folder is built beside its place, flushed, given a manifest with the size and SHA-256 of every file, and renamed::
+A folder is built under a temporary name, flushed, given a manifest with the size and SHA-256 of
+every file, and renamed::
 
     checkpoints/
         step-00000120/
-            rank-00000.safetensors …   slices of tensors (tensors.py)
-            index.json                 which file holds which slice
-            state.json                 step, tokens, position in the data and its fingerprint, config, versions
+            rank-00000.safetensors …   shards of tensors (tensors.py)
+            index.json                 which file holds which shard
+            state.json                 step, tokens, data position and fingerprint, config, versions
             manifest.json              format; size and hash of every other file
             health.json                written once the step after it is known (retention.py)
         latest -> step-00000120
 
-The format does not know the layout that wrote it, and nothing in it is ever executed: numbers are safetensors, the rest is JSON.
+The format is independent of the layout that wrote it, and nothing in it is ever executed: tensors
+are safetensors, the rest is JSON.
 """
 
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,137 +30,193 @@ from typing import Any
 from torch import Tensor
 
 from bitlm_dist.checkpoint import tensors as tensor_files
-from bitlm_dist.checkpoint.tensors import INDEX, Entry, Written, index_of
+from bitlm_dist.checkpoint.steps import (
+    HEALTH,
+    MANIFEST,
+    STATE,
+    complete_steps,
+    folder_of,
+    read_health,
+    read_train_state,
+)
+from bitlm_dist.checkpoint.tensors import INDEX, FileDigest, ShardEntry, index_text
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sha256_of, sync_folder, to_json, write_atomically
+from bitlm_dist.files import fsync_folder, sha256_of, write_atomically
+from bitlm_dist.strict_json import to_json
 
 FORMAT = 2
-MANIFEST, STATE, HEALTH, LATEST = "manifest.json", "state.json", "health.json", "latest"
-STEP = re.compile(r"step-(\d{8,})")
-HIDDEN = (".*.partial", ".*.removed")  # what a killed process may have left
+LATEST = "latest"
+STALE_PATTERNS = (".*.partial", ".*.removed")  # leftovers of killed processes
 
 
 class SaveError(UserError):
-    """A checkpoint could not be written; those before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class DamagedError(UserError):
-    """A checkpoint is not what its manifest says, or its manifest cannot be read."""
+    """A checkpoint does not match its manifest, or its manifest cannot be read."""
 
 
-def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step lives."""
-    return root / f"step-{step:08d}"
+def create_partial_folder(root: Path, step: int) -> Path:
+    """Create the folder in which a checkpoint is built, and clean up after killed processes.
+
+    The cleanup is best effort.
+    """
+    for stale in _stale_folders(root):
+        if stale.is_symlink():
+            stale.unlink(missing_ok=True)
+        shutil.rmtree(stale, ignore_errors=True)
+
+    partial_folder = partial_folder_of(root, step)
+    partial_folder.mkdir(parents=True)
+    fsync_folder(root.parent)
+    return partial_folder
 
 
-def complete_steps(root: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    found = (STEP.fullmatch(path.parent.name) for path in root.glob(f"*/{MANIFEST}") if not path.parent.is_symlink())
-    return sorted(int(match[1]) for match in found if match)
+def _stale_folders(root: Path) -> list[Path]:
+    return [path for pattern in STALE_PATTERNS for path in root.glob(pattern)]
 
 
-def begin(root: Path, step: int) -> Path:
-    """Make the folder that a checkpoint is built in, and remove what killed processes left, as far as that goes."""
-    for rubbish in _leftovers(root):
-        if rubbish.is_symlink():
-            rubbish.unlink(missing_ok=True)
-        shutil.rmtree(rubbish, ignore_errors=True)
-    building = building_of(root, step)
-    building.mkdir(parents=True)
-    sync_folder(root.parent)
-    return building
+def stale_bytes(root: Path) -> int:
+    """Bytes that the next :func:`create_partial_folder` frees by cleaning up."""
+    return sum(
+        file.stat().st_size
+        for folder in _stale_folders(root)
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
 
 
-def _leftovers(root: Path) -> list[Path]:
-    return [path for pattern in HIDDEN for path in root.glob(pattern)]
-
-
-def leftover_bytes(root: Path) -> int:
-    """What :func:`begin` will free of what killed processes left."""
-    return sum(file.stat().st_size for folder in _leftovers(root) for file in folder.rglob("*") if file.is_file())
-
-
-def building_of(root: Path, step: int) -> Path:
-    """Where the checkpoint of a step is built."""
+def partial_folder_of(root: Path, step: int) -> Path:
+    """The folder in which a step's checkpoint is built."""
     return root / f".step-{step:08d}.partial"
 
 
-def file_of(rank: int) -> str:
-    """The file that a rank writes."""
+def rank_file_name(rank: int) -> str:
+    """The name of the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def complete(
-    root: Path, step: int, state: Mapping[str, Any], shares: Sequence[Sequence[Entry]], written: Iterable[Written]
+def finalize(
+    root: Path,
+    step: int,
+    train_state: Mapping[str, Any],
+    entries_per_rank: Sequence[Sequence[ShardEntry]],
+    digests: Iterable[FileDigest],
 ) -> Path:
-    """All ranks have written their files: describe the folder and put it in its place.
+    """Complete a checkpoint, once all ranks have written their files.
 
     Args:
-        state: JSON values.
-        shares, written: what each rank has written.
+        root: The run's ``checkpoints`` folder.
+        step: The checkpoint's step.
+        train_state: JSON values.
+        entries_per_rank: The shards that each rank has written.
+        digests: Size and hash of each rank's file.
+
+    Returns:
+        The checkpoint's folder.
     """
-    building, final = building_of(root, step), folder_of(root, step)
-    files = {file_of(rank): found._asdict() for rank, found in enumerate(written)}
+    partial_folder = partial_folder_of(root, step)
+    final = folder_of(root, step)
+
+    files = {rank_file_name(rank): digest._asdict() for rank, digest in enumerate(digests)}
     texts = {
-        INDEX: index_of({file_of(rank): entries for rank, entries in enumerate(shares)}),
-        STATE: to_json({"step": step, **state}, indent=1) + "\n",
+        INDEX: index_text(
+            {rank_file_name(rank): entries for rank, entries in enumerate(entries_per_rank)}
+        ),
+        STATE: to_json({"step": step, **train_state}, indent=1) + "\n",
     }
     for name, text in texts.items():
-        write_atomically(building / name, text)
-        files[name] = {"bytes": len(text.encode()), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_atomically(building / MANIFEST, to_json({"format": FORMAT, "files": files}, indent=1) + "\n")
+        write_atomically(partial_folder / name, text)
+        files[name] = {
+            "bytes": len(text.encode()),
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+        }
+
+    # Last: a folder with a manifest counts as complete.
+    write_atomically(
+        partial_folder / MANIFEST, to_json({"format": FORMAT, "files": files}, indent=1) + "\n"
+    )
     if final.exists():  # incomplete, or a rerun of the same step
         remove(final)
-    building.rename(final)
-    sync_folder(root)
-    point_latest(root)
+    partial_folder.rename(final)
+    fsync_folder(root)
+    update_latest_link(root)
     return final
 
 
-def point_latest(root: Path) -> None:
-    """Let the link ``latest`` name the newest complete checkpoint, if the file system has links and nothing else has that name."""
-    steps, link = complete_steps(root), root / f".{LATEST}"
+def update_latest_link(root: Path) -> None:
+    """Point the link ``latest`` to the latest complete checkpoint.
+
+    Best effort: the file system may lack links, or something else may have that name.
+    """
+    steps = complete_steps(root)
+    link = root / f".{LATEST}"
     with suppress(OSError):
         link.unlink(missing_ok=True)
         if not steps:
             (root / LATEST).unlink(missing_ok=True)
             return
+
+        # A rename replaces the old link atomically.
         link.symlink_to(folder_of(root, steps[-1]).name)
         link.rename(root / LATEST)
 
 
-def abandon(root: Path, step: int) -> None:
-    """A save failed: leave nothing of it."""
-    shutil.rmtree(building_of(root, step), ignore_errors=True)
+def discard(root: Path, step: int) -> None:
+    """Remove what a failed save has written."""
+    shutil.rmtree(partial_folder_of(root, step), ignore_errors=True)
 
 
 def remove(folder: Path) -> Thread:
-    """Remove a checkpoint -> the thread that does; it is none from now on, so no half of it is ever taken for whole."""
+    """Remove a checkpoint in the background.
+
+    It is renamed first, so that a half-removed checkpoint is never mistaken for a complete one.
+
+    Returns:
+        The thread that removes it.
+    """
     hidden = folder.with_name(f".{folder.name}.{time.time_ns()}.removed")
     folder.rename(hidden)
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
+
     thread = Thread(target=shutil.rmtree, args=(hidden, True), daemon=True, name="removal")
     thread.start()
     return thread
 
 
-def save(root: Path, step: int, entries: Sequence[Entry], tensors: Iterable[Tensor], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint from one process, which has all of it."""
-    written = tensor_files.write(begin(root, step) / file_of(0), entries, tensors)
-    return complete(root, step, state, [entries], [written])
+def save(
+    root: Path,
+    step: int,
+    entries: Sequence[ShardEntry],
+    tensors: Iterable[Tensor],
+    train_state: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint from a single process that holds all of it."""
+    digest = tensor_files.write_safetensors(
+        create_partial_folder(root, step) / rank_file_name(0), entries, tensors
+    )
+    return finalize(root, step, train_state, [entries], [digest])
 
 
-def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
-    """Hash the files of a checkpoint, or every ``parts``-th of them from number ``part`` on, and compare with the manifest.
+def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
+    """Compare the files of a checkpoint with its manifest.
+
+    Args:
+        folder: The checkpoint.
+        rank: Index of the first file to hash, in sorted order.
+        world_size: Hash every ``world_size``-th file, so that the ranks share the work.
 
     Raises:
-        DamagedError: a file is missing, cannot be read or is not what it was; the message names it.
-        UserError: the checkpoint is incomplete or of another format.
+        DamagedError: A file is missing, unreadable or changed; the message names it.
+        UserError: The checkpoint is incomplete or of another format.
     """
     files = read_manifest(folder)
-    for name in sorted(files)[part::parts]:
-        file, expected = folder / name, files[name]
+    for name in sorted(files)[rank::world_size]:
+        file = folder / name
+        expected = files[name]
         try:
+            # The size is cheap, and settles most damage without reading the file.
             if not file.is_file():
                 raise DamagedError(f"checkpoint file {file} is missing")
             if os.path.getsize(file) != expected["bytes"] or sha256_of(file) != expected["sha256"]:
@@ -171,41 +228,41 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Size and hash of every file.
+    """Read the size and hash of every file of a checkpoint, by file name.
 
     Raises:
-        DamagedError: it is missing or cannot be read.
-        UserError: it is of another format.
+        DamagedError: The manifest is missing or cannot be read.
+        UserError: The checkpoint is of another format.
     """
     file = folder / MANIFEST
     if not file.is_file():
         raise DamagedError(f"{folder} is no complete checkpoint: it has no {MANIFEST}")
+
     try:
         manifest = json.loads(file.read_text())
-        found = int(manifest.get("format", 1))
-        if found == FORMAT:
+        format_version = int(manifest.get("format", 1))
+        if format_version == FORMAT:
             return dict(manifest["files"])
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"checkpoint file {file} is damaged") from None
-    advice = "upgrade bitlm-dist" if found > FORMAT else "go on with the version that wrote it"
-    raise UserError(f"{folder} has format {found}, this version reads format {FORMAT}: {advice}")
+
+    advice = (
+        "upgrade bitlm-dist" if format_version > FORMAT else "go on with the version that wrote it"
+    )
+    raise UserError(
+        f"{folder} has format {format_version}, this version reads format {FORMAT}: {advice}"
+    )
 
 
-def read_state(folder: Path) -> dict[str, Any]:
-    """Step, tokens, position in the data and so on, of a checkpoint that :func:`verify` has found whole."""
-    state: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return state
-
-
-def describe(folder: Path) -> dict[str, Any]:
+def checkpoint_summary(folder: Path) -> dict[str, Any]:
     """Step, tokens, size, time and health of a complete checkpoint, without reading its tensors.
 
     Raises:
-        DamagedError: its description is.
+        DamagedError: Its manifest or state is.
     """
     files = read_manifest(folder)
     try:
-        state = read_state(folder)
+        state = read_train_state(folder)
         return {
             "step": state["step"],
             "tokens": state["tokens"],
@@ -219,35 +276,32 @@ def describe(folder: Path) -> dict[str, Any]:
         raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
 
 
-def read_health(folder: Path) -> bool | None:
-    """Whether loss and gradient norm were finite in its step and the next one; None: they were, but that step is yet to come."""
-    try:
-        return bool(json.loads((folder / HEALTH).read_text())["healthy"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    try:
-        return None if read_state(folder).get("finite", True) else False
-    except (OSError, ValueError, AttributeError):
-        return None
-
-
-def newest_healthy(root: Path) -> Path | None:
-    """The newest complete checkpoint that is not known to be unhealthy."""
+def latest_healthy(root: Path) -> Path | None:
+    """The latest complete checkpoint that is not known to be unhealthy; None if there is none."""
     folders = [folder_of(root, step) for step in reversed(complete_steps(root))]
     return next((folder for folder in folders if read_health(folder) is not False), None)
 
 
 def write_health(folder: Path, healthy: bool) -> None:
-    """See :func:`read_health`."""
+    """Record whether a checkpoint is healthy, see :func:`read_health`."""
     write_atomically(folder / HEALTH, to_json({"healthy": healthy}) + "\n")
 
 
-def set_aside(folder: Path, why: str) -> Path:
-    """Take a checkpoint out of the way of those that are saved and removed from now on -> where it is now."""
-    aside = folder.with_name(f"{why}-{folder.name}")
-    if aside.exists():
-        shutil.rmtree(aside)
-    folder.rename(aside)
-    sync_folder(folder.parent)
-    point_latest(folder.parent)
-    return aside
+def quarantine(folder: Path, reason: str) -> Path:
+    """Rename a checkpoint, so that it is neither loaded nor deleted from now on.
+
+    Args:
+        folder: The checkpoint.
+        reason: Prefix of the new name.
+
+    Returns:
+        The new path.
+    """
+    quarantined = folder.with_name(f"{reason}-{folder.name}")
+    if quarantined.exists():
+        shutil.rmtree(quarantined)
+
+    folder.rename(quarantined)
+    fsync_folder(folder.parent)
+    update_latest_link(folder.parent)
+    return quarantined

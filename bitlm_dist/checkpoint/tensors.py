@@ -1,14 +1,17 @@
-"""Tensors on disk: one safetensors file a rank with the slices that it writes, and an index of which file holds which slice.
+"""Tensors on disk: one safetensors file of shards per rank, and an index of which file holds which.
 
-safetensors holds no code, any tool opens it, and a reader takes the rectangle that it needs out of a file. Nothing here talks to
-other ranks, so files can be written by a thread while training goes on.
+safetensors holds no code, is read by many tools, and lets a reader load just the rectangle that it
+needs. Nothing here communicates with other ranks, so files can be written by a thread during
+training.
 
-A slice's key in its file is the tensor's name, and for a part of a tensor its place too: ``NAME@ROW,COLUMN``.
+A shard's key in its file is the tensor's name, plus the offsets if it is not the full tensor:
+``NAME@ROW,COLUMN``.
 """
 
 import hashlib
 import json
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,185 +25,294 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import to_json
-from bitlm_dist.parallel.sliced import Slice, Sliced
+from bitlm_dist.parallel.sharded_tensor import Shard, ShardedTensor
+from bitlm_dist.strict_json import to_json
 
 INDEX = "index.json"
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
-NAMES = {name: dtype for dtype, name in DTYPES.items()}
+# Components of the head's weight names before 0.2.0, and what they are called today.
+_RENAMED_WEIGHTS = {
+    "null": "null_embedding",
+    "ahead": "lookahead",
+    "places": "position_bias",
+    "evidence_in": "posterior_in",
+    "before_in": "previous_token_in",
+    "tables": "conditional_group_logits",
+}
+_OLD_WEIGHT = re.compile(rf"^((?:model|optimizer)\.head)\.({'|'.join(_RENAMED_WEIGHTS)})\b")
+SAFETENSORS_DTYPES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+TORCH_DTYPES = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
 
 
-class Entry(NamedTuple):
-    """A slice as the index has it."""
+class ShardEntry(NamedTuple):
+    """A shard's description in the index."""
 
-    name: str
-    dtype: str
-    shape: tuple[int, ...]  # of the whole tensor
-    start: tuple[int, ...]
-    size: tuple[int, ...]
+    name: str  # of the tensor
+    dtype: str  # as safetensors calls it
+    full_shape: tuple[int, ...]  # of the full tensor
+    offsets: tuple[int, ...]  # of the shard's first element, one per dimension
+    sizes: tuple[int, ...]  # the shard's shape
 
     @classmethod
-    def whole(cls, name: str, dtype: torch.dtype, shape: Sequence[int]) -> "Entry":
-        """All of a tensor."""
-        return cls(name, DTYPES[dtype], tuple(shape), (0,) * len(shape), tuple(shape))
+    def full(cls, name: str, dtype: torch.dtype, shape: Sequence[int]) -> "ShardEntry":
+        """The entry of a full tensor."""
+        return cls(name, SAFETENSORS_DTYPES[dtype], tuple(shape), (0,) * len(shape), tuple(shape))
 
     @property
     def key(self) -> str:
-        """Its name in the file."""
-        return self.name if self.size == self.shape else f"{self.name}@{','.join(map(str, self.start))}"
+        """The shard's name in its file."""
+        return (
+            self.name
+            if self.sizes == self.full_shape
+            else f"{self.name}@{','.join(map(str, self.offsets))}"
+        )
 
     @property
-    def bytes(self) -> int:
-        """Of its numbers."""
-        return prod(self.size) * NAMES[self.dtype].itemsize
+    def num_bytes(self) -> int:
+        """Size of the shard's elements."""
+        return prod(self.sizes) * TORCH_DTYPES[self.dtype].itemsize
 
 
-class Written(NamedTuple):
-    """What a file on disk must be."""
+class FileDigest(NamedTuple):
+    """Size and hash of a file, by which damage is detected."""
 
     bytes: int
     sha256: str
 
 
-def entries_of(tensors: Mapping[str, Sliced]) -> dict[Entry, Tensor]:
-    """Every slice of this rank with its numbers."""
+def local_entries(tensors: Mapping[str, ShardedTensor]) -> dict[ShardEntry, Tensor]:
+    """The elements of every shard of this rank, by its entry."""
     return {
-        Entry(name, DTYPES[whole.dtype], tuple(whole.shape), part.start, tuple(part.tensor.shape)): part.tensor
-        for name, whole in tensors.items()
-        for part in whole.slices
+        ShardEntry(
+            name,
+            SAFETENSORS_DTYPES[sharded.dtype],
+            tuple(sharded.shape),
+            shard.offsets,
+            tuple(shard.tensor.shape),
+        ): shard.tensor
+        for name, sharded in tensors.items()
+        for shard in sharded.shards
     }
 
 
-def share_out(held: Sequence[Sequence[Entry]]) -> list[list[Entry]]:
-    """What each rank holds -> what each rank writes: every slice once, the largest first, each to the holder with least so far."""
-    holders: dict[Entry, list[int]] = defaultdict(list)
-    for rank, entries in enumerate(held):
-        for entry in entries:
-            holders[entry].append(rank)
-    found: list[list[Entry]] = [[] for _ in held]
-    load = [0] * len(held)
-    for entry, ranks in sorted(holders.items(), key=lambda item: (-prod(item[0].size), item[0])):
-        rank = min(ranks, key=load.__getitem__)
-        found[rank].append(entry)
-        load[rank] += prod(entry.size)
-    numbers: dict[str, int] = defaultdict(int)
-    for entry in holders:
-        numbers[entry.name] += prod(entry.size)
-    for entry in holders:
-        assert numbers[entry.name] == prod(entry.shape), f"the ranks' slices of {entry.name} do not make it whole"
-    return found
+def assign_writers(entries_per_rank: Sequence[Sequence[ShardEntry]]) -> list[list[ShardEntry]]:
+    """Assign every shard to one of the ranks that hold it.
 
-
-def write(file: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> Written:
-    """Write a safetensors file, hashing on the way, and flush it to disk.
+    The largest shards are assigned first, each to the holder with the fewest elements so far.
 
     Args:
-        entries: what it will hold, in this order.
-        tensors: their numbers, asked for one after the other.
+        entries_per_rank: The shards that each rank holds.
+
+    Returns:
+        The shards that each rank writes.
+    """
+    holders: dict[ShardEntry, list[int]] = defaultdict(list)
+    for rank, entries in enumerate(entries_per_rank):
+        for entry in entries:
+            holders[entry].append(rank)
+
+    assigned: list[list[ShardEntry]] = [[] for _ in entries_per_rank]
+    load = [0] * len(entries_per_rank)
+    for entry, ranks in sorted(holders.items(), key=lambda item: (-prod(item[0].sizes), item[0])):
+        rank = min(ranks, key=load.__getitem__)
+        assigned[rank].append(entry)
+        load[rank] += prod(entry.sizes)
+
+    # A layout whose shards leave a hole must fail here, not when the checkpoint is loaded.
+    numel: dict[str, int] = defaultdict(int)
+    for entry in holders:
+        numel[entry.name] += prod(entry.sizes)
+    for entry in holders:
+        assert numel[entry.name] == prod(entry.full_shape), (
+            f"the ranks' shards of {entry.name} do not cover it"
+        )
+    return assigned
+
+
+def write_safetensors(
+    file: Path, entries: Sequence[ShardEntry], tensors: Iterable[Tensor]
+) -> FileDigest:
+    """Write a safetensors file, hash it while writing, and flush it to disk.
+
+    Args:
+        file: The file to write.
+        entries: The shards that it will hold, in this order.
+        tensors: Their elements, consumed one after the other.
+
+    Returns:
+        Size and hash of the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
-        begin, end = end, end + entry.bytes
-        header[entry.key] = {"dtype": entry.dtype, "shape": entry.size, "data_offsets": [begin, end]}
+        begin = end
+        end += entry.num_bytes
+        header[entry.key] = {
+            "dtype": entry.dtype,
+            "shape": entry.sizes,
+            "data_offsets": [begin, end],
+        }
+
     text = to_json(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # numbers are aligned
-    digest, size = hashlib.sha256(), 0
+    text += b" " * (-len(text) % 8)  # the format aligns elements to 8 bytes
+
+    digest = hashlib.sha256()
+    num_bytes = 0
     with file.open("wb") as stream:
-        parts: Iterator[Any] = chain((len(text).to_bytes(8, "little"), text), map(_bytes_of, tensors))
-        for part in parts:
-            stream.write(part)
-            digest.update(part)
-            size += len(part)
+        chunks: Iterator[Any] = chain(
+            (len(text).to_bytes(8, "little"), text), map(_bytes_of, tensors)
+        )
+        for chunk in chunks:
+            stream.write(chunk)
+            digest.update(chunk)
+            num_bytes += len(chunk)
+
+        # On disk before the manifest names it: a crash of the machine must not leave an empty file.
         stream.flush()
         os.fsync(stream.fileno())
-    return Written(size, digest.hexdigest())
+    return FileDigest(num_bytes, digest.hexdigest())
 
 
 def _bytes_of(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
-def index_of(files: Mapping[str, Sequence[Entry]]) -> str:
-    """What the files of a folder hold -> the text of its index."""
+def index_text(files: Mapping[str, Sequence[ShardEntry]]) -> str:
+    """The text of a folder's index.
+
+    Args:
+        files: The shards in each file.
+    """
     tensors: dict[str, Any] = {}
     for file, entries in files.items():
         for entry in entries:
-            found = tensors.setdefault(entry.name, {"dtype": entry.dtype, "shape": entry.shape, "slices": []})
-            found["slices"].append({"start": entry.start, "shape": entry.size, "file": file})
+            tensor = tensors.setdefault(
+                entry.name, {"dtype": entry.dtype, "shape": entry.full_shape, "slices": []}
+            )
+            tensor["slices"].append({"start": entry.offsets, "shape": entry.sizes, "file": file})
+
+    # Sorted, so that the text depends on the contents alone.
     return to_json({name: tensors[name] for name in sorted(tensors)}, separators=(",", ":")) + "\n"
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor in a checkpoint: shape, precision, and its slices, each with the file that holds it."""
+class TensorIndex:
+    """A tensor in a checkpoint: dtype, shape, and its shards, each with the file that holds it."""
 
     dtype: torch.dtype
     shape: torch.Size
-    slices: Sequence[tuple[Entry, str]]
+    shards: Sequence[tuple[ShardEntry, str]]
 
 
-def read_index(folder: Path) -> dict[str, Stored]:
-    """What a folder's files hold."""
-    found: dict[str, Stored] = {}
+def read_index(folder: Path) -> dict[str, TensorIndex]:
+    """Read which tensors a folder's files hold, by their current names."""
+    index: dict[str, TensorIndex] = {}
     for name, tensor in json.loads((folder / INDEX).read_text()).items():
         shape = tuple(tensor["shape"])
-        slices = [
-            (Entry(name, tensor["dtype"], shape, tuple(part["start"]), tuple(part["shape"])), part["file"])
-            for part in tensor["slices"]
+        # The entries keep the name that the file has, for they are its keys.
+        shards = [
+            (
+                ShardEntry(
+                    name, tensor["dtype"], shape, tuple(shard["start"]), tuple(shard["shape"])
+                ),
+                shard["file"],
+            )
+            for shard in tensor["slices"]
         ]
-        found[name] = Stored(NAMES[tensor["dtype"]], torch.Size(shape), slices)
-    return found
+
+        index[current_name(name)] = TensorIndex(
+            TORCH_DTYPES[tensor["dtype"]], torch.Size(shape), shards
+        )
+    return index
+
+
+def current_name(name: str) -> str:
+    """The name in this version of a tensor in a checkpoint of any version."""
+    return _OLD_WEIGHT.sub(lambda match: f"{match[1]}.{_RENAMED_WEIGHTS[match[2]]}", name)
 
 
 class Overlap(NamedTuple):
-    """A rectangle of a saved slice, and the view that its numbers go to."""
+    """A rectangle of a saved shard, and the view that it is copied to."""
 
-    key: str
+    key: str  # of the saved shard in its file
     source: tuple[slice, ...]
     target: Tensor
 
 
-def _overlaps(stored: Stored, wanted: Slice) -> Iterator[tuple[str, Overlap]]:
-    for entry, file in stored.slices:
-        begin = [max(a, b) for a, b in zip(entry.start, wanted.start, strict=True)]
-        ends = zip(entry.start, entry.size, wanted.start, wanted.tensor.shape, strict=True)
+def _overlaps(stored: TensorIndex, wanted: Shard) -> Iterator[tuple[str, Overlap]]:
+    """Yield the file and the rectangle of every saved shard that overlaps with a wanted one."""
+    for entry, file in stored.shards:
+        # In coordinates of the full tensor.
+        begin = [max(a, b) for a, b in zip(entry.offsets, wanted.offsets, strict=True)]
+        ends = zip(entry.offsets, entry.sizes, wanted.offsets, wanted.tensor.shape, strict=True)
         end = [min(a + m, b + n) for a, m, b, n in ends]
+
         if all(b < e for b, e in zip(begin, end, strict=True)):
-            source = tuple(slice(b - a, e - a) for a, b, e in zip(entry.start, begin, end, strict=True))
-            target = tuple(slice(b - a, e - a) for a, b, e in zip(wanted.start, begin, end, strict=True))
+            source = tuple(
+                slice(b - a, e - a) for a, b, e in zip(entry.offsets, begin, end, strict=True)
+            )
+            target = tuple(
+                slice(b - a, e - a) for a, b, e in zip(wanted.offsets, begin, end, strict=True)
+            )
             yield file, Overlap(entry.key, source, wanted.tensor[target])
 
 
 @torch.no_grad()
-def read(folder: Path, tensors: Mapping[str, Sliced], index: Mapping[str, Stored] | None = None) -> None:
-    """Copy what a folder's files hold into the slices of ``tensors``, whatever cut it was saved in; no file is read as a whole.
+def load_shards(
+    folder: Path,
+    tensors: Mapping[str, ShardedTensor],
+    index: Mapping[str, TensorIndex] | None = None,
+) -> None:
+    """Load a checkpoint into the shards of ``tensors``, however it was sharded when saved.
+
+    Only the needed parts of the files are read.
+
+    Args:
+        folder: The checkpoint.
+        tensors: The shards to fill, by tensor name.
+        index: The folder's :func:`read_index`, if it is known already.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: A tensor is missing, incomplete or has another shape. Nothing was loaded.
     """
     index = read_index(folder) if index is None else index
+
+    # By file, so that each is opened once.
     by_file: dict[str, list[Overlap]] = defaultdict(list)
-    for name, whole in tensors.items():
+    for name, sharded in tensors.items():
         stored = index.get(name)
-        if stored is None or stored.shape != whole.shape:
-            found = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
-            raise UserError(f"{folder}: {name} {found}, the model has {tuple(whole.shape)}: it is a checkpoint of another model")
-        for wanted in whole.slices:
-            found_numbers = 0
+        if stored is None or stored.shape != sharded.shape:
+            problem = "is missing" if stored is None else f"has shape {tuple(stored.shape)}"
+            raise UserError(
+                f"{folder}: {name} {problem}, the model has {tuple(sharded.shape)}: "
+                "it is a checkpoint of another model"
+            )
+
+        for wanted in sharded.shards:
+            # Saved shards do not overlap with each other, so counting elements is enough.
+            covered_numel = 0
             for file, overlap in _overlaps(stored, wanted):
                 by_file[file].append(overlap)
-                found_numbers += overlap.target.numel()
-            if found_numbers != wanted.tensor.numel():
-                raise UserError(f"{folder}: {name} is not whole: {INDEX} names {found_numbers} of {wanted.tensor.numel()} numbers")
+                covered_numel += overlap.target.numel()
+            if covered_numel != wanted.tensor.numel():
+                raise UserError(
+                    f"{folder}: {name} is incomplete: {INDEX} names {covered_numel} of "
+                    f"{wanted.tensor.numel()} elements"
+                )
+
     for file, overlaps in by_file.items():
         with safe_open(folder / file, "pt") as opened:
             for overlap in overlaps:
                 overlap.target.copy_(opened.get_slice(overlap.key)[overlap.source])
 
 
-def read_whole(folder: Path, name: str, index: Mapping[str, Stored]) -> Tensor:
-    """One tensor of a folder, put together."""
-    whole = torch.empty(index[name].shape, dtype=index[name].dtype)
-    read(folder, {name: Sliced.whole(whole)}, index)
-    return whole
+def load_full(folder: Path, name: str, index: Mapping[str, TensorIndex]) -> Tensor:
+    """Load one full tensor of a folder."""
+    full = torch.empty(index[name].shape, dtype=index[name].dtype)
+    load_shards(folder, {name: ShardedTensor.from_full(full)}, index)
+    return full

@@ -1,4 +1,4 @@
-"""A data rank's batches, step after step, read ahead by a thread or by worker processes."""
+"""Data loading for one data-parallel rank, prefetched by a thread or by worker processes."""
 
 import os
 from collections.abc import Iterator
@@ -9,128 +9,176 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bitlm_dist.config import Config
-from bitlm_dist.data.ahead import Ahead
-from bitlm_dist.data.feed import Feed
-from bitlm_dist.data.leftovers import remove_leftovers
-from bitlm_dist.data.mixed_feed import MixedFeed, training_feed
 from bitlm_dist.data.mixture import Origin
+from bitlm_dist.data.mixture_dataset import MixtureDataset, training_dataset
+from bitlm_dist.data.packed_dataset import PackedDataset
+from bitlm_dist.data.prefetch import Prefetcher
+from bitlm_dist.data.stale_resources import remove_stale_resources
 from bitlm_dist.disks import check_shared_memory
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
-from bitlm_dist.processes import die_with
+from bitlm_dist.processes import die_with_parent
 
 CPU = torch.device("cpu")
-TENSORS = 2  # of a batch, [sequences, L]: tokens and documents
-AHEAD = 2  # batches that each worker prepares
+NUM_BATCH_TENSORS = 2  # tokens and document ids, both [sequences, L]
+PREFETCH_FACTOR = 2  # batches prepared ahead per worker
 
 
 class Loader:
-    """The share of every global batch that a data rank reads; see :class:`~bitlm_dist.data.ahead.Ahead` for the calls.
+    """Loads the slice of each global batch that belongs to one data-parallel rank.
+
+    The methods are those of :class:`~bitlm_dist.data.prefetch.Prefetcher`.
 
     Args:
-        config: ``data.workers`` is the number of processes; 0: a thread of this one.
-        feed: of the training split.
-        begun: the step that comes first.
-        first: global number of this rank's first sequence in it.
-        count: sequences a step of this rank.
-        stride: sequences a step of all ranks.
-        device: where batches go.
+        config: ``data.workers`` is the number of worker processes. With 0, a thread of this process
+            reads the batches.
+        dataset: training split.
+        start_step: first step to load.
+        first_sequence: global index of this rank's first sequence in ``start_step``.
+        num_sequences: sequences per step of this rank.
+        stride: sequences per step of all ranks together.
+        device: device on which batches are placed.
     """
 
     def __init__(
-        self, config: Config, feed: Feed | MixedFeed, *, begun: int, first: int, count: int, stride: int, device: torch.device
+        self,
+        config: Config,
+        dataset: PackedDataset | MixtureDataset,
+        *,
+        start_step: int,
+        first_sequence: int,
+        num_sequences: int,
+        stride: int,
+        device: torch.device,
     ) -> None:
-        self._steps = _Steps(config, feed.origin, begun, first, count, stride)
-        self._device, self._workers = device, config.data.workers
+        self._step_dataset = _StepDataset(
+            config, dataset.origin, start_step, first_sequence, num_sequences, stride
+        )
+        self._device = device
+        self._num_workers = config.data.workers
         self._iterator: Iterator[Any] | None = None
-        if self._workers:
-            batch = TENSORS * 8 * config.data.sequence_length * count  # of int64
-            check_shared_memory(self._workers * (AHEAD + 1) * batch, f"data.workers = {self._workers}")
-            self._iterator, self._next = self._start(begun), begun
-        else:
-            self._steps.feed = feed
-        self._ahead = Ahead(self._fetch)
 
-    def _start(self, begun: int) -> Iterator[Any]:
+        if self._num_workers:
+            # Workers hand over batches in shared memory, and die of a bus error where it is full.
+            # int64: 8 bytes per element.
+            batch_bytes = NUM_BATCH_TENSORS * 8 * config.data.sequence_length * num_sequences
+            check_shared_memory(
+                self._num_workers * (PREFETCH_FACTOR + 1) * batch_bytes,
+                f"data.workers = {self._num_workers}",
+            )
+            self._iterator = self._start_workers(start_step)
+            self._next_step = start_step
+        else:
+            self._step_dataset.dataset = dataset
+
+        self._prefetcher = Prefetcher(self._fetch)
+
+    def _start_workers(self, start_step: int) -> Iterator[Any]:
+        # "spawn": a forked worker would inherit CUDA and the communicators of this process.
         loader = DataLoader(
-            self._steps,
+            self._step_dataset,
             batch_size=None,
-            sampler=_From(begun),
-            num_workers=self._workers,
-            prefetch_factor=AHEAD,
+            sampler=_StepSampler(start_step),
+            num_workers=self._num_workers,
+            prefetch_factor=PREFETCH_FACTOR,
             multiprocessing_context="spawn",
-            worker_init_fn=partial(_begin_worker, os.getpid()),
+            worker_init_fn=partial(_init_worker, os.getpid()),
         )
         return iter(loader)
 
     def _fetch(self, step: int) -> Batch:
         if self._iterator is None:
-            return self._steps[step].to(self._device)
-        assert step == self._next, "workers read step after step"
-        self._next += 1
-        found = next(self._iterator)
-        if isinstance(found, UserError):
-            raise found
-        assert isinstance(found, Batch)
-        return found.to(self._device)
+            return self._step_dataset[step].to(self._device)
 
-    def ask(self, step: int) -> None:
-        """Begin the batch of a step, unless that is done."""
-        self._ahead.ask(step)
+        assert step == self._next_step, "workers read steps in order"
+        self._next_step += 1
+        batch = next(self._iterator)
+
+        # A worker returns its UserError instead of raising it, see _StepDataset.
+        if isinstance(batch, UserError):
+            raise batch
+        assert isinstance(batch, Batch)
+        return batch.to(self._device)
+
+    def start(self, step: int) -> None:
+        """Start loading the batch of a step. A no-op if it has been started already."""
+        self._prefetcher.start(step)
 
     def wait(self) -> None:
-        """Until the batch asked for is there.
+        """Wait for the batch that was started.
 
         Raises:
-            UserError: a shard is damaged.
+            UserError: A shard is damaged.
         """
-        self._ahead.wait()
+        self._prefetcher.wait()
 
-    def take(self) -> Batch:
-        """The batch asked for; begins the next one."""
-        return self._ahead.take()
+    def get(self) -> Batch:
+        """Return the batch that was started, and start loading the next one."""
+        return self._prefetcher.get()
 
     def close(self) -> bool:
-        """Let the read in flight end, and the workers -> whether it did."""
-        ended = self._ahead.close()
+        """Wait for the pending read and stop the workers.
+
+        Returns:
+            True if the read finished in time.
+        """
+        ended = self._prefetcher.close()
         if self._iterator is not None:
             self._iterator._shutdown_workers()  # type: ignore[attr-defined]
-            remove_leftovers()  # one that ended too slowly was killed
+            # A worker that is too slow to stop is killed and cannot clean up after itself.
+            remove_stale_resources()
         return ended
 
 
-def _begin_worker(parent: int, number: int) -> None:
-    die_with(parent)
+def _init_worker(parent_pid: int, worker_id: int) -> None:
+    die_with_parent(parent_pid)
 
 
-class _From:
-    """Steps from one on, without end."""
+class _StepSampler:
+    """Infinite sampler of consecutive steps."""
 
-    def __init__(self, begun: int) -> None:
-        self._begun = begun
+    def __init__(self, start_step: int) -> None:
+        self._start_step = start_step
 
     def __iter__(self) -> Iterator[int]:
-        step = self._begun
+        step = self._start_step
         while True:
             yield step
             step += 1
 
 
-class _Steps(Dataset[Any]):
-    """Batches by step. A worker opens the shards itself, when the first is asked for."""
+class _StepDataset(Dataset[Any]):
+    """Map-style dataset from step to batch. Each worker opens the shards on its first access."""
 
-    def __init__(self, config: Config, origin: Origin, begun: int, first: int, count: int, stride: int) -> None:
-        self._config, self._origin = config, origin
-        self._begun, self._first, self._count, self._stride = begun, first, count, stride
-        self.feed: Feed | MixedFeed | None = None
+    def __init__(
+        self,
+        config: Config,
+        origin: Origin,
+        start_step: int,
+        first_sequence: int,
+        num_sequences: int,
+        stride: int,
+    ) -> None:
+        self._config = config
+        self._origin = origin
+        self._start_step = start_step
+        self._first_sequence = first_sequence
+        self._num_sequences = num_sequences
+        self._stride = stride
+        self.dataset: PackedDataset | MixtureDataset | None = None
 
     def __getitem__(self, step: int) -> Any:
-        in_worker = self.feed is None or torch.utils.data.get_worker_info() is not None
+        in_worker = self.dataset is None or torch.utils.data.get_worker_info() is not None
         try:
-            if self.feed is None:
-                self.feed = training_feed(self._config, self._origin)
-            return self.feed.batch(self._first + (step - self._begun) * self._stride, self._count, CPU)
+            if self.dataset is None:
+                self.dataset = training_dataset(self._config, self._origin)
+            return self.dataset.batch(
+                self._first_sequence + (step - self._start_step) * self._stride,
+                self._num_sequences,
+                CPU,
+            )
         except UserError as error:
-            if in_worker:  # raised there it would come with a traceback
+            # Raised in a worker, DataLoader would wrap it together with a traceback.
+            if in_worker:
                 return error
             raise

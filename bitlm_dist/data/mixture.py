@@ -1,9 +1,10 @@
-"""Which source each sequence of a run comes from: weights that may change over the steps, as a function of the sequence's number.
+"""Assignment of the sequences of a run to the sources of a mixture, by weights that may change.
 
-Every step's batch holds each source in its share, rounded up or down: one offset a step, drawn from (seed, step), decides which, so
-that shares are right on average and no step strays by more than a sequence. Nothing depends on ranks or restarts.
+The batch of each step holds each source in proportion to its weight, rounded up or down. One random
+offset per step, a function of (seed, step), decides how to round. So the proportions are right on
+average, and no step deviates by more than one sequence. Nothing depends on ranks or restarts.
 
-Legend: K sources, B sequences a step, T steps.
+Legend: K sources, B sequences per step, T steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,19 +17,20 @@ from numpy.typing import NDArray
 
 from bitlm_dist.errors import UserError
 
-CHUNK = 4096  # steps that are worked out at once
-Knots = Sequence[tuple[int, float]]
+STEPS_PER_CHUNK = 4096  # steps that are computed at once
+WeightSchedule = Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a mixture takes over within a run.
+    """Point of a run at which a mixture takes over.
 
     Attributes:
-        step: first step of the run that reads it.
-        sequence: number of that step's first sequence.
-        taken: sequences of each source that were read before, by the source's key. A source that left the mixture keeps its entry,
-            so that it continues where it stopped if it comes back.
+        step: first step that reads from the mixture.
+        sequence: global index of the first sequence of that step.
+        taken: number of sequences of each source that were read before, by the source's key. A
+            source that left the mixture keeps its entry, so that it continues where it stopped if
+            it comes back.
     """
 
     step: int = 0
@@ -39,14 +41,22 @@ class Origin:
 BEGINNING = Origin()
 
 
-def weight_at(knots: Knots, steps: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A weight at each step: linear between the knots (step, weight), constant before the first and after the last."""
-    at, weights = zip(*knots, strict=True)
-    return np.interp(steps, at, weights)
+def interpolate_weights(schedule: WeightSchedule, steps: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Evaluate a weight schedule at each step.
+
+    The weight is linear between the knots (step, weight), and constant before the first and after
+    the last one.
+    """
+    knot_steps, weights = zip(*schedule, strict=True)
+    return np.interp(steps, knot_steps, weights)
 
 
 def uniform(seed: int, *counters: NDArray[np.int64] | int) -> NDArray[np.float64]:
-    """Numbers in [0, 1) as a function of the seed and the counters alone (splitmix64's mixing, once a counter)."""
+    """Counter-based uniform random numbers in [0, 1).
+
+    They are a function of the seed and the counters alone: the mixing function of splitmix64 is
+    applied once per counter.
+    """
     with np.errstate(over="ignore"):
         state: Any = np.uint64(seed)
         for counter in counters:
@@ -54,88 +64,138 @@ def uniform(seed: int, *counters: NDArray[np.int64] | int) -> NDArray[np.float64
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
+
+    # The upper 53 bits fill the mantissa of a float64.
     return (np.asarray(state) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 class Mixture:
-    """Sources by sequence number.
+    """Maps each sequence of a run to a source and to a sequence of that source.
 
     Args:
-        weights: of each source, by step; at every step they add up to 1.
-        per_step: B.
-        seed: of the run.
-        limits: sequences that a source has at most; None: any number. A source whose next step would go beyond it has no share from
-            that step on, and the others have its share in proportion.
-        step, sequence: of the run, where this mixture takes over.
-        taken: sequences [K] of each source that were read before; they count towards its limit. None: none.
+        weight_schedules: weight of each source by step. The weights must add up to 1 at every step.
+        sequences_per_step: B.
+        seed: seed of the run.
+        limits: maximum number of sequences of each source; None: unlimited. A source whose next
+            step would exceed its limit is left out from that step on, and its weight is
+            redistributed in proportion.
+        first_step: step of the run at which this mixture takes over.
+        first_sequence: global index of the first sequence of that step.
+        sequences_read: sequences [K] of each source that were read before. They count towards its
+            limit. None: none.
     """
 
     def __init__(
         self,
-        weights: Sequence[Knots],
-        per_step: int,
+        weight_schedules: Sequence[WeightSchedule],
+        sequences_per_step: int,
         seed: int,
         limits: Sequence[int | None],
         *,
-        step: int = 0,
-        sequence: int = 0,
-        taken: Sequence[int] | None = None,
+        first_step: int = 0,
+        first_sequence: int = 0,
+        sequences_read: Sequence[int] | None = None,
     ) -> None:
-        self._weights, self.per_step, self._seed = weights, per_step, seed
-        self._step, self._sequence = step, sequence
-        self._limits = np.array([np.iinfo(np.int64).max if limit is None else limit for limit in limits])
-        self._open = np.ones(len(weights), dtype=bool)  # sources that have not reached their limits, at the last step known
-        # [T + 1, K] sequences of each source before each step, from the first one of this mixture on
-        self._before = np.array([[0] * len(weights) if taken is None else taken], dtype=np.int64)
-        self._order = lru_cache(maxsize=4)(self._make_order)
+        self._weight_schedules = weight_schedules
+        self.sequences_per_step = sequences_per_step
+        self._seed = seed
+        self._first_step = first_step
+        self._first_sequence = first_sequence
+        self._limits = np.array(
+            [np.iinfo(np.int64).max if limit is None else limit for limit in limits]
+        )
 
-    def before(self, step: int) -> NDArray[np.int64]:
-        """Sequences [K] that the steps before ``step``, which is one of this mixture's, take from each source.
+        # Sources that have not reached their limits at the last step that was computed.
+        self._has_sequences_left = np.ones(len(weight_schedules), dtype=bool)
+
+        # Cumulative sequences [T + 1, K] of each source before each step of this mixture.
+        self._sequences_before = np.array(
+            [[0] * len(weight_schedules) if sequences_read is None else sequences_read],
+            dtype=np.int64,
+        )
+        self._step_assignment = lru_cache(maxsize=4)(self._assign_step)
+
+    def sequences_before(self, step: int) -> NDArray[np.int64]:
+        """Count the sequences [K] that the steps before ``step`` take from each source.
+
+        Args:
+            step: must be a step of this mixture.
 
         Raises:
-            UserError: all sources have reached their limits before.
+            UserError: All sources reach their limits before ``step``.
         """
-        assert step >= self._step, "an earlier mixture read that step"
-        while len(self._before) <= step - self._step:
+        assert step >= self._first_step, "an earlier mixture read that step"
+        while len(self._sequences_before) <= step - self._first_step:
             self._extend()
-        return self._before[step - self._step]
+        return self._sequences_before[step - self._first_step]
 
     def _extend(self) -> None:
-        first = self._step + len(self._before) - 1
-        counts = self._counts(np.arange(first, first + CHUNK))
-        totals = self._before[-1] + np.cumsum(counts, 0)
-        # an earlier mixture may have read more of a source than this one allows
-        over = ((totals > self._limits) & (counts > 0)).any(1)
-        good = int(over.argmax()) if over.any() else CHUNK
-        self._before = np.concatenate([self._before, totals[:good]])
-        if good < CHUNK:
-            self._open &= (totals[good] <= self._limits) | (counts[good] == 0)
+        """Compute the counts of the next steps, up to the first at which a source runs out."""
+        first = self._first_step + len(self._sequences_before) - 1
+        counts = self._sequences_by_step(np.arange(first, first + STEPS_PER_CHUNK))
+        totals = self._sequences_before[-1] + np.cumsum(counts, 0)
 
-    def _counts(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sequences of each source in each step, [T, K]."""
-        shares = np.stack([weight_at(knots, steps) for knots in self._weights], 1) * self._open
-        total = shares.sum(1)
+        # A source that is not read may exceed its limit: an earlier mixture may have read more of
+        # it than this one allows.
+        is_over_limit = ((totals > self._limits) & (counts > 0)).any(1)
+        num_good_steps = int(is_over_limit.argmax()) if is_over_limit.any() else STEPS_PER_CHUNK
+        self._sequences_before = np.concatenate([self._sequences_before, totals[:num_good_steps]])
+
+        # The later steps are computed again by the next call, without the exhausted sources.
+        if num_good_steps < STEPS_PER_CHUNK:
+            self._has_sequences_left &= (totals[num_good_steps] <= self._limits) | (
+                counts[num_good_steps] == 0
+            )
+
+    def _sequences_by_step(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Count the sequences [T, K] of each source in each step."""
+        weights = (
+            np.stack(
+                [interpolate_weights(schedule, steps) for schedule in self._weight_schedules], 1
+            )
+            * self._has_sequences_left
+        )
+        total = weights.sum(1)
         if (total <= 0).any():
             step = int(steps[(total <= 0).argmax()])
-            raise UserError(f"data.sources: no source has anything left at step {step}: raise max_epochs or lower training.steps")
-        ends = np.cumsum(shares, 1) / total[:, None] * self.per_step
-        ends[:, -1] = self.per_step
-        whole = np.floor(ends + uniform(self._seed, 0, steps)[:, None]).astype(np.int64)
-        return np.diff(np.minimum(whole, self.per_step), axis=1, prepend=0)
+            raise UserError(
+                f"data.sources: no source has anything left at step {step}: "
+                "raise max_epochs or lower training.steps"
+            )
 
-    def _make_order(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Source of each of a step's sequences [B], and which of that source's sequences it is [B]."""
-        before = self.before(step)
-        counts = self.before(step + 1) - before
-        mixed = np.argsort(uniform(self._seed, 1, step, np.arange(self.per_step)), kind="stable")
+        # Systematic sampling: all boundaries between sources are shifted by the same random offset
+        # before they are rounded down, so that each count has the right mean.
+        ends = np.cumsum(weights, 1) / total[:, None] * self.sequences_per_step
+        ends[:, -1] = self.sequences_per_step
+        boundaries = np.floor(ends + uniform(self._seed, 0, steps)[:, None]).astype(np.int64)
+        return np.diff(np.minimum(boundaries, self.sequences_per_step), axis=1, prepend=0)
+
+    def _assign_step(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Assign the sequences of a step.
+
+        Returns:
+            The source of each sequence [B], and its index among the sequences of that source [B].
+        """
+        before = self.sequences_before(step)
+        counts = self.sequences_before(step + 1) - before
+
+        # Shuffled, so that each rank and microbatch gets a mix of the sources.
+        mixed = np.argsort(
+            uniform(self._seed, 1, step, np.arange(self.sequences_per_step)), kind="stable"
+        )
         sources = np.repeat(np.arange(len(counts)), counts)[mixed]
+
         numbers = np.empty_like(sources)
         for source, (first, count) in enumerate(zip(before, counts, strict=True)):
             numbers[sources == source] = np.arange(first, first + count)
         return sources, numbers
 
-    def place(self, sequence: int) -> tuple[int, int]:
-        """Source of a sequence of the run, and its number among those of that source."""
-        step, place = divmod(sequence - self._sequence, self.per_step)
-        sources, numbers = self._order(self._step + step)
-        return int(sources[place]), int(numbers[place])
+    def locate(self, sequence_index: int) -> tuple[int, int]:
+        """Locate a sequence of the run.
+
+        Returns:
+            The index of its source, and its index among the sequences of that source.
+        """
+        step, position = divmod(sequence_index - self._first_sequence, self.sequences_per_step)
+        sources, numbers = self._step_assignment(self._first_step + step)
+        return int(sources[position]), int(numbers[position])

@@ -1,6 +1,7 @@
-"""A prepared folder in an object store or on a web server: its small files are copied, its shards are streamed when they are read.
+"""Prepared folders in an object store or on a web server.
 
-A copy is a prepared folder without shards; ``remote.json`` in it says where they are.
+A mirror is a local copy of the small files of a prepared folder, without the shards. Its
+``remote.json`` holds the URL of the shards, which are streamed when they are read.
 """
 
 import json
@@ -11,41 +12,47 @@ from typing import Any
 
 from bitlm_dist.data import http_download
 from bitlm_dist.data.manifest import MANIFEST, check_file, read_manifest
-from bitlm_dist.data.streaming_import import streaming
+from bitlm_dist.data.streaming_import import import_streaming
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sync_folder, sync_tree, to_json, write_atomically
+from bitlm_dist.files import fsync_folder, fsync_tree, write_atomically
+from bitlm_dist.strict_json import to_json
 
-RECORD = "remote.json"
-TRIES, TIMEOUT = 5, 60.0  # of one file, with back-off between them: 1, 2, 4, 8 seconds and a little
+REMOTE_FILE = "remote.json"
+MAX_ATTEMPTS = 5  # per file, with back-off between them: 1, 2, 4 and 8 seconds plus jitter
+TIMEOUT = 60.0  # seconds per attempt
 
 
-def url_of(folder: Path) -> str | None:
-    """Where the shards of a folder are; None: in it.
+def remote_url(folder: Path) -> str | None:
+    """Return the URL of a folder's shards, or None if the shards are in the folder.
 
     Raises:
-        UserError: the record is damaged.
+        UserError: remote.json is damaged.
     """
-    file = folder / RECORD
+    file = folder / REMOTE_FILE
     if not file.is_file():
         return None
     try:
         return str(json.loads(file.read_text())["url"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file} is damaged: copy the folder again with `bitlm data mirror`") from None
+        raise UserError(
+            f"{file} is damaged: copy the folder again with `bitlm data mirror`"
+        ) from None
 
 
 def mirror(url: str, folder: Path) -> None:
     """Copy the small files of a prepared folder: manifest, tokenizer, statistics, indices.
 
     Args:
-        url: of the prepared folder: s3://, gs://, http(s):// and whatever else streaming has a downloader for.
-        folder: must not exist.
+        url: prepared folder: s3://, gs://, http(s):// or any other URL that streaming can download.
+        folder: destination, which must not exist.
 
     Raises:
-        UserError: ``folder`` exists, or a file cannot be fetched or is not the one that the manifest was written for.
+        UserError: ``folder`` exists, or a file cannot be fetched or does not match the manifest.
     """
     if folder.exists():
         raise UserError(f"{folder} exists: name a folder that does not")
+
+    # Built under another name and renamed at the end: the mirror is either complete or absent.
     building = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -59,29 +66,40 @@ def mirror(url: str, folder: Path) -> None:
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    write_atomically(building / RECORD, to_json({"url": url.rstrip("/")}) + "\n")
-    sync_tree(building)
+
+    write_atomically(building / REMOTE_FILE, to_json({"url": url.rstrip("/")}) + "\n")
+    fsync_tree(building)
     building.rename(folder)
-    sync_folder(folder.parent)
+    fsync_folder(folder.parent)
 
 
 class _Fetcher:
-    """Fetches files below a URL, each tried a few times."""
+    """Fetches files below a URL, with retries."""
 
     def __init__(self, url: str, folder: Path) -> None:
         http_download.register()
-        self._url, self._folder = url, folder
+        self._url = url
+        self._folder = folder
+
         try:
-            self._downloader: Any = streaming("storage").CloudDownloader.get(url)
+            self._downloader: Any = import_streaming("storage").CloudDownloader.get(url)
         except (ValueError, ImportError) as error:
             raise UserError(f"{url} cannot be opened: {' '.join(str(error).split())}") from error
-        self._retry = streaming("util").retry(clean_up_fn=self._downloader.clean_up, num_attempts=TRIES)
+
+        self._with_retries = import_streaming("util").retry(
+            clean_up_fn=self._downloader.clean_up, num_attempts=MAX_ATTEMPTS
+        )
 
     def __call__(self, name: str) -> None:
         local = self._folder / name
         local.parent.mkdir(exist_ok=True)
         remote = f"{self._url}/{name}"
         try:
-            self._retry(lambda: self._downloader.download(remote, os.fspath(local), TIMEOUT))()
-        except Exception as error:  # the libraries of each store raise their own
-            raise UserError(f"{remote} cannot be fetched: {' '.join(str(error).split())}") from error
+            self._with_retries(
+                lambda: self._downloader.download(remote, os.fspath(local), TIMEOUT)
+            )()
+        # Each store's library has exceptions of its own.
+        except Exception as error:
+            raise UserError(
+                f"{remote} cannot be fetched: {' '.join(str(error).split())}"
+            ) from error

@@ -1,8 +1,9 @@
-"""Import of mosaicml-streaming without what BitLM does not use of it.
+"""Import of mosaicml-streaming without the parts that BitLM does not use.
 
-The package imports its classes for images and text as a whole, and they bring torchvision, whose build on the index fails beside a
-CPU build of torch, and transformers: two seconds and thousands of files in every process. Only its datasets for tensors are wanted,
-and these need neither; so its two outer packages are entered without being executed.
+The package imports its classes for images and text unconditionally. They require transformers, and
+torchvision, whose build on the index does not work with a CPU build of torch: two seconds and
+thousands of files per process. BitLM only uses the datasets for tensors, which need neither. So the
+two outer packages are registered without executing their ``__init__`` modules.
 """
 
 import importlib
@@ -13,39 +14,53 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-PACKAGES = ("streaming", "streaming.base")
-ONE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+SKIPPED_PACKAGES = ("streaming", "streaming.base")
+SINGLE_PROCESS_ENVIRONMENT = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+}
 
 
-def streaming(name: str) -> Any:
-    """The module ``streaming.base.NAME``."""
-    for package in PACKAGES:
+def import_streaming(name: str) -> Any:
+    """Import the module ``streaming.base.NAME``."""
+    for package in SKIPPED_PACKAGES:
         if package not in sys.modules:
             spec = importlib.util.find_spec(package)
             assert spec is not None
-            sys.modules[package] = importlib.util.module_from_spec(spec)  # has its path, so that modules inside are found
-    importlib.import_module("streaming.base.dataset")  # first: its modules import one another in circles
+            # The module is empty but has the package's path, so that submodules are found.
+            sys.modules[package] = importlib.util.module_from_spec(spec)
+
+    # First, because its modules import one another in circles.
+    importlib.import_module("streaming.base.dataset")
     return importlib.import_module(f"streaming.base.{name}")
 
 
 @contextmanager
-def alone() -> Iterator[None]:
-    """While open, streaming takes this process for the only one.
+def as_single_process() -> Iterator[None]:
+    """Make streaming believe that this is the only process, while the context is open.
 
-    Its datasets meet at barriers and share memory between the ranks of a node and the workers of a rank; here each process reads by
-    itself what it is asked for, so that the data do not depend on who else reads.
+    Its datasets synchronize at barriers and share memory between the ranks of a node and the
+    workers of a rank. Here each process must read on its own, so that the data do not depend on
+    which other processes read.
     """
     from torch import distributed
 
-    world = streaming("world")
-    environment = {name: os.environ.get(name) for name in ONE_PROCESS}
-    is_initialized, worker_info = distributed.is_initialized, world.get_worker_info
-    os.environ.update(ONE_PROCESS)
-    distributed.is_initialized, world.get_worker_info = (lambda: False), (lambda: None)
+    world = import_streaming("world")
+    environment = {name: os.environ.get(name) for name in SINGLE_PROCESS_ENVIRONMENT}
+    is_initialized = distributed.is_initialized
+    worker_info = world.get_worker_info
+
+    # streaming takes ranks from the environment or torch.distributed, and workers from torch.
+    os.environ.update(SINGLE_PROCESS_ENVIRONMENT)
+    distributed.is_initialized = lambda: False
+    world.get_worker_info = lambda: None
     try:
         yield
     finally:
-        distributed.is_initialized, world.get_worker_info = is_initialized, worker_info
+        distributed.is_initialized = is_initialized
+        world.get_worker_info = worker_info
         for name, value in environment.items():
             if value is None:
                 del os.environ[name]

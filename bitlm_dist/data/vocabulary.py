@@ -1,4 +1,7 @@
-"""The code of each token for a run: made once from the prepared folder, kept in the run folder beside the tokenizer."""
+"""Token codes of a run.
+
+They are made once from the prepared folder, and then kept in the run folder beside the tokenizer.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,45 +11,63 @@ import torch
 from torch import Tensor
 
 from bitlm_dist import codes
-from bitlm_dist.codes import BitCodes, bits_needed
+from bitlm_dist.codes import BitCodes, num_bits_needed
 from bitlm_dist.config import ModelConfig
 from bitlm_dist.data.manifest import check_file
 from bitlm_dist.errors import UserError
 
-STATISTICS = "statistics.npz"
+STATISTICS_FILE = "statistics.npz"
 
 
 def make_codes(model: ModelConfig, folder: Path, manifest: dict[str, Any]) -> BitCodes:
-    """The assignment that ``model.codes`` names, for the tokenizer of a prepared folder.
+    """Assign codes to the tokens of a prepared folder's tokenizer, by the scheme ``model.codes``.
 
     Raises:
-        UserError: V > 2^B, or the folder's tokenizer or statistics are missing or not those of the manifest.
+        UserError: The vocabulary has more tokens than there are codes (V > 2^B), or the folder's
+            tokenizer or statistics are missing or do not match the manifest.
     """
-    vocabulary = int(manifest["vocabulary"])
-    bits = model.bits or bits_needed(vocabulary)
-    if vocabulary > 2**bits:
+    vocab_size = int(manifest["vocabulary"])
+    bits = model.bits or num_bits_needed(vocab_size)
+    if vocab_size > 2**bits:
         raise UserError(
-            f"model.bits = {bits} gives {2**bits:,} codes, too few for the tokenizer's {vocabulary:,} tokens: "
-            f"use {bits_needed(vocabulary)} or leave it out"
+            f"model.bits = {bits} gives {2**bits:,} codes, too few for the tokenizer's "
+            f"{vocab_size:,} tokens: use {num_bits_needed(vocab_size)} or leave it out"
         )
-    for name in (f"tokenizer/{manifest['tokenizer']['file']}", *_beside_it(manifest), STATISTICS):
+
+    # With another tokenizer or other counts, codes would be assigned to the wrong tokens.
+    for name in (
+        f"tokenizer/{manifest['tokenizer']['file']}",
+        *_extra_tokenizer_files(manifest),
+        STATISTICS_FILE,
+    ):
         check_file(folder, manifest, name)
-    return BitCodes(_assignment(model.codes, vocabulary, bits, folder / STATISTICS), bits)
+
+    return BitCodes(_assign_codes(model.codes, vocab_size, bits, folder / STATISTICS_FILE), bits)
 
 
-def _beside_it(manifest: dict[str, Any]) -> list[str]:
-    """Files of the tokenizer beside its vocabulary: a tokenizer_config.json, which names BOS and EOS."""
-    vocabulary = f"tokenizer/{manifest['tokenizer']['file']}"
-    return [name for name in manifest["files"] if name.startswith("tokenizer/") and name != vocabulary]
+def _extra_tokenizer_files(manifest: dict[str, Any]) -> list[str]:
+    """List the tokenizer's files besides its vocabulary, e.g. tokenizer_config.json."""
+    vocabulary_file = f"tokenizer/{manifest['tokenizer']['file']}"
+    return [
+        name
+        for name in manifest["files"]
+        if name.startswith("tokenizer/") and name != vocabulary_file
+    ]
 
 
-def _assignment(kind: str, vocabulary: int, bits: int, statistics: Path) -> Tensor:
-    if kind == "natural":
-        return codes.natural(vocabulary)
-    if kind == "gray":
-        return codes.gray(vocabulary)
-    if kind == "random":
-        return codes.random(vocabulary, bits, seed=0)
-    with np.load(statistics) as found:
-        counts = torch.from_numpy(found["counts"])
-        return codes.frequency(counts) if kind == "frequency" else codes.octave(counts, torch.from_numpy(found["contexts"]))
+def _assign_codes(scheme: str, vocab_size: int, bits: int, statistics: Path) -> Tensor:
+    if scheme == "natural":
+        return codes.natural_codes(vocab_size)
+    if scheme == "gray":
+        return codes.gray_codes(vocab_size)
+    if scheme == "random":
+        return codes.random_codes(vocab_size, bits, seed=0)
+
+    # The other schemes use statistics of the training split.
+    with np.load(statistics) as arrays:
+        counts = torch.from_numpy(arrays["counts"])
+        return (
+            codes.frequency_codes(counts)
+            if scheme == "frequency"
+            else codes.octave_codes(counts, torch.from_numpy(arrays["contexts"]))
+        )

@@ -1,9 +1,12 @@
-"""What the head's raw output means: a distribution of the clean bits given the noisy ones.
+"""Output distributions: the clean bits given the noisy ones, parametrized by the head's raw output.
 
-Two laws behind one interface. :class:`BitOutput` gives one number a bit (paper, Eq. 12, with the switches of the method);
-:class:`MixtureOutput` gives, for each token, a mixture of products of distributions over groups of bits.
+Two distributions share one interface. :class:`BitOutput` has one logit per bit (paper, Eq. 12, with
+further options). :class:`MixtureOutput` has, for each token, a mixture of products of distributions
+over groups of bits.
 
-Legend: N blocks (any leading shape), M tokens a block, K bits, R mixture components, G groups, g bits a group, P = 2^g patterns.
+Legend: N blocks (any leading shape), M tokens per block, K bits, R mixture components, G groups,
+g bits per group, P = 2^g patterns. A0_hat is the estimate of the clean bits, o a bit's logit, and
+lambda the result of :func:`~bitlm_dist.diffusion.process.half_channel_logits`.
 """
 
 import math
@@ -16,204 +19,319 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.diffusion import losses
-from bitlm_dist.diffusion.mixture import mixture_marginals, mixture_nll, pattern_probabilities, posterior_marginals, split
-from bitlm_dist.diffusion.process import channel_field
+from bitlm_dist.diffusion.mixture import (
+    mixture_marginals,
+    mixture_nll,
+    pattern_probabilities,
+    posterior_marginals,
+    split_mixture_logits,
+)
+from bitlm_dist.diffusion.process import half_channel_logits
 
-Reader = Callable[[Tensor], Tensor]
-After = Callable[[int, Tensor], Tensor]
+PosteriorFn = Callable[[Tensor], Tensor]
+ConditionalLogitsFn = Callable[[int, Tensor], Tensor]
 
 
-class Output(Protocol):
-    """The interface of an output law. ``raw`` is [N, M, size]; noisy and clean bits are [N, M, K]; t is [N, M]; ``field`` is what
-    :meth:`field` returns.
+class OutputDistribution(Protocol):
+    """Interface of an output distribution.
+
+    ``logits``, the raw output, are [N, M, num_logits]; noisy and clean bits are [N, M, K]; t is
+    [N, M]; ``channel_logits`` are those that :meth:`channel_logits` returns.
     """
 
-    size: int
-    evidence_size: int
+    num_logits: int
+    num_posterior_features: int
 
-    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """What the noisy bits say of the clean ones: added to the law's logits it makes the posterior."""
+    def channel_logits(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """Log-likelihood of the noisy bits under each bit value or pattern, up to a constant.
+
+        Adding it to ``logits`` gives the logits of the posterior.
+        """
         ...
 
-    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
+    def denoise(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
         """A0_hat, the estimate of the clean bits [N, M, K]."""
         ...
 
-    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+    def loss(self, logits: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
         """Training loss of each token [N, M], a mean over its bits."""
         ...
 
-    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
-        """The posterior as features [N, M, evidence_size] for the head's input."""
+    def posterior_features(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
+        """The posterior as input features [N, M, num_posterior_features] of the head."""
         ...
 
-    def reader(self, raw: Tensor) -> Reader:
-        """:meth:`evidence` of one ``raw`` for many fields -> features."""
+    def posterior_fn(self, logits: Tensor) -> PosteriorFn:
+        """Bind :meth:`posterior_features` to ``logits``, for use with many ``channel_logits``."""
         ...
 
-    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
-        """log-probability [N, M] of the tokens' bits when nothing but ``raw`` is known (pure noise)."""
+    def log_prob(self, logits: Tensor, clean: Tensor) -> Tensor:
+        """Log-probability [N, M] of the tokens' bits at pure noise, given ``logits`` alone."""
         ...
 
-    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """Bits [..., K] drawn from the same law with uniform numbers u [..., K + 1]."""
+    def sample(self, logits: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """Sample bits [..., K] at pure noise from uniform random numbers u [..., K + 1].
+
+        The first numbers are for bits or groups, the last one is for the mixture component.
+        """
         ...
 
 
 class BitOutput:
-    """One number a bit.
+    """One logit per bit, an :class:`OutputDistribution`.
 
     Args:
-        bits: K.
+        num_bits: K.
         loss: ``x``, ``v``, ``bce`` or ``elbo``.
-        squash: ``tanh`` (A0_hat = tanh(o/2)) or ``none`` (A0_hat = o); bce always reads o as a logit.
-        channel_skip: add the channel's own log-odds 2·lambda to o, so that the network learns only what context knows.
-        time_law: the law of t in training, needed by the ``elbo`` weight.
+        output_activation: ``tanh`` (A0_hat = tanh(o/2)) or ``none`` (A0_hat = o); ``bce`` reads o
+            as a logit in either case.
+        channel_skip: add the channel's own log-odds 2·lambda to o, so that the network learns only
+            what the context contributes.
+        time_distribution: distribution of t in training; ``elbo`` divides by its density.
     """
 
-    def __init__(self, bits: int, loss: str, squash: str, channel_skip: bool, time_law: str) -> None:
-        self.size = self.evidence_size = bits
-        self.kind, self.squash, self.channel_skip, self.time_law = loss, squash, channel_skip, time_law
+    def __init__(
+        self,
+        num_bits: int,
+        loss: str,
+        output_activation: str,
+        channel_skip: bool,
+        time_distribution: str,
+    ) -> None:
+        self.num_logits = self.num_posterior_features = num_bits
+        self.loss_type = loss
+        self.output_activation = output_activation
+        self.channel_skip = channel_skip
+        self.time_distribution = time_distribution
 
-    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Output`: [N, M, K], or zero without the channel's skip."""
-        return 2 * channel_field(noisy, t) if self.channel_skip else noisy.new_zeros(())
+    def channel_logits(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """Log-odds 2·lambda of the channel, [N, M, K]; zero without the channel skip."""
+        return 2 * half_channel_logits(noisy, t) if self.channel_skip else noisy.new_zeros(())
 
-    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
-        """See :class:`Output`."""
-        logits = raw.float() + field
-        return torch.tanh(logits / 2) if self.squash == "tanh" else logits
+    def denoise(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
+        """A0_hat = tanh(o/2) or o, as ``output_activation`` selects."""
+        posterior_logits = logits.float() + channel_logits
+        return (
+            torch.tanh(posterior_logits / 2)
+            if self.output_activation == "tanh"
+            else posterior_logits
+        )
 
-    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
-        """See :class:`Output`."""
-        field = self.field(noisy, t)
-        if self.kind == "bce":
-            return losses.bce_loss(clean, raw.float() + field)
-        denoised = self.denoise(raw, field)
-        if self.kind == "x":
+    def loss(self, logits: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+        """Loss of the configured type."""
+        channel_logits = self.channel_logits(noisy, t)
+        # bce reads the logits, all other losses the estimate A0_hat
+        if self.loss_type == "bce":
+            return losses.bce_loss(clean, logits.float() + channel_logits)
+
+        denoised = self.denoise(logits, channel_logits)
+        if self.loss_type == "x":
             return losses.x_loss(clean, denoised)
-        if self.kind == "v":
+        if self.loss_type == "v":
             return losses.v_loss(clean, denoised, t)
-        return losses.elbo_loss(clean, denoised, t, self.time_law)
+        return losses.elbo_loss(clean, denoised, t, self.time_distribution)
 
-    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
-        """See :class:`Output`."""
-        return self.denoise(raw, field)
+    def posterior_features(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
+        """A0_hat itself."""
+        return self.denoise(logits, channel_logits)
 
-    def reader(self, raw: Tensor) -> Reader:
-        """See :class:`Output`."""
-        return partial(self.denoise, raw)
+    def posterior_fn(self, logits: Tensor) -> PosteriorFn:
+        """:meth:`denoise` with ``logits`` bound."""
+        return partial(self.denoise, logits)
 
-    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
-        """See :class:`Output`; at pure noise the channel adds nothing."""
-        return -F.softplus(-clean * raw.float()).sum(-1)
+    def log_prob(self, logits: Tensor, clean: Tensor) -> Tensor:
+        """Log-probability at pure noise, where the channel adds nothing."""
+        return -F.softplus(-clean * logits.float()).sum(-1)
 
-    def sample(self, raw: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """See :class:`Output`; temperature 0 takes the likelier value of each bit."""
-        return torch.where(u[..., :-1] < _sharpen(raw.float(), temperature).sigmoid(), 1.0, -1.0)
+    def sample(self, logits: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """Sample each bit; temperature 0 takes its more probable value."""
+        return torch.where(
+            u[..., :-1] < _apply_temperature(logits.float(), temperature).sigmoid(), 1.0, -1.0
+        )
 
 
 class MixtureOutput(nn.Module):
-    """A mixture of R products over groups of g bits; the posterior given noisy bits is closed form (method, section 9 a and d).
+    """A mixture of R products over groups of g bits, an :class:`OutputDistribution`.
 
-    Raw output of a token: R mixture logits, then R x G x P pattern logits. Where the last group is shorter than g, the
-    surplus patterns are masked. g = 1 and R = 1 is the per-bit law with bce and channel skip.
+    The posterior given noisy bits has a closed form (diffusion/mixture.py). The raw output of a
+    token has R mixture logits, then R x G x P pattern logits. If the last group is shorter than g,
+    its surplus patterns are masked. With g = 1 and R = 1 this is :class:`BitOutput` with ``bce``
+    and channel skip.
 
     Args:
-        bits: K.
-        group: g.
-        components: R.
+        num_bits: K.
+        bits_per_group: g.
+        num_components: R.
     """
 
     patterns: Tensor  # [P, g] in {-1, +1}
-    surplus: Tensor  # [G, P], -inf at patterns that the group does not have
+    padding_mask: Tensor  # [G, P], -inf at patterns that a short last group does not have
 
-    def __init__(self, bits: int, group: int, components: int) -> None:
+    def __init__(self, num_bits: int, bits_per_group: int, num_components: int) -> None:
         super().__init__()
-        self.bits, self.group, self.components = bits, group, components
-        self.groups = math.ceil(bits / group)
-        self.evidence_size = self.groups * 2**group
-        self.size = components * (1 + self.evidence_size)
-        number = torch.arange(2**group)
-        places = torch.arange(group)
-        missing = self.groups * group - bits  # bits that the last group lacks
-        surplus = torch.zeros(self.groups, 2**group)
-        surplus[-1, 2 ** (group - missing) :] = -math.inf
-        self.register_buffer("patterns", (2 * (number[:, None] >> places & 1) - 1).float(), persistent=False)
-        self.register_buffer("surplus", surplus, persistent=False)
+        self.num_bits = num_bits
+        self.bits_per_group = bits_per_group
+        self.num_components = num_components
+        self.num_groups = math.ceil(num_bits / bits_per_group)
+        self.num_posterior_features = self.num_groups * 2**bits_per_group
+        self.num_logits = num_components * (1 + self.num_posterior_features)
 
-    def field(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """See :class:`Output`: <lambda_g, phi_p> for every group and pattern, [N·M, G, P]."""
-        return (self._grouped(channel_field(noisy, t)) @ self.patterns.T).flatten(0, -3)
+        # The missing bits of a short last group are its highest, so only its lowest patterns exist.
+        pattern_index = torch.arange(2**bits_per_group)
+        bit_positions = torch.arange(bits_per_group)
+        num_padding_bits = self.num_groups * bits_per_group - num_bits
+        padding_mask = torch.zeros(self.num_groups, 2**bits_per_group)
+        padding_mask[-1, 2 ** (bits_per_group - num_padding_bits) :] = -math.inf
 
-    def _grouped(self, bits: Tensor) -> Tensor:
-        """[N, M, K] -> [N, M, G, g], zeros in the places that the last group lacks."""
-        return F.pad(bits, (0, self.groups * self.group - self.bits)).unflatten(-1, (self.groups, self.group))
+        self.register_buffer(
+            "patterns",
+            (2 * (pattern_index[:, None] >> bit_positions & 1) - 1).float(),
+            persistent=False,
+        )
+        self.register_buffer("padding_mask", padding_mask, persistent=False)
 
-    def _nll(self, raw: Tensor, clean: Tensor, field: Tensor | None) -> Tensor:
-        index = self.index(clean).flatten(0, -2)
-        return mixture_nll(raw.flatten(0, -2), field, index, self.surplus).view(raw.shape[:-1])
+    def channel_logits(self, noisy: Tensor, t: Tensor) -> Tensor:
+        """Inner product of each group's lambda with each pattern, [N·M, G, P]."""
+        return (self._group_bits(half_channel_logits(noisy, t)) @ self.patterns.T).flatten(0, -3)
 
-    def index(self, clean: Tensor) -> Tensor:
-        """Clean bits [..., K] -> the number of each group's pattern, [..., G]."""
-        places = 2 ** torch.arange(self.group, device=clean.device)
-        return ((self._grouped(clean) > 0) * places).sum(-1)
+    def _group_bits(self, bits: Tensor) -> Tensor:
+        """Group bits [N, M, K] as [N, M, G, g], zero-padded at the end of the last group."""
+        return F.pad(bits, (0, self.num_groups * self.bits_per_group - self.num_bits)).unflatten(
+            -1, (self.num_groups, self.bits_per_group)
+        )
 
-    def evidence(self, raw: Tensor, field: Tensor) -> Tensor:
-        """See :class:`Output`: the posterior marginals of all patterns, [N, M, G·P], without gradient."""
-        marginals = mixture_marginals(raw.flatten(0, -2), field, self.surplus)
-        return marginals.flatten(-2).view(*raw.shape[:-1], -1)
+    def _nll(self, logits: Tensor, clean: Tensor, channel_logits: Tensor | None) -> Tensor:
+        pattern_index = self.pattern_index(clean).flatten(0, -2)
+        return mixture_nll(
+            logits.flatten(0, -2), channel_logits, pattern_index, self.padding_mask
+        ).view(logits.shape[:-1])
+
+    def pattern_index(self, clean: Tensor) -> Tensor:
+        """Index of each group's pattern in clean bits [..., K], [..., G]."""
+        powers_of_two = 2 ** torch.arange(self.bits_per_group, device=clean.device)
+        return ((self._group_bits(clean) > 0) * powers_of_two).sum(-1)
+
+    def posterior_features(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
+        """Posterior marginals of all patterns, [N, M, G·P], without gradient."""
+        marginals = mixture_marginals(logits.flatten(0, -2), channel_logits, self.padding_mask)
+        return marginals.flatten(-2).view(*logits.shape[:-1], -1)
 
     @torch.no_grad()
-    def reader(self, raw: Tensor) -> Reader:
-        """See :class:`Output`; keeps the pattern probabilities, as large as ``raw``."""
-        weights, patterns = pattern_probabilities(raw.flatten(0, -2), self.surplus)
+    def posterior_fn(self, logits: Tensor) -> PosteriorFn:
+        """:meth:`posterior_features` with ``logits`` bound.
 
-        def read(field: Tensor) -> Tensor:
-            marginals = posterior_marginals(weights, patterns, field, self.surplus)
-            return marginals.flatten(-2).view(*raw.shape[:-1], -1)
+        It holds the pattern probabilities, which take as much memory as ``logits``.
+        """
+        mixture_logits, pattern_probs = pattern_probabilities(
+            logits.flatten(0, -2), self.padding_mask
+        )
 
-        return read
+        def posterior_features(channel_logits: Tensor) -> Tensor:
+            """Posterior marginals of all patterns, [N, M, G·P]."""
+            marginals = posterior_marginals(
+                mixture_logits, pattern_probs, channel_logits, self.padding_mask
+            )
+            return marginals.flatten(-2).view(*logits.shape[:-1], -1)
 
-    def denoise(self, raw: Tensor, field: Tensor) -> Tensor:
-        """See :class:`Output`: the posterior mean, bounded by construction; without gradient."""
-        marginals = self.evidence(raw, field).unflatten(-1, (self.groups, -1))
-        return (marginals @ self.patterns).flatten(-2)[..., : self.bits]
+        return posterior_features
 
-    def loss(self, raw: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
-        """See :class:`Output`: -log posterior of the clean token, in nats a bit."""
-        return self._nll(raw, clean, self.field(noisy, t)) / self.bits
+    def denoise(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
+        """Posterior mean, bounded by construction; without gradient."""
+        marginals = self.posterior_features(logits, channel_logits).unflatten(
+            -1, (self.num_groups, -1)
+        )
+        return (marginals @ self.patterns).flatten(-2)[..., : self.num_bits]
 
-    def log_prob(self, raw: Tensor, clean: Tensor) -> Tensor:
-        """See :class:`Output`."""
-        return -self._nll(raw, clean, None)
+    def loss(self, logits: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
+        """-log posterior of the clean token, in nats per bit."""
+        return self._nll(logits, clean, self.channel_logits(noisy, t)) / self.num_bits
 
-    def sample(self, raw: Tensor, u: Tensor, temperature: float, after: After | None = None) -> Tensor:
-        """See :class:`Output`: a component, then each group of it; temperature divides all logits, 0 takes the likeliest.
+    def log_prob(self, logits: Tensor, clean: Tensor) -> Tensor:
+        """Log-probability at pure noise."""
+        return -self._nll(logits, clean, None)
+
+    def sample(
+        self,
+        logits: Tensor,
+        u: Tensor,
+        temperature: float,
+        conditional_logits_fn: ConditionalLogitsFn | None = None,
+    ) -> Tensor:
+        """Sample a component, then each of its groups.
 
         Args:
-            after: (j, patterns [...] of group j - 1) -> what is added to the logits of group j in all components, [..., P].
+            logits: [..., num_logits].
+            u: uniform random numbers [..., K + 1].
+            temperature: divides all logits; 0 takes the most probable choice.
+            conditional_logits_fn: maps (j, patterns [...] of group j - 1) to the correction
+                [..., P] of the logits of group j, the same for all components.
+
+        Returns:
+            Bits [..., K].
         """
-        weights, logits = split(raw, self.components, self.surplus)
-        component = _pick(_sharpen(weights, temperature).softmax(-1), u[..., -1:])
-        chosen = logits.gather(-3, component[..., None, None, None].expand(*logits.shape[:-3], 1, *logits.shape[-2:])).squeeze(-3)
-        if after is None:
-            index = _pick(_sharpen(chosen, temperature).softmax(-1), u[..., : self.groups, None])
+        mixture_logits, pattern_logits = split_mixture_logits(
+            logits, self.num_components, self.padding_mask
+        )
+        component = _sample_categorical(
+            _apply_temperature(mixture_logits, temperature).softmax(-1), u[..., -1:]
+        )
+        # the logits of the sampled component only, [..., G, P]
+        group_logits = pattern_logits.gather(
+            -3,
+            component[..., None, None, None].expand(
+                *pattern_logits.shape[:-3], 1, *pattern_logits.shape[-2:]
+            ),
+        ).squeeze(-3)
+
+        # Given the component, the groups are independent, except for the correction.
+        if conditional_logits_fn is None:
+            pattern_index = _sample_categorical(
+                _apply_temperature(group_logits, temperature).softmax(-1),
+                u[..., : self.num_groups, None],
+            )
         else:
-            drawn: list[Tensor] = []
-            for j in range(self.groups):
-                given = chosen[..., j, :] + after(j, drawn[-1]) if j else chosen[..., j, :]
-                drawn.append(_pick(_sharpen(given, temperature).softmax(-1), u[..., j : j + 1]))
-            index = torch.stack(drawn, -1)
-        return self.patterns[index].flatten(-2)[..., : self.bits]
+            pattern_index = self._sample_groups_in_order(
+                group_logits, u, temperature, conditional_logits_fn
+            )
+        return self.patterns[pattern_index].flatten(-2)[..., : self.num_bits]
+
+    def _sample_groups_in_order(
+        self,
+        group_logits: Tensor,
+        u: Tensor,
+        temperature: float,
+        conditional_logits_fn: ConditionalLogitsFn,
+    ) -> Tensor:
+        """Sample patterns [..., G] from logits [..., G, P], each given the previous one."""
+        sampled_patterns: list[Tensor] = []
+        for group_index in range(self.num_groups):
+            conditional_logits = (
+                group_logits[..., group_index, :]
+                + conditional_logits_fn(group_index, sampled_patterns[-1])
+                if group_index
+                else group_logits[..., group_index, :]
+            )
+            sampled_patterns.append(
+                _sample_categorical(
+                    _apply_temperature(conditional_logits, temperature).softmax(-1),
+                    u[..., group_index : group_index + 1],
+                )
+            )
+        return torch.stack(sampled_patterns, -1)
 
 
-def _sharpen(logits: Tensor, temperature: float) -> Tensor:
+def _apply_temperature(logits: Tensor, temperature: float) -> Tensor:
+    # at this floor the softmax is one-hot, so temperature 0 takes the argmax
     return logits / max(temperature, 1e-4)
 
 
-def _pick(probabilities: Tensor, u: Tensor) -> Tensor:
-    """Index drawn by inverting the cumulative distribution over the last dimension; u [..., 1]."""
+def _sample_categorical(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Sample an index by inverting the cumulative distribution over the last dimension.
+
+    Args:
+        u: uniform random numbers [..., 1].
+    """
+    # rounding errors can make the last sum differ from 1, so u is scaled by it
     cumulative = probabilities.cumsum(-1)
     index = (cumulative < u * cumulative[..., -1:]).sum(-1)
     return index.clamp_max(probabilities.shape[-1] - 1)

@@ -1,8 +1,11 @@
-"""From pure noise to a block of bits (paper, section 3.4): ODE, SDE and, for per-token noise, left to right.
+"""From pure noise to a block of bits (paper, section 3.4): ODE, SDE and left-to-right samplers.
 
-A sampler sees the head only through ``denoisers``: times [S, N, M], or [S, 1, 1], one for all -> for each of the S steps a function
-noisy [N, M, K] -> A0_hat [N, M, K]. Guidance wraps it.
-Every sampler takes ``known``: the tokens of an open block that the prompt already fixes.
+A sampler sees the head only through ``denoisers``: a function from times [S, N, M], or [S, 1, 1] if
+all tokens share them, to S functions, each of which maps noisy bits [N, M, K] to A0_hat [N, M, K].
+Guidance wraps it. Every sampler takes ``prompt_tokens``: the tokens of a partial block that the
+prompt fixes.
+
+Legend: N blocks, M tokens per block, K bits, S steps.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,53 +15,60 @@ from functools import partial
 import torch
 from torch import Tensor
 
-Step = Callable[[Tensor], Tensor]
-Denoisers = Callable[[Tensor], Sequence[Step]]
-Watcher = Callable[[int, Tensor], None]
-SDE_END = 0.05  # Euler-Maruyama stops here; one exact step does the rest
+DenoiseStep = Callable[[Tensor], Tensor]
+Denoisers = Callable[[Tensor], Sequence[DenoiseStep]]
+StepCallback = Callable[[int, Tensor], None]
+SDE_END = 0.05  # Euler-Maruyama stops here; one exact step completes the block
 
 
 @dataclass(frozen=True)
-class Known:
-    """Tokens that the prompt fixes: bits [N, M, K] where mask [N, M]; no mask: none.
+class PromptTokens:
+    """Tokens that the prompt fixes: bits [N, M, K] where the mask [N, M] is True.
 
-    They are put in clean at every step. A head trained with per-token noise is told so (t = 0 at them); a head that only knows
-    one time a block gets the block's.
+    Without a mask, no token is fixed. The tokens are put in clean at every step. A head trained
+    with per-token noise is given t = 0 at them; a head that only knows one time per block is given
+    the block's time.
     """
 
     bits: Tensor
     mask: Tensor | None
-    clean_time: bool
+    has_per_token_time: bool
 
-    def put(self, bits: Tensor) -> Tensor:
-        """``bits`` with the known tokens in their places."""
+    def clamp(self, bits: Tensor) -> Tensor:
+        """Overwrite the fixed tokens in ``bits`` [N, M, K]."""
         return bits if self.mask is None else torch.where(self.mask.unsqueeze(-1), self.bits, bits)
 
-    def times(self, levels: list[float]) -> Tensor:
-        """The times that the head is told at S noise levels: [S, N, M], or one for all [S, 1, 1]."""
+    def times_at(self, levels: list[float]) -> Tensor:
+        """Times that the head is given at S noise levels, [S, N, M], or [S, 1, 1] if shared."""
         times = torch.tensor(levels, device=self.bits.device)[:, None, None]
         if self.mask is None:
             return times
         times = times.expand(-1, *self.mask.shape)
-        return times.masked_fill(self.mask, 0.0) if self.clean_time else times
+        return times.masked_fill(self.mask, 0.0) if self.has_per_token_time else times
 
-    def count(self) -> int:
-        """How many tokens are known in every block."""
+    def num_in_every_block(self) -> int:
+        """Number of positions that are fixed in every block."""
         return 0 if self.mask is None else int(self.mask.flatten(0, -2).all(0).sum())
 
-    def open(self, bits: Tensor) -> Tensor:
-        """Those of ``bits`` that are not known."""
+    def unclamped(self, bits: Tensor) -> Tensor:
+        """Select the tokens of ``bits`` that are not fixed."""
         return bits if self.mask is None else bits[~self.mask]
 
     @classmethod
-    def none(cls, like: Tensor) -> "Known":
-        """No token known; ``like`` tells the device."""
-        return cls(like, None, clean_time=False)
+    def empty(cls, like: Tensor) -> "PromptTokens":
+        """Fix no token, on the device of ``like``."""
+        return cls(like, None, has_per_token_time=False)
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A block of signed bits [N, M, K], the head passes that made it, and the last A0_hat, which invalid codes are projected by."""
+class SampledBlock:
+    """A sampled block.
+
+    Attributes:
+        bits: signed bits [N, M, K].
+        head_passes: number of head passes that it took.
+        denoised: the last A0_hat, from which invalid codes are projected to valid ones.
+    """
 
     bits: Tensor
     head_passes: int
@@ -70,107 +80,141 @@ def sign(bits: Tensor) -> Tensor:
     return torch.where(bits >= 0, 1.0, -1.0)
 
 
-def guided(conditional: Denoisers, unconditional: Denoisers, scale: float) -> Denoisers:
-    """Classifier-free guidance u + s·(c - u), both on the same noise."""
+def classifier_free_guidance(
+    conditional: Denoisers, unconditional: Denoisers, guidance_scale: float
+) -> Denoisers:
+    """Guide with u + s·(c - u), where c and u see the same noise."""
 
-    def guide(with_context: Step, without: Step, noisy: Tensor) -> Tensor:
+    def guide(with_context: DenoiseStep, without: DenoiseStep, noisy: Tensor) -> Tensor:
+        """Extrapolate from the unconditional to the conditional estimate."""
         u = without(noisy)
-        return u + scale * (with_context(noisy) - u)
+        return u + guidance_scale * (with_context(noisy) - u)
 
-    def denoisers(times: Tensor) -> list[Step]:
-        return [partial(guide, *pair) for pair in zip(conditional(times), unconditional(times), strict=True)]
+    def denoisers(times: Tensor) -> list[DenoiseStep]:
+        """Pair the conditional and unconditional denoisers of each time."""
+        return [
+            partial(guide, *pair)
+            for pair in zip(conditional(times), unconditional(times), strict=True)
+        ]
 
     return denoisers
 
 
 def ode_sample(
     denoisers: Denoisers,
-    start: Tensor,
-    steps: int,
+    initial_noise: Tensor,
+    num_steps: int,
     *,
-    known: Known,
+    prompt_tokens: PromptTokens,
     confidence: float | None = None,
-    watch: Watcher | None = None,
-) -> Sampled:
-    """A <- (t'/t)·A + (1 - t'/t)·A0_hat over t = k/steps, k = steps..1; the last A is A0_hat.
+    callback: StepCallback | None = None,
+) -> SampledBlock:
+    """Iterate A <- (t'/t)·A + (1 - t'/t)·A0_hat over t = k/num_steps, k = num_steps..1.
+
+    The last A is A0_hat.
 
     Args:
         denoisers: the (guided) head.
-        start: Gaussian noise [N, M, K]; its scale is the temperature.
-        steps: K of the paper, at least 1.
-        known: tokens fixed by the prompt.
+        initial_noise: Gaussian noise [N, M, K]; its scale is the temperature.
+        num_steps: K of the paper, at least 1.
+        prompt_tokens: tokens fixed by the prompt.
         confidence: stop early once every |A0_hat| reaches it; None: never.
-        watch: called with (step, A0_hat) after every head pass.
+        callback: called with (step, A0_hat) after every head pass.
     """
-    noisy = start
-    left = range(steps, 0, -1)
-    for k, denoise in zip(left, denoisers(known.times([k / steps for k in left])), strict=True):
-        denoised = known.put(denoise(known.put(noisy)))
-        if watch:
-            watch(steps - k + 1, denoised)
-        if k == 1 or (confidence is not None and bool((known.open(denoised).abs() >= confidence).all())):
+    noisy = initial_noise
+    remaining_steps = range(num_steps, 0, -1)
+
+    # Fixed tokens are clamped in the input of the head and in its estimate.
+    for k, denoise in zip(
+        remaining_steps,
+        denoisers(prompt_tokens.times_at([k / num_steps for k in remaining_steps])),
+        strict=True,
+    ):
+        denoised = prompt_tokens.clamp(denoise(prompt_tokens.clamp(noisy)))
+        if callback:
+            callback(num_steps - k + 1, denoised)
+
+        if k == 1 or (
+            confidence is not None
+            and bool((prompt_tokens.unclamped(denoised).abs() >= confidence).all())
+        ):
             break
         noisy = torch.lerp(noisy, denoised, 1 / k)  # 1 - t'/t = 1/k
-    return Sampled(sign(denoised), steps - k + 1, denoised)
+
+    return SampledBlock(sign(denoised), num_steps - k + 1, denoised)
 
 
 def sde_sample(
     denoisers: Denoisers,
-    start: Tensor,
-    steps: int,
+    initial_noise: Tensor,
+    num_steps: int,
     noise: Callable[[int], Tensor],
     *,
-    known: Known,
-    watch: Watcher | None = None,
-) -> Sampled:
-    """Euler-Maruyama on the reverse SDE from t = 1 to 0.05, then one exact step to A0_hat.
+    prompt_tokens: PromptTokens,
+    callback: StepCallback | None = None,
+) -> SampledBlock:
+    """Integrate the reverse SDE from t = 1 to 0.05, then take one exact step to A0_hat.
 
-    The forward process has drift -A/(1-t) and squared diffusion 2t/(1-t); the score is -(A - (1-t)·A0_hat)/t^2. Near t = 1 the
-    drift is singular, so the first step is the ODE's.
+    The integrator is Euler-Maruyama. The forward process has drift -A/(1-t) and squared diffusion
+    2t/(1-t); the score is -(A - (1-t)·A0_hat)/t^2. Near t = 1 the drift is singular, so the first
+    step is that of the ODE.
 
     Args:
-        noise: step number -> standard normal [N, M, K].
-        steps: at least 2; the other arguments are those of :func:`ode_sample`.
+        noise: maps the step number to standard normal numbers [N, M, K].
+        num_steps: at least 2; the other arguments are those of :func:`ode_sample`.
     """
-    times = torch.linspace(1.0, SDE_END, steps).tolist()
-    noisy = start
-    steps_down = zip(times, [*times[1:], 0.0], denoisers(known.times(times)), strict=True)
-    for number, (t, following, denoise) in enumerate(steps_down):
-        denoised = known.put(denoise(known.put(noisy)))
-        if watch:
-            watch(number + 1, denoised)
-        if number == 0 or following == 0.0:
-            noisy = following / t * noisy + (1 - following / t) * denoised
+    times = torch.linspace(1.0, SDE_END, num_steps).tolist()
+    noisy = initial_noise
+    # the last step goes from SDE_END to zero
+    steps_down = zip(
+        times, [*times[1:], 0.0], denoisers(prompt_tokens.times_at(times)), strict=True
+    )
+
+    for step_index, (t, next_t, denoise) in enumerate(steps_down):
+        denoised = prompt_tokens.clamp(denoise(prompt_tokens.clamp(noisy)))
+        if callback:
+            callback(step_index + 1, denoised)
+
+        # the first and the last step are those of the ODE
+        if step_index == 0 or next_t == 0.0:
+            noisy = next_t / t * noisy + (1 - next_t / t) * denoised
             continue
+
         diffusion = 2 * t / (1 - t)
         drift = -noisy / (1 - t) + diffusion * (noisy - (1 - t) * denoised) / t**2
-        noisy = noisy - drift * (t - following) + (diffusion * (t - following)) ** 0.5 * noise(number)
-    return Sampled(sign(denoised), steps, denoised)
+        noisy = noisy - drift * (t - next_t) + (diffusion * (t - next_t)) ** 0.5 * noise(step_index)
+
+    return SampledBlock(sign(denoised), num_steps, denoised)
 
 
 def sequential_sample(
-    draw: Callable[[int, Tensor], Tensor],
-    start: Tensor,
+    sample_token: Callable[[int, Tensor], Tensor],
+    initial_bits: Tensor,
     *,
-    settle: Callable[[Tensor], Tensor] = sign,
-    known: Known,
-    watch: Watcher | None = None,
-) -> Sampled:
-    """Left to right inside the block: M head passes, no ODE (method, section 9).
+    project_to_valid: Callable[[Tensor], Tensor] = sign,
+    prompt_tokens: PromptTokens,
+    callback: StepCallback | None = None,
+) -> SampledBlock:
+    """Sample the tokens of the block from left to right, in M head passes (docs/recipe.md).
 
     Args:
-        draw: (i, bits [N, M, K] whose tokens before i are clean and whose others are ``start``) -> bits of token i [N, K].
-        start: bits [N, M, K] before anything is drawn.
-        settle: makes a drawn token valid before the next one sees it: bits [N, K] -> bits [N, K].
-        known, watch: as in :func:`ode_sample`.
+        sample_token: maps (i, bits [N, M, K]) to the bits of token i [N, K]; the bits are clean
+            before position i and ``initial_bits`` from there on.
+        initial_bits: bits [N, M, K] before any token is sampled.
+        project_to_valid: projects the bits [N, K] of a sampled token to a valid code before the
+            next token sees them.
+        prompt_tokens, callback: as in :func:`ode_sample`.
     """
-    tokens = start.shape[-2]
-    first = known.count()  # the prompt's tokens open the block
-    bits = known.put(start)
-    place = torch.arange(tokens, device=start.device)
-    for i in range(first, tokens):
-        drawn = settle(draw(i, bits))
-        bits = torch.where((place == i).unsqueeze(-1), drawn.unsqueeze(1), bits)
-        if watch:
-            watch(i - first + 1, bits.masked_fill((place > i).unsqueeze(-1), 0.0))
-    return Sampled(sign(bits), tokens - first, bits)
+    num_tokens = initial_bits.shape[-2]
+    first = prompt_tokens.num_in_every_block()  # the fixed tokens come first in the block
+    bits = prompt_tokens.clamp(initial_bits)
+    position = torch.arange(num_tokens, device=initial_bits.device)
+
+    for i in range(first, num_tokens):
+        token_bits = project_to_valid(sample_token(i, bits))
+        bits = torch.where((position == i).unsqueeze(-1), token_bits.unsqueeze(1), bits)
+        if callback:
+            # tokens that are not sampled yet show as zero
+            callback(i - first + 1, bits.masked_fill((position > i).unsqueeze(-1), 0.0))
+
+    return SampledBlock(sign(bits), num_tokens - first, bits)

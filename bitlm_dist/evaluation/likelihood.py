@@ -1,4 +1,8 @@
-"""What a model is worth on held-out text: bits a byte, and the checks that keep the number honest."""
+"""Held-out evaluation: bits per byte, and the checks that keep the number honest.
+
+Legend: B batch, V target blocks of a batch, M tokens per block, T predicted tokens of a batch,
+S strata of the noise level, N sampled blocks.
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,27 +13,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
-from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data_prep.token_bytes import ByteLengths
-from bitlm_dist.diffusion.likelihood import Bound, bound, chain_nats, strata_times
-from bitlm_dist.diffusion.noise import Source
+from bitlm_dist.diffusion.likelihood import (
+    NelboEstimate,
+    autoregressive_nll,
+    estimate_nelbo,
+    noise_level_times,
+)
+from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.evaluation.brier import brier_scores
-from bitlm_dist.inference.generate import next_tokens, sample_block
+from bitlm_dist.inference.generate import sample_block, sample_next_block
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import Context
+from bitlm_dist.model.head import Conditioning
 from bitlm_dist.model.language_model import Batch, LanguageModel, Targets
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 
-BATCH = 16  # sequences
+BATCH_SIZE = 16  # sequences
 SHUFFLE_EVERY = 4  # batches; the context-shuffle delta is far larger than its error
 EVALUATION_SEED = 2**31  # fixed, so that two models are scored with the same noise
 
 
 @dataclass(frozen=True)
-class Report:
-    """Held-out quality; every nat is a mean over the predicted tokens (document tokens and each document's first EOS).
+class EvaluationReport:
+    """Held-out quality.
 
-    None or an empty collection: there was nothing to compute the value from, e.g. no whole block to sample.
+    Nats are means over the predicted tokens: the tokens of documents and each document's first EOS.
+    A value is None or empty if there was nothing to compute it from, e.g. no full block to sample.
     """
 
     tokens: int
@@ -37,7 +47,7 @@ class Report:
     exact: bool  # False: bits_per_byte is an upper bound
     nats_per_token: float | None
     bits_per_byte: float | None
-    bits_per_byte_se: float | None  # None with fewer than two sequences, which have no spread
+    bits_per_byte_se: float | None  # None for fewer than two sequences
     chain_bits_per_byte: float | None
     unigram_bits_per_byte: float | None
     context_shuffle_delta_nats: float | None
@@ -47,180 +57,336 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Scores:
-    """A batch: nats of the predicted tokens [T], the same after another block's context, chain-rule nats, bit accuracy [S]."""
+class _BatchScores:
+    """Scores of a batch.
+
+    Attributes:
+        nats: nats of the predicted tokens, [T].
+        shuffled_context_nats: the same, given the context of another block, [T].
+        autoregressive_nats: the same by the chain rule, [T].
+        bit_accuracy: fraction of correct bits by stratum, [S].
+    """
 
     nats: Tensor
-    shuffled: Tensor | None = None
-    chain: Tensor | None = None
-    accuracy: Tensor | None = None
+    shuffled_context_nats: Tensor | None = None
+    autoregressive_nats: Tensor | None = None
+    bit_accuracy: Tensor | None = None
 
 
 @torch.no_grad()
 def evaluate(
-    model: LanguageModel, feed: Feed, byte_lengths: ByteLengths, config: EvaluationConfig, sampling: SamplingConfig
-) -> Report:
-    """Score a model on the first epoch of a feed.
+    model: LanguageModel,
+    dataset: PackedDataset,
+    byte_lengths: ByteLengths,
+    config: EvaluationConfig,
+    sampling: SamplingConfig,
+) -> EvaluationReport:
+    """Score a model on the first epoch of a dataset.
 
     Args:
         byte_lengths: UTF-8 bytes of each token id.
-        config: how much to read, strata of the bound, blocks to sample after true context.
-        sampling: how those are sampled.
+        config: amount of data, noise levels of the bound, and number of blocks to sample after true
+            context.
+        sampling: how to sample those blocks.
     """
     device = next(model.parameters()).device
     score = _score_softmax if isinstance(model, SoftmaxLM) else _score_bits
-    scores: list[_Scores] = []
+    scores: list[_BatchScores] = []
     sequences: list[Tensor] = []
     ids: list[Tensor] = []
-    drawn: list[tuple[Tensor, Tensor, Tensor]] = []
-    invalid: list[Tensor] = []
-    left = config.sampled_blocks
-    at_start = torch.from_numpy(byte_lengths.first - byte_lengths.inside).to(device)  # what a document's first token has more
-    more_bytes = torch.zeros((), dtype=torch.int64, device=device)
-    for number, batch in enumerate(feed.epoch_batches(BATCH, config.sequences, device)):
-        targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
-        if not len(targets.block):
-            continue  # padding alone
+    samples = _Samples(config.num_sampled_blocks)
 
-        scores.append(score(model, targets, config.strata, number % SHUFFLE_EVERY == 0))
-        sequences.append(targets.sample.unsqueeze(1).expand_as(targets.valid)[targets.valid])
+    # extra bytes of a token that opens a document
+    first_token_extra_bytes = torch.from_numpy(byte_lengths.first - byte_lengths.inside).to(device)
+    # summed on the device, because reading it per batch would wait for the GPU
+    extra_bytes = torch.zeros((), dtype=torch.int64, device=device)
+
+    for batch_index, batch in enumerate(
+        dataset.epoch_batches(BATCH_SIZE, config.num_sequences, device)
+    ):
+        targets = model.targets(batch, model.hidden_states(batch.tokens, batch.document_ids))
+        if not len(targets.block_index):
+            continue  # only padding
+
+        scores.append(
+            score(model, targets, config.num_noise_levels, batch_index % SHUFFLE_EVERY == 0)
+        )
+        sequences.append(
+            targets.sequence_index.unsqueeze(1).expand_as(targets.valid)[targets.valid]
+        )
         ids.append(targets.tokens[targets.valid])
-        more_bytes = more_bytes + (at_start[targets.tokens[:, 0]] * _opens(batch, targets, feed.manifest["bos"])).sum()
-        if left > 0:
-            if targets.valid.all(-1).any():
-                drawn.append(_sample_twice(model, targets, left, sampling))
-            invalid.append(_invalid(model, targets, left, sampling))
-            left -= len(invalid[-1])
-    return _report(
+
+        is_start = _is_document_start(batch, targets, dataset.manifest["bos"])
+        extra_bytes = extra_bytes + (first_token_extra_bytes[targets.tokens[:, 0]] * is_start).sum()
+
+        samples.add(model, targets, sampling)
+
+    return _build_report(
         scores,
-        _joined(sequences),
-        _joined(ids),
+        _concat_on_cpu(sequences),
+        _concat_on_cpu(ids),
         byte_lengths.inside,
-        int(more_bytes),
+        int(extra_bytes),
         exact=isinstance(model, SoftmaxLM),
-        brier=brier_scores(*(torch.cat(part) for part in zip(*drawn, strict=True))) if drawn else [],
-        invalid_rate=_mean(invalid),
+        brier=samples.brier(),
+        invalid_rate=_mean(samples.has_invalid_code),
     )
 
 
-def _opens(batch: Batch, targets: Targets, bos: int) -> Tensor:
-    """Whether each target block is the first of a document, after its block of BOS: [V] bool."""
+class _Samples:
+    """Blocks sampled after true context, up to a total number.
+
+    Args:
+        num_blocks: how many blocks to sample over all batches.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_remaining = num_blocks
+        self._pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.has_invalid_code: list[Tensor] = []
+
+    def add(self, model: LanguageModel, targets: Targets, sampling: SamplingConfig) -> None:
+        """Sample blocks of one batch; a no-op once there are enough."""
+        if self._num_remaining <= 0:
+            return
+
+        if targets.valid.all(-1).any():
+            self._pairs.append(_sample_twice(model, targets, self._num_remaining, sampling))
+        self.has_invalid_code.append(
+            _has_invalid_code(model, targets, self._num_remaining, sampling)
+        )
+        self._num_remaining -= len(self.has_invalid_code[-1])
+
+    def brier(self) -> list[float]:
+        """Brier scores of all samples; empty without any full block."""
+        if not self._pairs:
+            return []
+        return brier_scores(*(torch.cat(tensors) for tensors in zip(*self._pairs, strict=True)))
+
+
+def _is_document_start(batch: Batch, targets: Targets, bos: int) -> Tensor:
+    """Whether each target block follows the BOS block of its document, [V] bool."""
+    # sequence indices of a batch are consecutive
     blocks = batch.tokens.unflatten(1, (-1, targets.tokens.shape[1]))
-    return blocks[targets.sample - batch.sample[0], targets.block - 1, 0] == bos
+    return (
+        blocks[targets.sequence_index - batch.sequence_index[0], targets.block_index - 1, 0] == bos
+    )
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """Batches end to end, on the CPU; an empty int64 tensor where there are none."""
-    return torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.int64)
+def _concat_on_cpu(batches: list[Tensor]) -> Tensor:
+    """Concatenate batches on the CPU; without any, an empty int64 tensor."""
+    return torch.cat(batches).cpu() if batches else torch.empty(0, dtype=torch.int64)
 
 
-def _mean(parts: list[Tensor]) -> float | None:
-    """Mean over all elements of all batches; None: there are none."""
-    every = _joined(parts).double()
-    return float(every.mean()) if every.numel() else None
+def _mean(batches: list[Tensor]) -> float | None:
+    """Mean over all elements of all batches; None without any."""
+    values = _concat_on_cpu(batches).double()
+    return float(values.mean()) if values.numel() else None
 
 
-def _source(targets: Targets) -> Source:
-    return Source(EVALUATION_SEED, targets.sample, targets.block)
+def _noise_key(targets: Targets) -> NoiseKey:
+    return NoiseKey(EVALUATION_SEED, targets.sequence_index, targets.block_index)
 
 
-def _bound(model: BitLM, clean: Tensor, context: Context, targets: Targets, strata: int) -> Bound:
-    return bound(model.head.denoisers(context), clean, strata=strata, source=_source(targets), valid=targets.valid)
+def _estimate_nelbo(
+    model: BitLM, clean: Tensor, conditioning: Conditioning, targets: Targets, num_noise_levels: int
+) -> NelboEstimate:
+    return estimate_nelbo(
+        model.head.denoisers(conditioning),
+        clean,
+        num_noise_levels=num_noise_levels,
+        noise_key=_noise_key(targets),
+        valid=targets.valid,
+    )
 
 
-def _score_bits(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:
+def _score_bits(
+    model: LanguageModel, targets: Targets, num_noise_levels: int, shuffle: bool
+) -> _BatchScores:
+    """Score with the bound and, if the model has one, the chain rule."""
     assert isinstance(model, BitLM)
-    head, valid = model.head, targets.valid
-    clean, context = model.codes.encode(targets.tokens), head.read(targets.context)
-    result = _bound(model, clean, context, targets, strata)
-    shuffled = chain = None
-    if shuffle and len(clean) > 1:  # a block has no other context than its own to be given
-        other = head.read(targets.context.roll(len(clean) // 2, 0))
-        shuffled = _bound(model, clean, other, targets, strata).nats[valid]
-    if head.chained:
-        chain = -head.output.log_prob(head.chain(clean, context), clean)[valid]
-    elif model.config.diffusion.per_token > 0 or model.block_size == 1:
-        chain = chain_nats(lambda z, t: head(z, t, context), head.output, clean, _source(targets))[valid]
-    return _Scores(result.nats[valid], shuffled, chain, result.accuracy)
+    head = model.head
+    valid = targets.valid
+    clean = model.codes.ids_to_bits(targets.tokens)
+    conditioning = head.condition(targets.context_hidden)
+    result = _estimate_nelbo(model, clean, conditioning, targets, num_noise_levels)
+
+    # A model that uses its context must do worse with the context of another block.
+    shuffled_context_nats = autoregressive_nats = None
+    if shuffle and len(clean) > 1:  # a single block has no other context to borrow
+        other_conditioning = head.condition(targets.context_hidden.roll(len(clean) // 2, 0))
+        shuffled_context_nats = _estimate_nelbo(
+            model, clean, other_conditioning, targets, num_noise_levels
+        ).nelbo[valid]
+
+    if head.has_autoregressive_pass:
+        autoregressive_nats = -head.output.log_prob(
+            head.autoregressive_logits(clean, conditioning), clean
+        )[valid]
+    # Without that pass, only per-token noise or one-token blocks give the denoiser a chain rule.
+    elif model.config.diffusion.per_token_noise_prob > 0 or model.block_size == 1:
+        autoregressive_nats = autoregressive_nll(
+            lambda z, t: head(z, t, conditioning), head.output, clean, _noise_key(targets)
+        )[valid]
+
+    return _BatchScores(
+        result.nelbo[valid], shuffled_context_nats, autoregressive_nats, result.bit_accuracy
+    )
 
 
-def _score_softmax(model: LanguageModel, targets: Targets, strata: int, shuffle: bool) -> _Scores:
+def _score_softmax(
+    model: LanguageModel, targets: Targets, num_noise_levels: int, shuffle: bool
+) -> _BatchScores:
+    """Score with the exact likelihood."""
     assert isinstance(model, SoftmaxLM)
-    hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
-    other = model.nats(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle and len(tokens) > 1 else None
-    return _Scores(model.nats(hidden, tokens), other)
+    hidden = targets.context_hidden[targets.valid]
+    tokens = targets.tokens[targets.valid]
+    shuffled_context_nats = (
+        model.nll(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle and len(tokens) > 1 else None
+    )
+    return _BatchScores(model.nll(hidden, tokens), shuffled_context_nats)
 
 
-def _sample_twice(model: LanguageModel, targets: Targets, most: int, sampling: SamplingConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """The text and two draws of up to ``most`` blocks without EOS padding, after true context: [N, M] ids each."""
-    whole = targets.valid.all(-1)
-    rows = whole.nonzero().squeeze(-1)[:most]
-    truth, hidden = targets.tokens[rows], targets.context[rows]
-    sources = (Source(EVALUATION_SEED + again, targets.sample[rows], targets.block[rows]) for again in (0, 1))
-    first, second = (next_tokens(model, hidden, sampling, source)[0] for source in sources)
+def _sample_twice(
+    model: LanguageModel, targets: Targets, max_blocks: int, sampling: SamplingConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample up to ``max_blocks`` blocks without EOS padding twice, after true context.
+
+    Returns:
+        The text, and the first and the second sample: token ids [N, M] each.
+    """
+    is_full = targets.valid.all(-1)
+    rows = is_full.nonzero().squeeze(-1)[:max_blocks]
+    truth = targets.tokens[rows]
+    hidden = targets.context_hidden[rows]
+
+    # Another seed makes the second sample independent.
+    noise_keys = (
+        NoiseKey(EVALUATION_SEED + again, targets.sequence_index[rows], targets.block_index[rows])
+        for again in (0, 1)
+    )
+    first, second = (
+        sample_next_block(model, hidden, sampling, noise_key)[0] for noise_key in noise_keys
+    )
     return truth, first, second
 
 
-def _invalid(model: LanguageModel, targets: Targets, most: int, sampling: SamplingConfig) -> Tensor:
-    """Whether each token of up to ``most`` drawn blocks had a code that names no token, before projection: [N, M] bool."""
+def _has_invalid_code(
+    model: LanguageModel, targets: Targets, max_blocks: int, sampling: SamplingConfig
+) -> Tensor:
+    """Sample up to ``max_blocks`` blocks and find the codes that name no token.
+
+    Returns:
+        Whether each token had an invalid code before the projection, [N, M] bool.
+    """
+    # a softmax only yields ids of tokens
     if not isinstance(model, BitLM):
-        return torch.zeros_like(targets.tokens[:most], dtype=torch.bool)
-    source = Source(EVALUATION_SEED, targets.sample[:most], targets.block[:most])
-    return model.codes.decode(sample_block(model, targets.context[:most], sampling, source, settle=False).bits) < 0
+        return torch.zeros_like(targets.tokens[:max_blocks], dtype=torch.bool)
+
+    noise_key = NoiseKey(
+        EVALUATION_SEED, targets.sequence_index[:max_blocks], targets.block_index[:max_blocks]
+    )
+    sampled = sample_block(
+        model, targets.context_hidden[:max_blocks], sampling, noise_key, project_to_valid=False
+    )
+    return model.codes.bits_to_ids(sampled.bits) < 0
 
 
-def _report(
-    scores: list[_Scores],
+def _build_report(
+    scores: list[_BatchScores],
     sequence: Tensor,
     ids: Tensor,
     byte_lengths: NDArray[np.int64],
-    more_bytes: int,
+    extra_bytes: int,
     *,
     exact: bool,
     brier: list[float],
     invalid_rate: float | None,
-) -> Report:
-    value = _joined([batch.nats for batch in scores]).double()
-    deltas = [batch.shuffled - batch.nats for batch in scores if batch.shuffled is not None]
-    chain = [batch.chain for batch in scores if batch.chain is not None]
-    tokens, size = len(value), int(byte_lengths[ids.numpy()].sum()) + more_bytes
+) -> EvaluationReport:
+    """Aggregate the scores of all batches.
+
+    Args:
+        sequence, ids: sequence index and id of every predicted token.
+        byte_lengths: bytes of each token id inside a document.
+        extra_bytes: further bytes of tokens that open a document.
+    """
+    token_nats = _concat_on_cpu([batch.nats for batch in scores]).double()
+    deltas = [
+        batch.shuffled_context_nats - batch.nats
+        for batch in scores
+        if batch.shuffled_context_nats is not None
+    ]
+    autoregressive_nats = [
+        batch.autoregressive_nats for batch in scores if batch.autoregressive_nats is not None
+    ]
+    num_tokens = len(token_nats)
+    num_bytes = int(byte_lengths[ids.numpy()].sum()) + extra_bytes
+
+    # The unigram entropy of the evaluated text itself is the reference that uses no context.
     counts = ids.bincount().double()
-    share = counts[counts > 0] / tokens
+    frequencies = counts[counts > 0] / num_tokens
 
     def per_byte(nats: float | None) -> float | None:
-        """Bits per byte of text, from nats of the whole text."""
-        return None if nats is None or not size else nats / math.log(2) / size
+        """Convert nats of the full text to bits per byte."""
+        return None if nats is None or not num_bytes else nats / math.log(2) / num_bytes
 
-    return Report(
-        tokens=tokens,
-        bytes=size,
+    return EvaluationReport(
+        tokens=num_tokens,
+        bytes=num_bytes,
         exact=exact,
-        nats_per_token=_mean([value]),
-        bits_per_byte=per_byte(float(value.sum())),
-        bits_per_byte_se=per_byte(_cluster_error(sequence, value)),
-        chain_bits_per_byte=per_byte(float(torch.cat(chain).double().sum())) if chain else None,
-        unigram_bits_per_byte=per_byte(float(-(share * share.log()).sum()) * tokens),
+        nats_per_token=_mean([token_nats]),
+        bits_per_byte=per_byte(float(token_nats.sum())),
+        bits_per_byte_se=per_byte(_clustered_standard_error(sequence, token_nats)),
+        chain_bits_per_byte=per_byte(float(torch.cat(autoregressive_nats).double().sum()))
+        if autoregressive_nats
+        else None,
+        unigram_bits_per_byte=per_byte(
+            float(-(frequencies * frequencies.log()).sum()) * num_tokens
+        ),
         context_shuffle_delta_nats=_mean(deltas),
         brier=brier,
         invalid_code_rate=invalid_rate,
-        accuracy_by_time=_by_time(scores),
+        accuracy_by_time=_accuracy_by_time(scores),
     )
 
 
-def _by_time(scores: list[_Scores]) -> dict[str, float]:
-    """Bit accuracy at each stratum's time, from noisy to clean: a mean over all predicted tokens, so larger batches weigh more."""
-    known = [(batch.accuracy.double().cpu(), len(batch.nats)) for batch in scores if batch.accuracy is not None]
-    if not known:
+def _accuracy_by_time(scores: list[_BatchScores]) -> dict[str, float]:
+    """Bit accuracy at the time of each stratum, from noisy to clean.
+
+    It is a mean over all predicted tokens, so larger batches weigh more.
+    """
+    accuracies = [
+        (batch.bit_accuracy.double().cpu(), len(batch.nats))
+        for batch in scores
+        if batch.bit_accuracy is not None
+    ]
+    if not accuracies:
         return {}
-    total = sum(tokens for _, tokens in known)
-    levels = torch.stack([accuracy * (tokens / total) for accuracy, tokens in known]).sum(0).tolist()
-    return {f"{t:.2f}": level for t, level in zip(strata_times(len(levels)).tolist(), levels, strict=True)}
+
+    total = sum(tokens for _, tokens in accuracies)
+    levels = (
+        torch.stack([accuracy * (tokens / total) for accuracy, tokens in accuracies])
+        .sum(0)
+        .tolist()
+    )
+
+    return {
+        f"{t:.2f}": level
+        for t, level in zip(noise_level_times(len(levels)).tolist(), levels, strict=True)
+    }
 
 
-def _cluster_error(sequence: Tensor, value: Tensor) -> float | None:
-    """Standard error of the sum, with sequences as independent clusters of tokens; None: one cluster has no spread."""
-    count = len(sequence.unique())
-    if count < 2:
+def _clustered_standard_error(sequence: Tensor, value: Tensor) -> float | None:
+    """Standard error of the sum, where sequences are independent clusters of tokens.
+
+    None: a single cluster has no spread.
+    """
+    num_sequences = len(sequence.unique())
+    if num_sequences < 2:
         return None
-    residual = torch.zeros(int(sequence.max()) + 1, dtype=torch.float64).index_add(0, sequence, value - value.mean())
-    return float(residual.square().sum().sqrt()) * math.sqrt(count / (count - 1))
+
+    # Tokens of a sequence are correlated, so residuals are summed per sequence before squaring.
+    residual = torch.zeros(int(sequence.max()) + 1, dtype=torch.float64).index_add(
+        0, sequence, value - value.mean()
+    )
+    return float(residual.square().sum().sqrt()) * math.sqrt(num_sequences / (num_sequences - 1))

@@ -1,6 +1,6 @@
-"""The causal Transformer over blocks: Megatron-core's TransformerBlock with a Qwen-3 layer and block-causal attention.
+"""The causal Transformer over blocks: Qwen-3 layers with block-causal attention, on Megatron-core.
 
-Legend: B batch, S tokens of this rank, L tokens of the sequence, D width.
+Legend: B batch, S tokens on this rank, L tokens per sequence, D hidden size.
 """
 
 from collections.abc import Iterator
@@ -14,19 +14,23 @@ from torch import Tensor, nn
 
 from bitlm_dist.kernels import bounds_of_documents
 from bitlm_dist.model.block_attention import BlockCausalAttention
-from bitlm_dist.model.decoding import Decoder
-from bitlm_dist.model.plain_layer import rotary_angles
+from bitlm_dist.model.cached_backbone import CachedBackbone
+from bitlm_dist.model.torch_layer import rotary_angles
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import ALONE, Layout, Stage
+from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
 if TYPE_CHECKING:
-    from bitlm_dist.config import Config
+    from bitlm_dist.config import Config, ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}  # of weights and activations, by training.precision
+# training.precision -> dtype of the weights and activations
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with Megatron's constructor; its own one refuses sequence parallelism."""
+    """RMSNorm with Megatron's constructor; Megatron's own wrapper rejects sequence parallelism."""
 
     def __init__(self, hidden_size: int, config: Any, eps: float = 1e-6, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps)
@@ -34,13 +38,17 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _layer_spec() -> Any:
+    """Return Megatron's spec of one Qwen-3 layer, with block-causal core attention."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+    from megatron.core.transformer.transformer_layer import (
+        TransformerLayer,
+        TransformerLayerSubmodules,
+    )
 
     return ModuleSpec(
         module=TransformerLayer,
@@ -61,75 +69,116 @@ def _layer_spec() -> Any:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def _transformer_config(config: "Config", layout: Layout, layers_per_stage: list[int]) -> Any:
+def _transformer_config(
+    config: "Config", layout: ParallelLayout, layers_per_stage: list[int]
+) -> Any:
+    """Translate the config into Megatron's, with the extra fields that the core attention reads."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
     class BackboneConfig(TransformerConfig):  # type: ignore[misc]
-        """Megatron's configuration and what the core attention reads from it."""
+        """Megatron's configuration, extended by the fields of the core attention."""
 
         block_size: int = 1
         attention_backend: str = "auto"
-        layout: Layout = ALONE
+        layout: ParallelLayout = SINGLE_PROCESS
 
-    model, parallel, backbone = config.model, config.parallel, config.model.backbone
-    on_cpu, interleaved = mesh.device().type == "cpu", layout.virtual > 1
     dtype = DTYPES[config.training.precision]
+
     return BackboneConfig(
-        num_layers=backbone.layers,
-        hidden_size=backbone.width,
-        num_attention_heads=backbone.heads,
-        num_query_groups=backbone.kv_heads,
-        kv_channels=backbone.head_width,
-        ffn_hidden_size=backbone.ffn_width,
-        normalization="RMSNorm",
-        layernorm_epsilon=1e-6,
-        qk_layernorm=True,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
+        **_architecture_options(config.model),
+        **_parallel_options(layout, layers_per_stage),
+        **_recompute_options(config.parallel.activation_checkpointing),
+        # initialization.py draws the same weights for every layout
         use_cpu_initialization=True,
-        perform_initialization=False,  # initialization.py draws the same weights for every layout
+        perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        persist_layer_norm=not on_cpu,
         apply_rope_fusion=False,
-        tensor_model_parallel_size=layout.tensor,
-        sequence_parallel=layout.sequence,
-        context_parallel_size=layout.context,
-        pipeline_model_parallel_size=layout.pipeline,
-        virtual_pipeline_model_parallel_size=layout.virtual if interleaved else None,
-        pipeline_model_parallel_layout=_stages(layers_per_stage) if layout.pipeline > 1 else None,
-        batch_p2p_comm=not on_cpu and not interleaved,  # on gloo interleaved stages exchange wrong tensors with it, silently
-        batch_p2p_sync=False,  # would wait for the whole device after every exchange, for the sake of an old PyTorch
-        overlap_p2p_comm=not on_cpu and interleaved,
+        persist_layer_norm=mesh.device().type != "cpu",
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        deallocate_pipeline_outputs=True,
-        calculate_per_token_loss=True,  # the loss is normalised before the backward pass; nobody scales the gradient again
-        recompute_granularity=None if parallel.recompute == "none" else parallel.recompute,
-        recompute_method="uniform" if parallel.recompute == "full" else None,
-        recompute_num_layers=1 if parallel.recompute == "full" else None,
-        block_size=model.block_size if model.attention == "block" else 1,
-        attention_backend=backbone.attention,
+        # the loss is normalised before the backward pass, so Megatron must not scale the gradient
+        calculate_per_token_loss=True,
+        block_size=config.model.block_size if config.model.attention == "block" else 1,
+        attention_backend=config.model.backbone.attention,
         layout=layout,
     )
 
 
-def _stages(layers_per_stage: list[int]) -> list[list[str]]:
-    """Megatron's notation of what each stage holds."""
+def _architecture_options(model: "ModelConfig") -> dict[str, Any]:
+    """Megatron's options for a Qwen-3 Transformer of the configured size."""
+    backbone = model.backbone
+
+    return {
+        "num_layers": backbone.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "num_attention_heads": backbone.num_heads,
+        "num_query_groups": backbone.num_kv_heads,
+        "kv_channels": backbone.head_dim,
+        "ffn_hidden_size": backbone.ffn_hidden_size,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-6,
+        "qk_layernorm": True,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+def _parallel_options(layout: ParallelLayout, layers_per_stage: list[int]) -> dict[str, Any]:
+    """Megatron's options for the parallel layout and the exchange between pipeline stages."""
+    is_cpu = mesh.device().type == "cpu"
+    is_interleaved = layout.virtual_pipeline > 1
+    has_pipeline = layout.pipeline > 1
+
+    return {
+        "tensor_model_parallel_size": layout.tensor,
+        "sequence_parallel": layout.sequence,
+        "context_parallel_size": layout.context,
+        "pipeline_model_parallel_size": layout.pipeline,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline if is_interleaved else None,
+        "pipeline_model_parallel_layout": (
+            _megatron_pipeline_layout(layers_per_stage) if has_pipeline else None
+        ),
+        # on gloo, interleaved stages silently exchange wrong tensors in batched mode
+        "batch_p2p_comm": not is_cpu and not is_interleaved,
+        # a workaround for an old PyTorch that synchronizes the device after every exchange
+        "batch_p2p_sync": False,
+        "overlap_p2p_comm": not is_cpu and is_interleaved,
+        "deallocate_pipeline_outputs": True,
+    }
+
+
+def _recompute_options(activation_checkpointing: str) -> dict[str, Any]:
+    """Megatron's options for activation checkpointing: ``none``, ``selective`` or ``full``."""
+    is_full = activation_checkpointing == "full"
+
+    return {
+        "recompute_granularity": (
+            None if activation_checkpointing == "none" else activation_checkpointing
+        ),
+        "recompute_method": "uniform" if is_full else None,
+        "recompute_num_layers": 1 if is_full else None,
+    }
+
+
+def _megatron_pipeline_layout(layers_per_stage: list[int]) -> list[list[str]]:
+    """Contents of each stage in Megatron's notation."""
     stages = [["decoder"] * count for count in layers_per_stage]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
@@ -137,55 +186,88 @@ def _stages(layers_per_stage: list[int]) -> list[list[str]]:
 
 
 class Backbone(nn.Module):
-    """The layers of one stage: embedded tokens -> the hidden states C that condition the next block (paper, section 3.2).
+    """The Transformer layers of one pipeline stage.
 
-    Tensors are in Megatron's order [S, B, D], S the tokens that this rank holds. On the meta device (``torch.device("meta")`` as
-    the default device) no weight is allocated.
+    Maps embedded tokens to the hidden states C that condition the next block (paper, section 3.2).
+    Tensors are in Megatron's order [S, B, D], where S counts the tokens on this rank.
+    Under ``torch.device("meta")`` no weight is allocated.
     """
 
-    def __init__(self, config: "Config", layout: Layout, stage: Stage, layers_per_stage: list[int]) -> None:
+    def __init__(
+        self,
+        config: "Config",
+        layout: ParallelLayout,
+        model_chunk: ModelChunk,
+        layers_per_stage: list[int],
+    ) -> None:
         super().__init__()
-        mesh.initialize(layout)
-        from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+        mesh.init_process_groups(layout)
+        from megatron.core.transformer.transformer_block import (
+            TransformerBlock,
+            TransformerBlockSubmodules,
+        )
 
         self.megatron_config = _transformer_config(config, layout, layers_per_stage)
         self.block = TransformerBlock(
             self.megatron_config,
-            TransformerBlockSubmodules(layer_specs=[_layer_spec() for _ in stage.layers], layer_norm=RMSNorm),
-            pre_process=stage.embeds,
-            post_process=stage.predicts,
-            vp_stage=stage.chunk if layout.virtual > 1 else None,
+            TransformerBlockSubmodules(
+                layer_specs=[_layer_spec() for _ in model_chunk.layer_range], layer_norm=RMSNorm
+            ),
+            pre_process=model_chunk.is_first,
+            post_process=model_chunk.is_last,
+            vp_stage=model_chunk.vp_stage if layout.virtual_pipeline > 1 else None,
         )
-        self._model, self._layout = config.model, layout
-        self._decoder: Decoder | None = None
 
-    def forward(self, embedded: Tensor | None, document_ids: Tensor | None, length: int) -> Tensor:
-        """embedded [S, B, D] (None: what the stage before sent), document_ids [B, L] or None -> hidden states [S, B, D].
+        self._model_config = config.model
+        self._layout = layout
+        self._cached_backbone: CachedBackbone | None = None  # set while decoding
 
-        The last stage's are those after the final norm. L is ``length``, a multiple of the block size. Inside :meth:`decoding`, the
-        S tokens continue those of the calls before.
+    def forward(
+        self, embedded: Tensor | None, document_ids: Tensor | None, sequence_length: int
+    ) -> Tensor:
+        """Run the layers of this stage.
+
+        Inside :meth:`decoding`, the S tokens continue those of the previous calls.
+
+        Args:
+            embedded: [S, B, D]; None on later stages, which read the tensor received from the
+                previous stage.
+            document_ids: [B, L]; None if each sequence is one document.
+            sequence_length: L, a multiple of the block size.
+
+        Returns:
+            Hidden states [S, B, D]; on the last stage, after the final norm.
         """
-        if self._decoder is not None:
+        if self._cached_backbone is not None:
             assert embedded is not None
-            assert document_ids is None, "decoding reads one document a row"
-            return self._decoder(embedded.transpose(0, 1)).transpose(0, 1)
-        given = document_ids if embedded is None else embedded
-        assert given is not None, "a later stage is told of the documents"
-        b, mine = self._model.backbone, self._layout.positions(length, given.device)
-        bounds = None if document_ids is None else bounds_of_documents(document_ids)  # once for all layers
-        positions = mine[:, None]  # of all rows
+            assert document_ids is None, "decoding reads one document per row"
+            return self._cached_backbone(embedded.transpose(0, 1)).transpose(0, 1)
+
+        reference = document_ids if embedded is None else embedded
+        assert reference is not None, "later stages need the document ids"
+        b = self._model_config.backbone
+        local_positions = self._layout.local_positions(sequence_length, reference.device)
+
+        # Computed once and shared by all layers.
+        bounds = None if document_ids is None else bounds_of_documents(document_ids)
+
+        positions = local_positions[:, None]  # [S, 1], the same for all rows
         if b.rope_reset and bounds is not None:
-            positions = positions - bounds[0, :, mine].T
-        angles = rotary_angles(positions, b.rope_base, b.head_width)
+            # count from the start of each token's document
+            positions = positions - bounds[0, :, local_positions].T
+        angles = rotary_angles(positions, b.rope_theta, b.head_dim)
+
+        # Megatron passes the bounds to the core attention through its attention mask.
         hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=angles.unsqueeze(2))
         return hidden
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While open, every forward call appends to a key-value cache and attends to all that came before."""
-        assert self._layout.world == 1, "text is written by one process"
-        self._decoder = Decoder(self.block, self._model)
+        """While open, each forward call extends a key-value cache and attends to all of it."""
+        assert self._layout.world_size == 1, "decoding runs on a single process"
+        self._cached_backbone = CachedBackbone(self.block, self._model_config)
+
         try:
             yield
         finally:
-            self._decoder = None
+            self._cached_backbone = None

@@ -1,55 +1,70 @@
-"""Bits instead of an embedding table: a position-wise MLP B -> d -> d on the codes (paper, section 3.2), and windows of bits."""
+"""Bit embedding: an MLP K -> D -> D on each code, plus bit windows (paper, section 3.2)."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitlm_dist.kernels.few_rows import Linear
+from bitlm_dist.kernels.skinny_linear import Linear
 
-WINDOW_STRIDE = 2  # bits from one window to the next
+WINDOW_STRIDE = 2  # bits between the starts of two windows
 
 
-def token_table(rows: int, width: int) -> nn.Embedding:
-    """An embedding table, drawn with a standard deviation of 0.02."""
-    table = nn.Embedding(rows, width)
+def make_embedding(num_embeddings: int, embedding_dim: int) -> nn.Embedding:
+    """Build an embedding table with a standard deviation of 0.02."""
+    table = nn.Embedding(num_embeddings, embedding_dim)
     nn.init.normal_(table.weight, std=0.02)
     return table
 
 
 class BitEmbedding(nn.Module):
-    """Clean bits [B, S, K] in {-1, +1} -> vectors [B, S, D].
+    """Embeds clean bits [B, S, K] in {-1, +1} as vectors [B, S, D].
 
-    An MLP on B numbers is smooth in the code, so it is slow to tell apart tokens whose codes are close. With ``window`` = w > 0 the
-    vectors of all windows of w consecutive bits are added, each looked up in a table of 2^w rows: about B/2 small tables, whatever
-    the size of the vocabulary.
+    An MLP on K inputs is smooth in the code, so it is slow to separate tokens with similar codes.
+    With ``window_size`` = w > 0, every window of w consecutive bits looks up a row in its own table
+    of 2^w rows, and the rows are added to the MLP's output. That makes about K/2 small tables,
+    independent of the vocabulary size.
 
     Args:
-        bits: K.
-        width: D.
-        window: w, cut to K; 0: the MLP alone, as in the paper.
+        num_bits: K.
+        embedding_dim: D.
+        window_size: w, capped at K; 0: the MLP alone, as in the paper.
     """
 
-    windows: Tensor  # [n, w], the places of each window's bits
-    weights: Tensor  # [w], powers of two
-    offsets: Tensor  # [n], where each window's rows begin
+    window_bits: Tensor  # [n, w], bit positions of each window
+    bit_weights: Tensor  # [w], powers of two
+    row_offsets: Tensor  # [n], first row of each window in the table
 
-    def __init__(self, bits: int, width: int, window: int = 0) -> None:
+    def __init__(self, num_bits: int, embedding_dim: int, window_size: int = 0) -> None:
         super().__init__()
-        window = min(window, bits)
-        self.up = Linear(bits, width)
-        self.down = Linear(width, width)
-        last = bits - window
-        starts = torch.tensor(sorted({*range(0, last, WINDOW_STRIDE), last}))
-        tables = [token_table(2**window, width).weight for _ in starts] if window else []
-        self.table = nn.Parameter(torch.cat(tables).detach()) if window else None  # one below the other
-        self.register_buffer("windows", starts[:, None] + torch.arange(window), persistent=False)
-        self.register_buffer("weights", 2 ** torch.arange(window), persistent=False)
-        self.register_buffer("offsets", 2**window * torch.arange(len(starts)), persistent=False)
+        window_size = min(window_size, num_bits)
+        self.up = Linear(num_bits, embedding_dim)
+        self.down = Linear(embedding_dim, embedding_dim)
+
+        # The last window is moved back to end at the last bit, so that every bit is covered.
+        last_start = num_bits - window_size
+        starts = torch.tensor(sorted({*range(0, last_start, WINDOW_STRIDE), last_start}))
+
+        # One parameter holds all tables, stacked along the rows: a single lookup reads them all.
+        tables = (
+            [make_embedding(2**window_size, embedding_dim).weight for _ in starts]
+            if window_size
+            else []
+        )
+        self.table = nn.Parameter(torch.cat(tables).detach()) if window_size else None
+
+        self.register_buffer(
+            "window_bits", starts[:, None] + torch.arange(window_size), persistent=False
+        )
+        self.register_buffer("bit_weights", 2 ** torch.arange(window_size), persistent=False)
+        self.register_buffer(
+            "row_offsets", 2**window_size * torch.arange(len(starts)), persistent=False
+        )
 
     def forward(self, bits: Tensor) -> Tensor:
-        """bits [B, S, K] -> [B, S, D]; the windows read signs."""
+        """Embed bits [B, S, K] as [B, S, D]; the windows read only the signs."""
         out: Tensor = self.down(F.gelu(self.up(bits)))
         if self.table is None:
             return out
-        rows = ((bits > 0)[..., self.windows] * self.weights).sum(-1) + self.offsets
+
+        rows = ((bits > 0)[..., self.window_bits] * self.bit_weights).sum(-1) + self.row_offsets
         return out + F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").view(out.shape)

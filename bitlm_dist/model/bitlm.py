@@ -1,6 +1,6 @@
 """BitLM: bits in, block-causal backbone, one-block shift, diffusion head (paper, section 3).
 
-Legend: B batch, S sequence, K bits, D width.
+Legend: B batch, S sequence, K bits, D hidden size.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,85 +9,120 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
-from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.model.bit_embedding import BitEmbedding, token_table
+from bitlm_dist.diffusion.noise import NoiseKey
+from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
 from bitlm_dist.model.head import DiffusionHead
-from bitlm_dist.model.head_loss import HeadLoss, every_state
-from bitlm_dist.model.initialization import drawn_from
-from bitlm_dist.model.language_model import Batch, LanguageModel, Place, target_mask
+from bitlm_dist.model.head_loss import HeadLoss, has_next_token_loss
+from bitlm_dist.model.initialization import seeded_init
+from bitlm_dist.model.language_model import Batch, LanguageModel, PipelineStage, loss_mask
 
 
 class BitLM(LanguageModel):
-    """See :class:`~bitlm_dist.model.language_model.LanguageModel`.
+    """Language model that denoises the bits of the next block with a diffusion head.
 
     Args:
-        config: checked.
-        codes: assignment of codes to tokens; its B wins over ``model.bits``.
-        eos: id that ends a document.
-        place: which part of the model this is; None: all of it.
+        config: a validated config.
+        codes: assignment of codes to tokens; its number of bits takes precedence over
+            ``model.bits``.
+        eos: id of the token that ends a document.
+        pipeline_stage: the part of the model to build; None: the full model.
     """
 
-    def __init__(self, config: Config, codes: BitCodes, eos: int, place: Place | None = None) -> None:
-        super().__init__(config, eos, place)
+    def __init__(
+        self, config: Config, codes: BitCodes, eos: int, pipeline_stage: PipelineStage | None = None
+    ) -> None:
+        super().__init__(config, eos, pipeline_stage)
         self.codes = codes
-        width, seed = config.model.backbone.width, config.training.seed
-        if self.place.stage.embeds:
-            with drawn_from(seed, "embedding"):
+        width = config.model.backbone.hidden_size
+        seed = config.training.seed
+
+        if self.pipeline_stage.model_chunk.is_first:
+            with seeded_init(seed, "embedding"):
                 table = config.model.input == "table"
                 window = config.model.input_window
-                self.embedding = token_table(codes.vocabulary, width) if table else BitEmbedding(codes.bits, width, window)
-        if self.place.stage.predicts:
-            with drawn_from(seed, "head"):
-                self.head = DiffusionHead(config, codes.bits)
-            # a bound method, so that the head's parameters have one name; what shards the head puts its own here
+                self.embedding = (
+                    make_embedding(codes.vocab_size, width)
+                    if table
+                    else BitEmbedding(codes.num_bits, width, window)
+                )
+
+        if self.pipeline_stage.model_chunk.is_last:
+            with seeded_init(seed, "head"):
+                self.head = DiffusionHead(config, codes.num_bits)
+            # A bound method and not the module, so that each head parameter has a single name.
+            # The engine that shards the head replaces it.
             self.head_loss: Callable[..., Tensor] = HeadLoss(config, codes, self.head).__call__
 
-    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+    @override
+    def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:
         if self.config.model.input == "table":
             embedded: Tensor = self.embedding(tokens)
             return embedded
-        bits = self.codes.encode(tokens)
-        embedded = self.embedding(bits if flips is None else bits * flips)
+
+        bits = self.codes.ids_to_bits(tokens)
+        embedded = self.embedding(bits if sign_flips is None else bits * sign_flips)
         return embedded
 
-    def parts(self) -> dict[str, nn.Module]:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+    @override
+    def components(self) -> dict[str, nn.Module]:
         return {"backbone": self.backbone, "head": self.head, "input": self.embedding}
 
+    @override
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
         with super().decoding(), self.head.decoding():
             yield
 
-    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`; of a token, a mean over draws and bits."""
-        targets = self.targets(batch, states, positions)
-        tokens, drawn = targets.tokens.unsqueeze(0), targets.drawn
-        # With causal attention every state could be the last of a block, so the backbone learns from every token, not every m-th.
-        carries = F.pad(target_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))[:, positions]
-        if not every_state(self.config):
-            carries = torch.zeros_like(carries)
-        row, place = carries.nonzero(as_tuple=True)
-        after = positions[place] + 1
-        following = batch.tokens[row, after].unsqueeze(0)
-        if drawn is not None and batch.drawn is not None:
-            tokens, following = torch.cat((tokens, drawn)), torch.cat((following, batch.drawn[:, row, after]))
+    @override
+    def compute_loss(
+        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> Tensor:
+        """Sum the loss over valid tokens; per token it is a mean over noise samples and bits."""
+        targets = self.targets(batch, hidden_states, positions)
+        tokens = targets.tokens.unsqueeze(0)
+        teacher_tokens = targets.teacher_tokens
+
+        # With causal attention every state could be the last of its block, so the backbone learns
+        # from every token and not only from every m-th.
+        has_loss = F.pad(loss_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))[:, positions]
+        if not has_next_token_loss(self.config):
+            has_loss = torch.zeros_like(has_loss)
+        row, column = has_loss.nonzero(as_tuple=True)
+        next_position = positions[column] + 1
+        next_tokens = batch.tokens[row, next_position].unsqueeze(0)
+
+        if teacher_tokens is not None and batch.teacher_tokens is not None:
+            tokens = torch.cat((tokens, teacher_tokens))
+            next_tokens = torch.cat((next_tokens, batch.teacher_tokens[:, row, next_position]))
+
         return self.head_loss(
-            targets.context, states[row, place], tokens, targets.valid, following, targets.sample, targets.block, seed, step
+            targets.context_hidden,
+            hidden_states[row, column],
+            tokens,
+            targets.valid,
+            next_tokens,
+            targets.sequence_index,
+            targets.block_index,
+            seed,
+            step,
         )
 
-    def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
-        """Input bits flipped with probability p·U, one U a sequence (BitDance), or None where the switch is off."""
-        most = self.config.diffusion.input_bit_flips
-        if most == 0:
+    @override
+    def input_sign_flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
+        """Flip input bits with probability p·U, one U per sequence (BitDance); None if p = 0."""
+        max_flip_prob = self.config.diffusion.input_bit_flips
+        if max_flip_prob == 0:
             return None
-        # block 0 names the sequence's own U, block 1 + i the flips of token i
-        sequences, places = batch.sample.unsqueeze(1), torch.arange(1 + batch.tokens.shape[1], device=batch.tokens.device)
-        u = Source(seed, sequences, places.unsqueeze(0), step).uniforms(noise.BIT_FLIPS, self.codes.bits)
-        return torch.where(u[:, 1:] < most * u[:, :1, :1], -1.0, 1.0)
+
+        # block index 0 keys the U of the sequence, block index 1 + i the flips of token i
+        sequence_indices = batch.sequence_index.unsqueeze(1)
+        block_indices = torch.arange(1 + batch.tokens.shape[1], device=batch.tokens.device)
+        u = NoiseKey(seed, sequence_indices, block_indices.unsqueeze(0), step).uniform(
+            noise.BIT_FLIP_STREAM, self.codes.num_bits
+        )
+        return torch.where(u[:, 1:] < max_flip_prob * u[:, :1, :1], -1.0, 1.0)

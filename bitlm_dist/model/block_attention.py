@@ -1,6 +1,7 @@
 """Block-causal attention as a Megatron core attention.
 
-Legend: S tokens of this rank, L tokens of the sequence, B batch, H heads and G key-value heads of this rank, D width of a head.
+Legend: S tokens on this rank, L tokens per sequence, B batch, H query heads and G key-value heads
+on this rank, D head dimension.
 """
 
 from typing import Any
@@ -9,48 +10,83 @@ import torch
 from torch import Tensor, nn
 
 from bitlm_dist.kernels import block_causal_attention
-from bitlm_dist.kernels.call import first_keys
-from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.kernels.attention_inputs import truncate_bounds
+from bitlm_dist.parallel.layout import ParallelLayout
 
 
 class BlockCausalAttention(nn.Module):
-    """Megatron's ``core_attention`` slot: full attention inside a block of m tokens, causal across blocks (paper, section 3.2).
+    """Full attention within a block of m tokens, causal across blocks (paper, section 3.2).
 
-    Megatron hands ``attention_mask`` through untouched; here it carries the bounds [2, B, L] of packed documents, or None. The mask
-    itself is computed inside the kernel from positions and these. With context parallelism keys and values of all ranks are
-    gathered; queries stay where they are.
+    Fills Megatron's ``core_attention`` slot. Megatron passes ``attention_mask`` through unchanged;
+    here it carries the bounds [2, B, L] of packed documents, or None. The kernel derives the mask
+    itself from these bounds and the positions. With context parallelism, the keys and values of all
+    ranks are gathered while the queries stay local.
     """
 
     def __init__(self, *, config: Any, softmax_scale: float | None = None, **unused: Any) -> None:
         super().__init__()
-        self.block: int = config.block_size
+        self.block_size: int = config.block_size
         self.backend: str = config.attention_backend
-        self.layout: Layout = config.layout
+        self.layout: ParallelLayout = config.layout
         self.scale = softmax_scale
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **unused: Any) -> Tensor:
-        """query [S, B, H, D], key and value [S, B, G, D] -> [S, B, H·D]."""
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        """Attend with queries [S, B, H, D] to keys and values [S, B, G, D].
+
+        Args:
+            attention_mask: bounds [2, B, L] of packed documents, or None.
+
+        Returns:
+            [S, B, H·D].
+        """
         if self.layout.context == 1:
             out = self._attend(query, key, value, attention_mask)
         else:
-            out = self._attend_across(query, key, value, attention_mask)
+            out = self._context_parallel_attention(query, key, value, attention_mask)
         return out.reshape(query.shape[0], query.shape[1], -1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None) -> Tensor:
+        """Run the kernel, which expects [B, H, S, D]."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out = block_causal_attention(q, k, v, block=self.block, document_bounds=bounds, scale=self.scale, backend=self.backend)
+
+        out = block_causal_attention(
+            q,
+            k,
+            v,
+            block=self.block_size,
+            document_bounds=bounds,
+            scale=self.scale,
+            backend=self.backend,
+        )
+
         return out.permute(2, 0, 1, 3)
 
-    def _attend_across(self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None) -> Tensor:
-        """Each of the two pieces that this rank holds, against all keys up to the piece's end."""
+    def _context_parallel_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, bounds: Tensor | None
+    ) -> Tensor:
+        """Attend with each of this rank's two chunks to all keys up to the end of the chunk."""
         from megatron.core.parallel_state import get_context_parallel_group
         from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-        layout, piece = self.layout, query.shape[0] // 2
-        both = gather_from_sequence_parallel_region(torch.cat((key, value), -1), group=get_context_parallel_group())
-        keys, values = both[layout.places(len(both), both.device)].chunk(2, -1)
+        layout = self.layout
+        chunk_length = query.shape[0] // 2
+
+        # Keys and values travel in one collective, then are put in sequence order.
+        gathered = gather_from_sequence_parallel_region(
+            torch.cat((key, value), -1), group=get_context_parallel_group()
+        )
+        keys, values = gathered[layout.gather_order(len(gathered), gathered.device)].chunk(2, -1)
+
         out = []
-        for q, number in zip(query.split(piece), layout.pieces(), strict=True):
-            end = (number + 1) * piece
-            out.append(self._attend(q, keys[:end], values[:end], None if bounds is None else first_keys(bounds, end)))
+        for q, chunk_index in zip(query.split(chunk_length), layout.chunk_indices(), strict=True):
+            end = (chunk_index + 1) * chunk_length
+            chunk_bounds = None if bounds is None else truncate_bounds(bounds, end)
+            out.append(self._attend(q, keys[:end], values[:end], chunk_bounds))
         return torch.cat(out)

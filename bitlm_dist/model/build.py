@@ -1,4 +1,4 @@
-"""The model that a config names."""
+"""Build the model that a config describes."""
 
 import os
 from typing import TypeVar
@@ -6,99 +6,150 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from bitlm_dist.codes import BitCodes, natural
-from bitlm_dist.compilation import compiles
+from bitlm_dist.codes import BitCodes, natural_codes
+from bitlm_dist.compilation import should_compile
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.kernels.attention import distrust
-from bitlm_dist.kernels.call import checked
-from bitlm_dist.kernels.trial import prove_in_block, proven
+from bitlm_dist.kernels.attention import disable_backend
+from bitlm_dist.kernels.attention_inputs import validate_inputs
+from bitlm_dist.kernels.self_check import select_verified_backend, verify_in_block_kernels
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import head_weights
-from bitlm_dist.model.language_model import LanguageModel, Place
+from bitlm_dist.model.head import num_head_weights
+from bitlm_dist.model.language_model import LanguageModel, PipelineStage
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.device import set_cuda_environment
-from bitlm_dist.parallel.layout import Layout, split_layers, stages_of
+from bitlm_dist.parallel.layout import ParallelLayout, local_model_chunks, split_layers
 
 
-def build_model(config: Config, codes: BitCodes, eos: int, place: Place | None = None) -> LanguageModel:
-    """``model.output`` decides.
+def build_model(
+    config: Config, codes: BitCodes, eos: int, pipeline_stage: PipelineStage | None = None
+) -> LanguageModel:
+    """Build the model that ``model.output`` selects.
 
     Args:
-        config: checked.
-        codes: of the vocabulary; a softmax reads only its size.
-        eos: id that ends a document.
-        place: which part of the model; None: all of it.
+        config: a validated config.
+        codes: codes of the vocabulary; a softmax uses only its size.
+        eos: id of the token that ends a document.
+        pipeline_stage: the part of the model to build; None: the full model.
     """
     if config.model.output == "softmax":
-        return rounded(SoftmaxLM(config, codes.vocabulary, eos, place), config)
-    return rounded(BitLM(config, codes, eos, place), config)
+        return cast_weights(SoftmaxLM(config, codes.vocab_size, eos, pipeline_stage), config)
+    return cast_weights(BitLM(config, codes, eos, pipeline_stage), config)
 
 
-def check_machine(config: Config) -> str:
-    """Name of the attention back end that trains this config here, after a small trial on this machine.
+def prepare_device(config: Config) -> str:
+    """Set up this process's device and verify the attention kernels on it.
+
+    Returns:
+        The name of the attention backend that trains this config on this machine.
 
     Raises:
-        UserError: the config asks for one that is not here or cannot train it, or for a compiler that is missing.
+        UserError: the configured backend is unavailable or cannot train this config, or the
+            compiler is missing.
     """
-    set_cuda_environment(config, os.environ)  # before the first call of CUDA
-    b, device = config.model.backbone, mesh.use_device()
+    set_cuda_environment(config, os.environ)  # must precede the first CUDA call
+    b = config.model.backbone
+    device = mesh.set_current_device()
     if config.training.deterministic and device.type == "cuda":
-        _repeat_bit_by_bit(config)
-    compiles(config.training.compile, device)
-    block = config.model.block_size if config.model.attention == "block" else 1
-    shapes = ((1, heads, block, b.head_width) for heads in (b.heads, b.kv_heads, b.kv_heads))
-    q, k, v = (torch.empty(shape, dtype=DTYPES[config.training.precision], device=device, requires_grad=True) for shape in shapes)
+        _enable_determinism(config)
+    should_compile(config.training.compile, device)
+
+    # Only shapes, dtype and device of these inputs matter for the choice of the backend.
+    block_size = config.model.block_size if config.model.attention == "block" else 1
+    shapes = (
+        (1, heads, block_size, b.head_dim)
+        for heads in (b.num_heads, b.num_kv_heads, b.num_kv_heads)
+    )
+    dtype = DTYPES[config.training.precision]
+    q, k, v = (
+        torch.empty(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes
+    )
     try:
-        name = proven(checked(q, k, v, block), b.attention)
+        name = select_verified_backend(validate_inputs(q, k, v, block_size), b.attention)
     except ValueError as error:
         raise UserError(f"model.backbone.attention = {b.attention}: {error}") from None
-    head, m = config.head, config.model.block_size
-    prove_in_block(torch.empty(1, m, 3, head.heads, head.width // head.heads, dtype=q.dtype, device=device))
+
+    head = config.head
+    qkv_shape = (
+        1,
+        config.model.block_size,
+        3,
+        head.num_heads,
+        head.hidden_size // head.num_heads,
+    )
+    verify_in_block_kernels(torch.empty(qkv_shape, dtype=q.dtype, device=device))
     return name
 
 
-def _repeat_bit_by_bit(config: Config) -> None:
-    """``training.deterministic``: flash-attn 4 sums the gradient of queries in the order in which its tiles happen to end."""
+def _enable_determinism(config: Config) -> None:
+    """Restrict training to deterministic kernels.
+
+    flash-attn 4 accumulates the gradient of the queries in the order in which its tiles finish.
+    """
     if config.model.backbone.attention == "fa4":
-        raise UserError("training.deterministic = true: model.backbone.attention = fa4 does not repeat: use auto or triton")
-    distrust("fa4", "training.deterministic = true, and its gradient does not repeat")
+        raise UserError(
+            "training.deterministic = true: model.backbone.attention = fa4 is not deterministic: "
+            "use auto or triton"
+        )
+    disable_backend("fa4", "training.deterministic = true, and its gradient is not deterministic")
+
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it did not write
+    # filling costs time, and no code here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def rounded(model: Model, config: Config) -> Model:
-    """The model with weights in the dtype of ``training.precision``; its buffers stay fp32."""
+def cast_weights(model: Model, config: Config) -> Model:
+    """Cast the weights in place to the dtype of ``training.precision``; buffers stay fp32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(DTYPES[config.training.precision])
     return model
 
 
-def build_chunks(config: Config, codes: BitCodes, eos: int, layout: Layout) -> list[LanguageModel]:
-    """The stages that a process of the layout holds."""
-    layers = layers_per_stage(config, codes)
-    return [build_model(config, codes, eos, Place(layout, stage, layers)) for stage in stages_of(layers, layout)]
+def build_model_chunks(
+    config: Config, codes: BitCodes, eos: int, layout: ParallelLayout
+) -> list[LanguageModel]:
+    """Build the model chunks that this rank of the layout holds."""
+    layer_counts = layers_per_stage(config, codes)
+    return [
+        build_model(config, codes, eos, PipelineStage(layout, model_chunk, layer_counts))
+        for model_chunk in local_model_chunks(layer_counts, layout)
+    ]
 
 
 def layers_per_stage(config: Config, codes: BitCodes) -> list[int]:
-    """As the config says, or so that the last stage has room for the head: its weights count with every pass."""
-    parallel, b = config.parallel, config.model.backbone
+    """Count the layers of each pipeline stage.
+
+    As configured, else balanced so that the last stage's head work is accounted for. The cost of
+    layers and head is the number of weights that each token passes through.
+    """
+    parallel = config.parallel
+    b = config.model.backbone
     if parallel.layers_per_stage is not None:
         return list(parallel.layers_per_stage)
-    layer = b.width * (2 * b.head_width * (b.heads + b.kv_heads) + 3 * b.ffn_width)
+
+    layer_cost = b.hidden_size * (
+        2 * b.head_dim * (b.num_heads + b.num_kv_heads) + 3 * b.ffn_hidden_size
+    )
+
     if config.model.output == "softmax":
-        last = b.width * codes.vocabulary
+        head_cost = b.hidden_size * codes.vocab_size
     else:
-        last = head_weights(config, codes.bits) * (config.diffusion.draws + bool(config.diffusion.chain))
-    return split_layers(b.layers, parallel.pipeline * parallel.virtual_pipeline, last / layer)
+        # The head runs once per noise sample, and once more for the autoregressive pass.
+        head_cost = num_head_weights(config, codes.num_bits) * (
+            config.diffusion.num_noise_samples + bool(config.diffusion.autoregressive_loss_weight)
+        )
+
+    return split_layers(
+        b.num_layers, parallel.pipeline * parallel.virtual_pipeline, head_cost / layer_cost
+    )
 
 
-def meta_model(config: Config, vocabulary: int, bits: int) -> LanguageModel:
-    """The model on the meta device: shapes without memory, whatever its size."""
+def build_meta_model(config: Config, vocab_size: int, num_bits: int) -> LanguageModel:
+    """Build the model on the meta device, which allocates no memory whatever the model's size."""
     with torch.device("meta"):
-        return build_model(config, BitCodes(natural(vocabulary), bits), eos=0)
+        return build_model(config, BitCodes(natural_codes(vocab_size), num_bits), eos=0)

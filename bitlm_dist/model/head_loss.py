@@ -1,6 +1,9 @@
-"""All that training asks of the head for a microbatch, as one module: what shards the head wraps this, and its forward alone.
+"""The head's training objective for one microbatch.
 
-Legend: N target blocks, M tokens a block, K bits, D width, R tokens drawn by a teacher, T states inside documents.
+ZeRO and FSDP2 wrap this module; ``forward`` is the only entry point they see.
+
+Legend: N target blocks, M tokens per block, K bits, D hidden size of the backbone, R samples of a
+teacher per token, T states within documents.
 """
 
 import torch
@@ -8,82 +11,127 @@ from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
-from bitlm_dist.diffusion.noise import Source
-from bitlm_dist.diffusion.process import NoiseLaw, noised
+from bitlm_dist.diffusion.noise import NoiseKey
+from bitlm_dist.diffusion.process import NoiseDistribution, sample_noisy
 from bitlm_dist.model.head import DiffusionHead
 
 
-def every_state(config: Config) -> bool:
-    """Whether the token after every state carries loss; the context logits of one-token blocks are that loss already."""
-    return config.diffusion.next_token > 0 and config.model.block_size > 1
+def has_next_token_loss(config: Config) -> bool:
+    """True if the token after every state carries loss.
+
+    For one-token blocks, the loss of the context logits is already that loss.
+    """
+    return config.diffusion.next_token_loss_weight > 0 and config.model.block_size > 1
 
 
 class HeadLoss(nn.Module):
-    """The objective of the head's blocks (paper, section 3.3, with the terms of the recipe).
+    """Objective of the head's blocks (paper, section 3.3, with the terms of the recipe).
 
     Args:
-        config: checked.
-        codes: of the vocabulary.
-        head: its parameters are this module's.
+        config: a validated config.
+        codes: codes of the vocabulary.
+        head: becomes a submodule; its parameters are this module's only parameters.
     """
 
     def __init__(self, config: Config, codes: BitCodes, head: DiffusionHead) -> None:
         super().__init__()
-        self.head, self.codes = head, codes
+        self.head = head
+        self.codes = codes
+
         diffusion = config.diffusion
-        self.noise_law = NoiseLaw(
-            diffusion.time, diffusion.draws, diffusion.per_token, diffusion.per_token_sigma, diffusion.context_dropout
+        self.noise_distribution = NoiseDistribution(
+            diffusion.time_distribution,
+            diffusion.num_noise_samples,
+            diffusion.per_token_noise_prob,
+            diffusion.per_token_noise_sigma,
+            diffusion.context_dropout,
         )
-        self.chain, self.next_token, self.taught = diffusion.chain, diffusion.next_token, config.distillation.weight
-        self.every_state = every_state(config)
+        self.autoregressive_loss_weight = diffusion.autoregressive_loss_weight
+        self.next_token_loss_weight = diffusion.next_token_loss_weight
+        self.distillation_weight = config.distillation.weight
+        self.has_next_token_loss = has_next_token_loss(config)
 
     def forward(
         self,
-        context: Tensor,
-        states: Tensor,
+        context_hidden: Tensor,
+        hidden_states: Tensor,
         tokens: Tensor,
         valid: Tensor,
-        following: Tensor,
-        sample: Tensor,
-        block: Tensor,
+        next_tokens: Tensor,
+        sequence_index: Tensor,
+        block_index: Tensor,
         seed: int,
         step: int,
     ) -> Tensor:
-        """Sum over valid tokens of the loss in nats a bit, a mean over draws.
+        """Sum the loss over the valid tokens, in nats per bit, as a mean over noise samples.
 
         Args:
-            context: [N, M, D] states of the block before each target.
-            states: [T, D] states whose next token carries loss of its own; T = 0 unless ``every_state``.
-            tokens: [1 + R, N, M] of the text, then those drawn by a teacher.
+            context_hidden: [N, M, D] states of the block before each target.
+            hidden_states: [T, D] states whose next token carries a loss of its own; T = 0 unless
+                ``has_next_token_loss``.
+            tokens: [1 + R, N, M], the text first, then the samples of a teacher.
             valid: [N, M] bool.
-            following: [1 + R, T] the token after each of ``states``.
-            sample, block: int64 [N], where a target is: names its noise.
-            seed, step: of the run.
+            next_tokens: [1 + R, T] the token after each of ``hidden_states``.
+            sequence_index, block_index: int64 [N], location of each target, which keys its noise.
+            seed, step: seed of the run and the training step, which key the noise too.
         """
-        clean = self.codes.encode(tokens)
-        loss = self._denoising(context, clean, Source(seed, sample, block, step))
+        clean = self.codes.ids_to_bits(tokens)
+        loss = self._denoising_loss(
+            context_hidden, clean, NoiseKey(seed, sequence_index, block_index, step)
+        )
         loss = (loss * valid).sum()
-        if self.every_state:
-            logits = self.head.next_logits(states)
-            loss = loss + self.next_token * self._cross_entropy(logits, self.codes.encode(following)).sum()
+
+        if self.has_next_token_loss:
+            logits = self.head.next_token_logits(hidden_states)
+            loss = (
+                loss
+                + self.next_token_loss_weight
+                * self._cross_entropy(logits, self.codes.ids_to_bits(next_tokens)).sum()
+            )
+
         return loss
 
-    def _denoising(self, context: Tensor, clean: Tensor, source: Source) -> Tensor:
-        """Loss of each token [N, M]; clean [1 + R, N, M, K]."""
+    def _denoising_loss(self, context_hidden: Tensor, clean: Tensor, noise_key: NoiseKey) -> Tensor:
+        """Loss of each token [N, M] with bits ``clean`` [1 + R, N, M, K]."""
         head = self.head
-        noisy, t, keep = noised(self.noise_law, clean[0], source)
-        read = head.read(context, keep)
-        raw = head(noisy, t, read.broadcast(len(noisy)))
-        loss = head.output.loss(raw, noisy, t, clean[0].expand(noisy.shape)).mean(0)
-        if read.logits is not None:
-            loss = loss + self._cross_entropy(read.logits, clean)
-        if head.chained:
-            loss = loss + self.chain * self._cross_entropy(head.chain(clean[0], read, clean), clean)
+        noisy, t, keep_mask = sample_noisy(self.noise_distribution, clean[0], noise_key)
+        conditioning = head.condition(context_hidden, keep_mask)
+
+        # All noise samples share one conditioning.
+        logits = head(noisy, t, conditioning.expand(len(noisy)))
+        loss = head.output.loss(logits, noisy, t, clean[0].expand(noisy.shape)).mean(0)
+
+        # The context logits must predict the block on their own, without any noisy bits.
+        if conditioning.context_logits is not None:
+            loss = loss + self._cross_entropy(conditioning.context_logits, clean)
+
+        if head.has_autoregressive_pass:
+            loss = loss + self.autoregressive_loss_weight * self._cross_entropy(
+                head.autoregressive_logits(clean[0], conditioning, clean), clean
+            )
         return loss
 
-    def _cross_entropy(self, raw: Tensor, answers: Tensor) -> Tensor:
-        """-log-probability of answers [1 + R, ..., K] at pure noise, in nats a bit, [...]; a teacher has its share of it."""
-        log_prob = self.head.output.log_prob(raw.expand(*answers.shape[:-1], -1), answers)
-        text, taught = log_prob[0], log_prob[1:]
-        mixed = torch.lerp(text, taught.mean(0), self.taught) if len(taught) else text
-        return -mixed / self.codes.bits
+    def _cross_entropy(self, logits: Tensor, target_bits: Tensor) -> Tensor:
+        """Negative log-probability at pure noise, in nats per bit.
+
+        The samples of a teacher, if any, enter with the weight ``distillation_weight``.
+
+        Args:
+            logits: broadcast to [1 + R, ..., num_logits].
+            target_bits: [1 + R, ..., K].
+
+        Returns:
+            [...].
+        """
+        log_prob = self.head.output.log_prob(
+            logits.expand(*target_bits.shape[:-1], -1), target_bits
+        )
+        text_log_prob = log_prob[0]
+        teacher_log_prob = log_prob[1:]
+
+        mixed_log_prob = (
+            torch.lerp(text_log_prob, teacher_log_prob.mean(0), self.distillation_weight)
+            if len(teacher_log_prob)
+            else text_log_prob
+        )
+        return -mixed_log_prob / self.codes.num_bits

@@ -1,6 +1,7 @@
-"""What every model of this project shares: batches in, a causal backbone, the blocks that carry loss (paper, section 3).
+"""Base class of all models: batches, a causal backbone, blocks that carry loss (paper, section 3).
 
-Legend: B batch, S sequence, N blocks a sequence, M tokens a block, K bits, D width, V valid target blocks of a batch.
+Legend: B batch, S sequence, N blocks per sequence, M tokens per block, K bits, D hidden size,
+V valid target blocks of a batch, R samples of a teacher per token.
 """
 
 from abc import ABC, abstractmethod
@@ -14,21 +15,21 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.initialization import initialize_layers
-from bitlm_dist.parallel.layout import ALONE, Layout, Stage
+from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a stage stands."""
+class PipelineStage:
+    """The part of the model that a module builds, and the layout that it is part of."""
 
-    layout: Layout
-    stage: Stage
+    layout: ParallelLayout
+    model_chunk: ModelChunk
     layers_per_stage: list[int]
 
     @classmethod
-    def alone(cls, layers: int) -> "Place":
-        """One process that holds everything."""
-        return cls(ALONE, Stage(range(layers)), [layers])
+    def single_process(cls, num_layers: int) -> "PipelineStage":
+        """Return the stage of a single process, which holds all layers."""
+        return cls(SINGLE_PROCESS, ModelChunk(range(num_layers)), [num_layers])
 
 
 @dataclass(frozen=True)
@@ -37,173 +38,250 @@ class Batch:
 
     tokens: Tensor  # [B, S] int64
     document_ids: Tensor  # [B, S] int64, -1 where the sequence is padding
-    sample: Tensor  # [B] int64, global index of each sequence
-    drawn: Tensor | None = None  # [R, B, S] int64, what a teacher would write at each place
+    sequence_index: Tensor  # [B] int64, global index of each sequence
+    teacher_tokens: Tensor | None = None  # [R, B, S] int64, a teacher's samples at each position
 
     def to(self, device: torch.device) -> "Batch":
-        """On a device. To a GPU it is copied from pinned memory without blocking the host, queued behind work already launched."""
+        """Move to a device.
 
-        def moved(x: Tensor) -> Tensor:
+        Copies from CPU to GPU go through pinned memory. They do not block the host, and are queued
+        on the current stream.
+        """
+
+        def move(x: Tensor) -> Tensor:
+            """Move one tensor."""
             if device.type == "cuda" and x.device.type == "cpu":
                 return x.pin_memory().to(device, non_blocking=True)
             return x.to(device)
 
-        drawn = None if self.drawn is None else moved(self.drawn)
-        return Batch(moved(self.tokens), moved(self.document_ids), moved(self.sample), drawn)
+        teacher_tokens = None if self.teacher_tokens is None else move(self.teacher_tokens)
+        return Batch(
+            move(self.tokens), move(self.document_ids), move(self.sequence_index), teacher_tokens
+        )
 
-    def part(self, rows: slice) -> "Batch":
-        """Some of the sequences: a microbatch."""
-        drawn = None if self.drawn is None else self.drawn[:, rows]
-        return Batch(self.tokens[rows], self.document_ids[rows], self.sample[rows], drawn)
+    def microbatch(self, rows: slice) -> "Batch":
+        """Select the sequences of a microbatch."""
+        teacher_tokens = None if self.teacher_tokens is None else self.teacher_tokens[:, rows]
+        return Batch(
+            self.tokens[rows], self.document_ids[rows], self.sequence_index[rows], teacher_tokens
+        )
 
 
 @dataclass(frozen=True)
 class Targets:
-    """The blocks of a batch that carry loss, in row order."""
+    """The blocks of a batch that carry loss, ordered by sequence, then by position."""
 
-    context: Tensor  # [V, M, D] hidden states of the block before
+    context_hidden: Tensor  # [V, M, D] hidden states of the block before
     tokens: Tensor  # [V, M]
-    valid: Tensor  # [V, M] bool: False after a document's first EOS
-    sample: Tensor  # [V]
-    block: Tensor  # [V] index of the target block in its sequence
-    drawn: Tensor | None = None  # [R, V, M], what a teacher would write instead of the tokens
+    valid: Tensor  # [V, M] bool, False after a document's first EOS
+    sequence_index: Tensor  # [V]
+    block_index: Tensor  # [V] index of the target block in its sequence
+    teacher_tokens: Tensor | None = None  # [R, V, M], a teacher's samples in place of the tokens
 
 
-def target_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
-    """Which tokens carry loss: [B, S] bool.
+def loss_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
+    """Mask of the tokens that carry loss, [B, S] bool.
 
-    A block is a target if the block before it belongs to the same document, so a document's BOS block is input only; EOS padding
-    after the first EOS carries none (method, section 3).
+    A block is a target if the block before it belongs to the same document, so the BOS block of a
+    document is only input. EOS padding after the first EOS carries no loss.
     """
     blocks = batch.document_ids.unflatten(1, (-1, block_size))
-    follows = torch.zeros_like(blocks, dtype=torch.bool)
-    follows[:, 1:] = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0)
+    is_target = torch.zeros_like(blocks, dtype=torch.bool)
+    is_target[:, 1:] = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0)
+
+    # exclusive cumulative sum: the first EOS itself still counts
     is_eos = (batch.tokens == eos).unflatten(1, (-1, block_size))
-    before = is_eos.cumsum(-1) - is_eos.long()
-    return (follows & (before == 0)).flatten(1)
+    num_eos_before = is_eos.cumsum(-1) - is_eos.long()
+    return (is_target & (num_eos_before == 0)).flatten(1)
 
 
 class LanguageModel(nn.Module, ABC):
-    """One stage of the model; with one process, all of it.
+    """One pipeline stage of a model; on a single process, the full model.
 
     Args:
-        config: checked.
-        eos: id that ends a document.
-        place: the layout, and which stage of it this is; None: all of the model on one process.
+        config: a validated config.
+        eos: id of the token that ends a document.
+        pipeline_stage: the layout and the stage to build; None: the full model on one process.
     """
 
-    def __init__(self, config: Config, eos: int, place: Place | None) -> None:
+    def __init__(self, config: Config, eos: int, pipeline_stage: PipelineStage | None) -> None:
         super().__init__()
         from megatron.core.enums import ModelType
 
-        place = Place.alone(config.model.backbone.layers) if place is None else place
-        self.config, self.eos, self.place = config, eos, place
+        pipeline_stage = (
+            PipelineStage.single_process(config.model.backbone.num_layers)
+            if pipeline_stage is None
+            else pipeline_stage
+        )
+        layout = pipeline_stage.layout
+        model_chunk = pipeline_stage.model_chunk
+        self.config = config
+        self.eos = eos
+        self.pipeline_stage = pipeline_stage
         self.block_size = config.model.block_size
-        # Megatron's schedules and reductions ask a stage for these
+
+        # Megatron's schedules and gradient reductions read these attributes of a stage.
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = place.stage.embeds, place.stage.predicts
+        self.pre_process = model_chunk.is_first
+        self.post_process = model_chunk.is_last
         self.share_embeddings_and_output_weights = False
-        self.loss_copies = 1  # tensor ranks whose loss is one and the same
-        self.vp_stage = place.stage.chunk if place.layout.virtual > 1 else None
-        self.backbone = Backbone(config, place.layout, place.stage, place.layers_per_stage)
+        self.loss_replication = 1  # number of tensor ranks that compute the same loss
+        self.vp_stage = model_chunk.vp_stage if layout.virtual_pipeline > 1 else None
+
+        self.backbone = Backbone(config, layout, model_chunk, pipeline_stage.layers_per_stage)
         initialize_layers(
             self.backbone,
-            place.stage.layers.start,
-            config.model.backbone.layers,
+            model_chunk.layer_range.start,
+            config.model.backbone.num_layers,
             config.training.seed,
-            place.layout.tensor_rank,
-            place.layout.tensor,
+            layout.tensor_rank,
+            layout.tensor,
         )
 
     @abstractmethod
-    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
-        """tokens [B, S] -> [B, S, D], first stage only; ``flips`` [B, S, K] of +1 and -1 multiplies input bits."""
+    def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:
+        """Embed tokens [B, S] as [B, S, D]; first stage only.
+
+        Args:
+            sign_flips: [B, S, K] of +1 and -1, factors on the input bits; None: all +1.
+        """
 
     @abstractmethod
-    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of the loss over the batch's valid tokens that follow ``states`` [B, S, D] at ``positions`` [S]; last stage only."""
+    def compute_loss(
+        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> Tensor:
+        """Sum the loss over the predicted tokens that follow the given states; last stage only.
+
+        Args:
+            hidden_states: [B, S, D].
+            positions: [S], positions of the states in the sequence.
+        """
 
     @abstractmethod
-    def parts(self) -> dict[str, nn.Module]:
-        """The model's parts by the name that reports give them."""
+    def components(self) -> dict[str, nn.Module]:
+        """Components of the model by their names in reports."""
 
-    def flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
-        """Signs that training multiplies the input bits with, or None."""
+    def input_sign_flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
+        """Signs that multiply the input bits during training, or None."""
         return None
 
     def forward(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """The stage's output [S, B, D], in Megatron's order, S the tokens of this rank: for the next stage or for the loss."""
-        embedded = self.own_embedded(batch, seed=seed, step=step) if self.place.stage.embeds else None
+        """Run this stage.
+
+        Returns:
+            Hidden states [S, B, D] for the next stage or the loss, in Megatron's order. S counts
+            only the tokens on this rank.
+        """
+        embedded = (
+            self.local_embeddings(batch, seed=seed, step=step)
+            if self.pipeline_stage.model_chunk.is_first
+            else None
+        )
         hidden: Tensor = self.backbone(embedded, batch.document_ids, batch.tokens.shape[1])
         return hidden
 
-    def own_embedded(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """What the first layer of this rank reads: [S, B, D]."""
-        layout = self.place.layout
-        mine = layout.positions(batch.tokens.shape[1], batch.tokens.device)
-        mine = layout.own(mine) if layout.sequence else mine
-        flips = self.flips(batch, seed=seed, step=step)
-        embedded = self.embed(batch.tokens[:, mine], None if flips is None else flips[:, mine])
+    def local_embeddings(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """Input of the first layer on this rank, [S, B, D]."""
+        layout = self.pipeline_stage.layout
+        local_positions = layout.local_positions(batch.tokens.shape[1], batch.tokens.device)
+        local_positions = (
+            layout.local_head_positions(local_positions) if layout.sequence else local_positions
+        )
+
+        sign_flips = self.input_sign_flips(batch, seed=seed, step=step)
+        embedded = self.embed(
+            batch.tokens[:, local_positions],
+            None if sign_flips is None else sign_flips[:, local_positions],
+        )
         return embedded.transpose(0, 1).contiguous()
 
-    def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The last stage's output [S, B, D] -> what this rank's head handles of it: states [B, S', D], their positions [S']."""
-        layout = self.place.layout
-        positions = layout.own(layout.positions(length, hidden.device))
+    def local_hidden_states(self, hidden: Tensor, sequence_length: int) -> tuple[Tensor, Tensor]:
+        """Select the hidden states that this rank's head handles.
+
+        Args:
+            hidden: output [S, B, D] of the last stage.
+
+        Returns:
+            States [B, S', D] and their positions [S'] in the sequence.
+        """
+        layout = self.pipeline_stage.layout
+        positions = layout.local_head_positions(
+            layout.local_positions(sequence_length, hidden.device)
+        )
+
+        # Sequence parallelism has split the states over the tensor ranks already.
         if layout.tensor > 1 and not layout.sequence:
             from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 
             hidden = scatter_to_sequence_parallel_region(hidden)
+
         return hidden.transpose(0, 1), positions
 
     def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """Sum of the loss over the batch's valid tokens; divide by the global count of valid tokens. For a model of one stage.
+        """Sum the loss over the batch's predicted tokens, for a model of one stage.
 
-        The noise depends on (seed, step, sample, block, draw) alone.
+        The caller divides by the global number of predicted tokens. The noise depends on (seed,
+        step, sequence, block, noise sample) alone.
         """
-        return self.loss_after(self(batch, seed=seed, step=step), batch, seed=seed, step=step)
+        return self.loss_from_hidden(self(batch, seed=seed, step=step), batch, seed=seed, step=step)
 
-    def loss_after(self, hidden: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """This rank's part of :meth:`loss` from the last stage's output [S, B, D]."""
-        states, positions = self.own_states(hidden, batch.tokens.shape[1])
-        return self.loss_of(states, positions, batch, seed=seed, step=step)
+    def loss_from_hidden(self, hidden: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """This rank's part of :meth:`loss`, from the output [S, B, D] of the last stage."""
+        hidden_states, positions = self.local_hidden_states(hidden, batch.tokens.shape[1])
+        return self.compute_loss(hidden_states, positions, batch, seed=seed, step=step)
 
-    def hidden(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """tokens [B, S] -> C [B, S, D], on one process."""
+    def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Compute the hidden states [B, S, D] of tokens [B, S] on a single process."""
         embedded = self.embed(tokens, None).transpose(0, 1).contiguous()
         hidden: Tensor = self.backbone(embedded, document_ids, tokens.shape[1]).transpose(0, 1)
         return hidden
 
     def set_input_tensor(self, tensors: list[Tensor]) -> None:
-        """Megatron's schedule hands over what the stage before sent."""
+        """Receive the output of the previous stage from Megatron's schedule."""
         self.backbone.block.set_input_tensor(tensors[0] if isinstance(tensors, list) else tensors)
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """While open, :meth:`hidden` continues the tokens of the calls before, and no weight may change."""
+        """Context in which :meth:`hidden_states` continues the tokens of its previous calls.
+
+        Keys and values are cached, so the weights must not change.
+        """
         with self.backbone.decoding():
             yield
 
-    def targets(self, batch: Batch, states: Tensor, positions: Tensor | None = None) -> Targets:
-        """Pick the blocks that carry loss, each with the states of the block before it (one-block shift).
+    def targets(
+        self, batch: Batch, hidden_states: Tensor, positions: Tensor | None = None
+    ) -> Targets:
+        """Select the blocks that carry loss, each with the states of the block before it.
+
+        This is the one-block shift of the paper.
 
         Args:
-            states: [B, S, D], whole blocks.
-            positions: their places in the sequence [S]; None: all of it.
+            hidden_states: [B, S, D], full blocks.
+            positions: [S], positions of the states in the sequence; None: the full sequence.
         """
         m = self.block_size
-        valid = target_mask(batch, m, self.eos).unflatten(1, (-1, m))
-        following = torch.arange(1, valid.shape[1] + 1, device=valid.device)
+        valid = loss_mask(batch, m, self.eos).unflatten(1, (-1, m))
+
+        # The target of the states of block i is block i + 1.
+        target_blocks = torch.arange(1, valid.shape[1] + 1, device=valid.device)
         if positions is not None:
-            following = positions[::m] // m + 1
-        inside = following < valid.shape[1]
-        row, place = (valid.any(-1)[:, following.clamp_max(valid.shape[1] - 1)] & inside).nonzero(as_tuple=True)
-        block = following[place]
+            target_blocks = positions[::m] // m + 1
+
+        # The last block of a sequence has no target: its index is clamped, then masked out.
+        is_inside = target_blocks < valid.shape[1]
+        row, column = (
+            valid.any(-1)[:, target_blocks.clamp_max(valid.shape[1] - 1)] & is_inside
+        ).nonzero(as_tuple=True)
+        block_index = target_blocks[column]
+
         return Targets(
-            context=states.unflatten(1, (-1, m))[row, place],
-            tokens=batch.tokens.unflatten(1, (-1, m))[row, block],
-            valid=valid[row, block],
-            sample=batch.sample[row],
-            block=block,
-            drawn=None if batch.drawn is None else batch.drawn.unflatten(-1, (-1, m))[:, row, block],
+            context_hidden=hidden_states.unflatten(1, (-1, m))[row, column],
+            tokens=batch.tokens.unflatten(1, (-1, m))[row, block_index],
+            valid=valid[row, block_index],
+            sequence_index=batch.sequence_index[row],
+            block_index=block_index,
+            teacher_tokens=None
+            if batch.teacher_tokens is None
+            else batch.teacher_tokens.unflatten(-1, (-1, m))[:, row, block_index],
         )

@@ -1,70 +1,87 @@
-"""The baseline: the same backbone with an embedding table and a softmax over the vocabulary, one token after another.
+"""The baseline: the same backbone with an embedding table and a softmax over the vocabulary.
 
-Legend: B batch, S sequence, T tokens, D width, V vocabulary.
+Legend: B batch, S sequence, T tokens, D hidden size, V vocabulary, R samples per token.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from bitlm_dist.config import Config
-from bitlm_dist.model.language_model import Batch, LanguageModel, Place
-from bitlm_dist.model.vocabulary_table import VocabularyTable
+from bitlm_dist.model.language_model import Batch, LanguageModel, PipelineStage
+from bitlm_dist.model.vocab_parallel_table import VocabParallelTable
 
-SCORED_LOGITS = 2**27  # of a slice, where no gradient is needed
+MAX_LOGITS_PER_CHUNK = 2**27  # elements of a chunk of logits, where no gradient is needed
 
 try:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as _fused
-except ImportError:  # the extra `liger`
+except ImportError:  # the extra `liger` is not installed
     _fused = None
 
 
 class SoftmaxLM(LanguageModel):
-    """See :class:`~bitlm_dist.model.language_model.LanguageModel`; ``model.block_size`` is 1, so attention is causal.
+    """Autoregressive language model; ``model.block_size`` is 1, so attention is causal.
 
-    Tensor ranks share both tables by vocabulary, and the work of the output with them: each sees all states, and the ranks' logits
-    meet in Megatron's cross-entropy.
+    The tensor ranks split both tables by vocabulary, and with them the work of the output: each
+    rank sees all states, and Megatron's cross-entropy combines the logits of all ranks.
 
     Args:
-        config: checked.
-        vocabulary: V.
-        eos: id that ends a document.
-        place: which part of the model this is; None: all of it.
+        config: a validated config.
+        vocab_size: V.
+        eos: id of the token that ends a document.
+        pipeline_stage: the part of the model to build; None: the full model.
     """
 
-    def __init__(self, config: Config, vocabulary: int, eos: int, place: Place | None = None) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, eos: int, pipeline_stage: PipelineStage | None = None
+    ) -> None:
         assert config.model.block_size == 1
-        super().__init__(config, eos, place)
-        width, layout, seed = config.model.backbone.width, self.place.layout, config.training.seed
-        if self.place.stage.embeds:
-            self.embedding = VocabularyTable(vocabulary, width, layout, seed, "embedding")
-        if self.place.stage.predicts:
-            tied = config.model.tied
-            self.output = self.embedding if tied else VocabularyTable(vocabulary, width, layout, seed, "output")
-        self.loss_copies = layout.tensor
+        super().__init__(config, eos, pipeline_stage)
+        width = config.model.backbone.hidden_size
+        layout = self.pipeline_stage.layout
+        seed = config.training.seed
 
-    def embed(self, tokens: Tensor, flips: Tensor | None) -> Tensor:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
-        return self.embedding.look_up(tokens)
+        if self.pipeline_stage.model_chunk.is_first:
+            self.embedding = VocabParallelTable(vocab_size, width, layout, seed, "embedding")
 
-    def own_embedded(self, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`; the tensor ranks add up what each has of the table."""
-        layout = self.place.layout
+        if self.pipeline_stage.model_chunk.is_last:
+            tied = config.model.tie_embeddings
+            self.output = (
+                self.embedding
+                if tied
+                else VocabParallelTable(vocab_size, width, layout, seed, "output")
+            )
+
+        # The cross-entropy over the split vocabulary yields the full loss on every tensor rank.
+        self.loss_replication = layout.tensor
+
+    @override
+    def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:
+        return self.embedding.lookup(tokens)
+
+    @override
+    def local_embeddings(self, batch: Batch, *, seed: int, step: int) -> Tensor:
+        """Input of the first layer on this rank: the sum of the tensor ranks' partial look-ups."""
+        layout = self.pipeline_stage.layout
         if layout.tensor == 1:
-            return super().own_embedded(batch, seed=seed, step=step)
+            return super().local_embeddings(batch, seed=seed, step=step)
+
         from megatron.core.tensor_parallel import mappings
 
-        positions = layout.positions(batch.tokens.shape[1], batch.tokens.device)
+        positions = layout.local_positions(batch.tokens.shape[1], batch.tokens.device)
         embedded = self.embed(batch.tokens[:, positions], None).transpose(0, 1).contiguous()
+
         if layout.sequence:
             scattered: Tensor = mappings.reduce_scatter_to_sequence_parallel_region(embedded)
             return scattered
         summed: Tensor = mappings.reduce_from_tensor_model_parallel_region(embedded)
         return summed
 
-    def own_states(self, hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`: every tensor rank has all states of its context rank."""
-        layout = self.place.layout
+    @override
+    def local_hidden_states(self, hidden: Tensor, sequence_length: int) -> tuple[Tensor, Tensor]:
+        """Give every tensor rank all states of its context rank."""
+        layout = self.pipeline_stage.layout
         if layout.tensor > 1:
             from megatron.core.tensor_parallel import mappings
 
@@ -72,51 +89,89 @@ class SoftmaxLM(LanguageModel):
                 hidden = mappings.gather_from_sequence_parallel_region(hidden)
             else:
                 hidden = mappings.copy_to_tensor_model_parallel_region(hidden)
-                # Megatron adds up a gradient in place, and one that is not contiguous it returns as it came, silently
+                # Megatron reduces the gradient in place, and silently returns a non-contiguous
+                # gradient unreduced.
                 if hidden.requires_grad:
                     hidden.register_hook(torch.Tensor.contiguous)
-        return hidden.transpose(0, 1), layout.positions(length, hidden.device)
 
-    def loss_of(self, states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`: -log p in nats; nothing in it is random."""
-        targets = self.targets(batch, states, positions)
-        hidden, tokens = targets.context[targets.valid], targets.tokens[targets.valid]
-        if self.place.layout.tensor > 1:
+        return hidden.transpose(0, 1), layout.local_positions(sequence_length, hidden.device)
+
+    @override
+    def compute_loss(
+        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> Tensor:
+        """Sum -log p over the valid tokens, in nats; deterministic, so seed and step are unused."""
+        targets = self.targets(batch, hidden_states, positions)
+        hidden = targets.context_hidden[targets.valid]
+        tokens = targets.tokens[targets.valid]
+
+        if self.pipeline_stage.layout.tensor > 1:
             from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
-            shared: Tensor = vocab_parallel_cross_entropy(self.output.logits(hidden).float(), tokens).sum()
-            return shared
+            parallel_loss: Tensor = vocab_parallel_cross_entropy(
+                self.output.logits(hidden).float(), tokens
+            ).sum()
+            return parallel_loss
+
         if hidden.is_cuda and _fused is not None:
-            fused: Tensor = _fused(hidden, self.output.rows[: self.output.vocabulary], tokens, reduction="sum")
-            return fused
-        # On a CPU nothing is faster: torch's chunked linear_cross_entropy takes many times as long, recomputing twice as long.
+            fused_loss: Tensor = _fused(
+                hidden, self.output.rows[: self.output.vocab_size], tokens, reduction="sum"
+            )
+            return fused_loss
+
+        # Nothing is faster on a CPU: torch's chunked linear_cross_entropy takes many times as long,
+        # and recomputing the logits twice as long.
         return F.cross_entropy(self.output.logits(hidden).float(), tokens, reduction="sum")
 
-    def _slice(self) -> int:
-        return max(1, SCORED_LOGITS // self.output.vocabulary)
+    def _rows_per_chunk(self) -> int:
+        return max(1, MAX_LOGITS_PER_CHUNK // self.output.vocab_size)
 
     @torch.no_grad()
-    def nats(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """-log p [T] of ``tokens`` [T] after hidden states [T, D], without gradient, in slices of bounded size."""
-        parts = zip(hidden.split(self._slice()), tokens.split(self._slice()), strict=True)
-        return torch.cat([F.cross_entropy(self.output.logits(h).float(), y, reduction="none") for h, y in parts])
+    def nll(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Negative log-probability of each token, without gradient, in chunks of bounded size.
 
-    @torch.no_grad()
-    def sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
-        """Token ids [T, R] after hidden states [T, D], by inverting the cumulative distribution at uniform numbers u [T, R].
+        Args:
+            hidden: [T, D], the state before each token.
+            tokens: [T].
 
-        ``temperature`` divides the logits; 0 takes the likeliest.
+        Returns:
+            [T], in nats.
         """
-        parts = zip(hidden.split(self._slice()), u.split(self._slice()), strict=True)
-        return torch.cat([self._sample(h, v, temperature) for h, v in parts])
+        chunks = zip(
+            hidden.split(self._rows_per_chunk()), tokens.split(self._rows_per_chunk()), strict=True
+        )
+        return torch.cat(
+            [F.cross_entropy(self.output.logits(h).float(), y, reduction="none") for h, y in chunks]
+        )
 
-    def _sample(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
+    @torch.no_grad()
+    def sample_tokens(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
+        """Sample next tokens by inverting the cumulative distribution.
+
+        Args:
+            hidden: [T, D].
+            u: uniform random numbers [T, R].
+            temperature: divides the logits; 0 takes the most probable token.
+
+        Returns:
+            Token ids [T, R].
+        """
+        chunks = zip(
+            hidden.split(self._rows_per_chunk()), u.split(self._rows_per_chunk()), strict=True
+        )
+        return torch.cat([self._sample_chunk(h, v, temperature) for h, v in chunks])
+
+    def _sample_chunk(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:
         logits = self.output.logits(hidden).float()
         if temperature == 0:
             return logits.argmax(-1, keepdim=True).expand_as(u)
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
-        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(logits.shape[-1] - 1)
 
-    def parts(self) -> dict[str, nn.Module]:
-        """See :class:`~bitlm_dist.model.language_model.LanguageModel`."""
+        # Rounding can leave the last sum below or above one: scale u by it, and clamp the index.
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1)
+        return torch.searchsorted(cumulative, u * cumulative[:, -1:]).clamp_max(
+            logits.shape[-1] - 1
+        )
+
+    @override
+    def components(self) -> dict[str, nn.Module]:
         return {"backbone": self.backbone, "input": self.embedding, "output": self.output}

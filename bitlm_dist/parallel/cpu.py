@@ -1,9 +1,10 @@
-"""Megatron-core on a machine without CUDA.
+"""Run Megatron-core on a machine without CUDA.
 
-Megatron-core is written for GPUs: it asks for ``torch.cuda.current_device()`` and keeps CUDA generator states even where
-nothing else needs a GPU. On a machine without CUDA, :func:`enable_megatron_on_cpu` replaces the name ``torch`` inside every
-loaded ``megatron.core`` module by a stand-in that answers these questions for the CPU. torch itself, and every other package,
-stays untouched; where CUDA exists the function does nothing.
+Megatron-core is written for GPUs: it calls ``torch.cuda.current_device()`` and keeps CUDA generator
+states even where nothing else needs a GPU. On a machine without CUDA,
+:func:`enable_megatron_on_cpu` replaces the name ``torch`` inside every loaded ``megatron.core``
+module by a stand-in that answers these calls for the CPU. torch itself and all other packages are
+unchanged. With CUDA the function is a no-op.
 """
 
 import importlib
@@ -18,7 +19,7 @@ import torch
 
 from bitlm_dist.compilation import no_torch_compile
 
-MEGATRON_TESTED = ((0, 16, 1), (0, 20, 0))  # first tested version, first version not tested
+MEGATRON_VERSION_RANGE = ((0, 16, 1), (0, 20, 0))  # first tested version, first untested one
 
 # Megatron imports these inside functions: they must be loaded before the stand-in is installed.
 _MODULES = (
@@ -31,11 +32,24 @@ _MODULES = (
     "megatron.core.transformer.transformer_block",
     "megatron.core.transformer.transformer_layer",
 )
-_FACTORIES = ("arange", "empty", "empty_like", "full", "ones", "rand", "randn", "tensor", "zeros", "zeros_like")
+
+# functions to which Megatron passes device="cuda"
+_FACTORIES = (
+    "arange",
+    "empty",
+    "empty_like",
+    "full",
+    "ones",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 
 
 class _NoOp:
-    """Stands for a CUDA stream or event: accepts every call and is its own context manager."""
+    """A stand-in for CUDA streams and events: accepts every call and is its own context manager."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -51,7 +65,7 @@ class _NoOp:
 
 
 class _Overlay(types.ModuleType):
-    """A module that shows ``base`` except for the given names."""
+    """A module with the attributes of ``base``, except for the given names."""
 
     def __init__(self, base: types.ModuleType, **names: Any) -> None:
         super().__init__(base.__name__)
@@ -64,6 +78,7 @@ class _Overlay(types.ModuleType):
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+        """Call the factory with CUDA devices replaced by the CPU."""
         if "cuda" in str(kwargs.get("device", "")):
             kwargs["device"] = torch.device("cpu")
         return factory(*args, **kwargs)
@@ -72,7 +87,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _torch_stand_in() -> types.ModuleType:
-    generator = {"get_rng_state": lambda *a, **k: torch.get_rng_state(), "manual_seed": torch.manual_seed}
+    # Megatron takes these from torch.cuda and from torch.cuda.random
+    generator = {
+        "get_rng_state": lambda *a, **k: torch.get_rng_state(),
+        "manual_seed": torch.manual_seed,
+    }
     cuda = _Overlay(
         torch.cuda,
         current_device=lambda: torch.device("cpu"),
@@ -84,36 +103,53 @@ def _torch_stand_in() -> types.ModuleType:
         random=_Overlay(torch.cuda.random, **generator),
         **generator,
     )
-    return _Overlay(torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES})
+
+    return _Overlay(
+        torch, cuda=cuda, **{name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+    )
 
 
 def _check_version() -> None:
-    found = importlib.metadata.version("megatron-core")
-    number = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in found.split(".")[:3])
-    first, end = MEGATRON_TESTED
-    if not first <= number < end:
+    installed = importlib.metadata.version("megatron-core")
+    version = tuple(
+        int("".join(filter(str.isdigit, part)) or 0) for part in installed.split(".")[:3]
+    )
+
+    first, end = MEGATRON_VERSION_RANGE
+    if not first <= version < end:
         tested = ".".join(map(str, first)) + " to below " + ".".join(map(str, end))
-        raise ValueError(f"megatron-core {found} is installed; its CPU support here is tested with {tested}: install one of these")
+        raise ValueError(
+            f"megatron-core {installed} is installed; its CPU support here is tested with "
+            f"{tested}: install one of these"
+        )
 
 
 def enable_megatron_on_cpu() -> bool:
-    """Make megatron-core usable without CUDA; returns whether anything had to be done.
+    """Make megatron-core usable without CUDA.
+
+    Returns:
+        True if the stand-in was installed; False if CUDA is available.
 
     Raises:
-        ValueError: the installed megatron-core is outside the tested range (private names are replaced here).
+        ValueError: the installed megatron-core is outside the tested range; private names are
+            replaced here.
     """
     if torch.cuda.is_available():
         return False
     _check_version()
-    # Megatron's fused functions, which nothing calls on a CPU, would load the compiler when they are decorated.
+
+    # Decorating Megatron's fused functions, which nothing calls on a CPU, would load the compiler.
     with no_torch_compile():
         for name in _MODULES:
             importlib.import_module(name)
 
+    # modules look `torch` up in their own globals, so replacing it there reaches all their calls
     stand_in = _torch_stand_in()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = stand_in  # type: ignore[attr-defined]
+
+    # this one indexes CUDA's default generators, which the stand-in does not have
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     vars(random)["_set_cuda_rng_state"] = lambda state, *args, **kwargs: torch.set_rng_state(state)
     return True
@@ -121,20 +157,23 @@ def enable_megatron_on_cpu() -> bool:
 
 @contextmanager
 def tensors_named_as_on_cuda() -> Iterator[None]:
-    """While open, ``Tensor.type()`` names a CPU tensor as a CUDA one: Megatron's optimizers sort tensors by that name.
+    """Context in which ``Tensor.type()`` names CPU tensors as CUDA tensors. A no-op with CUDA.
 
-    Where CUDA exists nothing changes.
+    Megatron's optimizers sort parameters by that name.
     """
     if torch.cuda.is_available():
         yield
         return
-    plain = torch.Tensor.type
+
+    original_type = torch.Tensor.type
 
     def named(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = plain(tensor, *args, **kwargs)
+        """``Tensor.type`` with CUDA's names."""
+        found = original_type(tensor, *args, **kwargs)
         return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
 
-    setattr(torch.Tensor, "type", named)  # noqa: B010 - the class inherits it, so removing ours restores it
+    # torch.Tensor inherits `type` from its base, so deleting ours restores it
+    setattr(torch.Tensor, "type", named)  # noqa: B010
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
-"""Who computes what: ranks and their coordinates, layers and their stages, tokens and their ranks; arithmetic alone.
+"""Parallel layout: coordinates of ranks, layers of stages, positions of context-parallel ranks.
 
-Megatron orders ranks tensor first, then context, data and pipeline.
+Pure arithmetic, without communication. As in Megatron, the tensor-parallel rank varies fastest,
+then context, data and pipeline.
 """
 
 from dataclasses import dataclass
@@ -14,185 +15,262 @@ from bitlm_dist.errors import UserError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Sizes of the parallel axes and the place of this process among them."""
+class ParallelLayout:
+    """Sizes of the parallel axes, and the rank of this process."""
 
     tensor: int = 1
     sequence: bool = False
     pipeline: int = 1
-    virtual: int = 1
+    virtual_pipeline: int = 1
     context: int = 1
     data: int = 1
     rank: int = 0
 
     @property
-    def world(self) -> int:
-        """Processes of the job."""
+    def world_size(self) -> int:
+        """Number of ranks of the job."""
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
     def tensor_rank(self) -> int:
-        """Place among the tensor-parallel ranks."""
+        """Rank within the tensor-parallel group."""
         return self.rank % self.tensor
 
     @property
     def context_rank(self) -> int:
-        """Place among the context-parallel ranks."""
+        """Rank within the context-parallel group."""
         return self.rank // self.tensor % self.context
 
     @property
     def data_rank(self) -> int:
-        """Place among the data-parallel ranks."""
+        """Rank within the data-parallel group."""
         return self.rank // (self.tensor * self.context) % self.data
 
     @property
     def pipeline_rank(self) -> int:
-        """Stage."""
+        """Rank within the pipeline-parallel group."""
         return self.rank // (self.tensor * self.context * self.data)
 
     @property
-    def model(self) -> int:
-        """Processes that hold one copy of the model."""
+    def model_parallel_size(self) -> int:
+        """Number of ranks that hold one replica of the model."""
         return self.tensor * self.context * self.pipeline
 
     @property
-    def replicas(self) -> int:
-        """Processes that hold the same weights: data- and context-parallel ranks."""
+    def num_replicas(self) -> int:
+        """Number of data- and context-parallel ranks, which hold the same weights."""
         return self.data * self.context
 
     @property
     def replica_rank(self) -> int:
-        """Place among them."""
-        return self.rank // self.tensor % self.replicas
+        """Rank among those that hold the same weights."""
+        return self.rank // self.tensor % self.num_replicas
 
     def head_ranks(self) -> list[int]:
-        """The processes of the last stage: tensor-, context- and data-parallel ones."""
-        return list(range(self.world - self.world // self.pipeline, self.world))
+        """The ranks of the last pipeline stage, in all other groups."""
+        return list(range(self.world_size - self.world_size // self.pipeline, self.world_size))
 
-    def pieces(self, rank: int | None = None) -> list[int]:
-        """The pieces of a sequence that a context rank (default: this one) holds, of 2·context.
+    def chunk_indices(self, rank: int | None = None) -> list[int]:
+        """Chunks of a sequence, of 2·context, that a context-parallel rank holds.
 
-        Rank r has the r-th and the r-th last: causal attention costs every rank the same.
+        Rank r holds chunks r and 2·context - 1 - r, so that causal attention costs all ranks the
+        same.
+
+        Args:
+            rank: the context-parallel rank; default: this one.
         """
         rank = self.context_rank if rank is None else rank
         return [0] if self.context == 1 else [rank, 2 * self.context - 1 - rank]
 
-    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """Positions of a sequence that this context rank holds, int64 [length / context]; not to be changed."""
-        return _positions(self.context, self.context_rank, length, device)
+    def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
+        """Positions that this context-parallel rank holds, int64 [length / context].
 
-    def places(self, length: int, device: torch.device | None = None) -> Tensor:
-        """Where each position is found when the shares of all context ranks lie one after the other, int64 [length]."""
-        return _places(self.context, length, device)
+        The tensor is cached and must not be modified.
+        """
+        return _local_positions(self.context, self.context_rank, length, device)
 
-    def own(self, positions: Tensor) -> Tensor:
-        """Those of ``positions`` whose blocks the head of this tensor rank handles."""
+    def gather_order(self, length: int, device: torch.device | None = None) -> Tensor:
+        """Index of each position in the concatenation over context-parallel ranks, int64 [length].
+
+        The tensor is cached and must not be modified.
+        """
+        return _gather_order(self.context, length, device)
+
+    def local_head_positions(self, positions: Tensor) -> Tensor:
+        """The part of ``positions`` whose blocks the head of this tensor-parallel rank computes."""
         return positions.chunk(self.tensor)[self.tensor_rank]
 
 
-# Every layer asks for these in every pass. Made anew, they would be copied from the host each time, and the host would wait.
+# Cached, as every layer needs these in every pass; building them blocks on a copy from the host.
 @lru_cache(maxsize=16)
-def _positions(context: int, rank: int, length: int, device: torch.device | None) -> Tensor:
-    with torch.inference_mode(False):  # a training step after an evaluation uses them too
-        return _of_pieces(context, length, Layout(context=context).pieces(rank)).to(device)
-
-
-@lru_cache(maxsize=16)
-def _places(context: int, length: int, device: torch.device | None) -> Tensor:
-    order = [piece for rank in range(context) for piece in Layout(context=context).pieces(rank)]
+def _local_positions(context: int, rank: int, length: int, device: torch.device | None) -> Tensor:
+    # an evaluation may build the tensor, but training uses it too
     with torch.inference_mode(False):
-        return _of_pieces(context, length, order).argsort().to(device)
+        return _positions_of_chunks(
+            context, length, ParallelLayout(context=context).chunk_indices(rank)
+        ).to(device)
 
 
-def _of_pieces(context: int, length: int, pieces: list[int]) -> Tensor:
-    count = 1 if context == 1 else 2 * context
-    return torch.arange(length).view(count, -1)[pieces].flatten()
+@lru_cache(maxsize=16)
+def _gather_order(context: int, length: int, device: torch.device | None) -> Tensor:
+    order = [
+        chunk
+        for rank in range(context)
+        for chunk in ParallelLayout(context=context).chunk_indices(rank)
+    ]
+
+    with torch.inference_mode(False):
+        return _positions_of_chunks(context, length, order).argsort().to(device)
 
 
-ALONE = Layout()
+def _positions_of_chunks(context: int, length: int, chunk_indices: list[int]) -> Tensor:
+    num_chunks = 1 if context == 1 else 2 * context
+    return torch.arange(length).view(num_chunks, -1)[chunk_indices].flatten()
 
 
-def layout_of(parallel: ParallelConfig, world: int, rank: int) -> Layout:
-    """The layout of a job of ``world`` processes.
+SINGLE_PROCESS = ParallelLayout()
+
+
+def build_layout(parallel: ParallelConfig, world_size: int, rank: int) -> ParallelLayout:
+    """Build the layout of a job.
+
+    Args:
+        parallel: sizes of the axes; the data-parallel size may be left open.
+        world_size: number of ranks of the job.
+        rank: rank of this process.
 
     Raises:
-        UserError: the sizes do not fit the number of processes; names the keys and what would fit.
+        UserError: the sizes do not fit ``world_size``; names the keys and what would fit.
     """
-    model = parallel.tensor * parallel.context * parallel.pipeline
-    if world % model or (parallel.data and parallel.data * model != world):
+    model_parallel_size = parallel.tensor * parallel.context * parallel.pipeline
+
+    if world_size % model_parallel_size or (
+        parallel.data and parallel.data * model_parallel_size != world_size
+    ):
         axes = (
-            f"parallel.tensor = {parallel.tensor} x parallel.context = {parallel.context} x parallel.pipeline = {parallel.pipeline}"
+            f"parallel.tensor = {parallel.tensor} x parallel.context = {parallel.context} "
+            f"x parallel.pipeline = {parallel.pipeline}"
         )
         if parallel.data:
-            axes, near = f"{axes} x parallel.data = {parallel.data}", [parallel.data * model]
+            axes = f"{axes} x parallel.data = {parallel.data}"
+            valid_world_sizes = [parallel.data * model_parallel_size]
         else:
-            near = sorted({max(1, world // model) * model, -(-world // model) * model})
-        started = "1 process was" if world == 1 else f"{world} processes were"
-        need = f"needs {near[0]}" if parallel.data else f"needs a multiple of {model}"
-        raise UserError(f"{started} started, and {axes} {need}: start {' or '.join(map(str, near))}, or change a key")
-    return Layout(
+            # the nearest multiples below and above
+            valid_world_sizes = sorted(
+                {
+                    max(1, world_size // model_parallel_size) * model_parallel_size,
+                    -(-world_size // model_parallel_size) * model_parallel_size,
+                }
+            )
+
+        started = "1 process was" if world_size == 1 else f"{world_size} processes were"
+        need = (
+            f"needs {valid_world_sizes[0]}"
+            if parallel.data
+            else f"needs a multiple of {model_parallel_size}"
+        )
+        raise UserError(
+            f"{started} started, and {axes} {need}: "
+            f"start {' or '.join(map(str, valid_world_sizes))}, or change a key"
+        )
+
+    return ParallelLayout(
         parallel.tensor,
         parallel.sequence,
         parallel.pipeline,
         parallel.virtual_pipeline,
         parallel.context,
-        world // model,
+        world_size // model_parallel_size,
         rank,
     )
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The part of the model that one process holds in one chunk: layers first..last-1, and what stands at the model's ends."""
+class ModelChunk:
+    """A rank's chunk of the model: layers and, at the ends of the model, embedding and head."""
 
-    layers: range
-    embeds: bool = True
-    predicts: bool = True
-    chunk: int = 0  # among those of the process
+    layer_range: range
+    is_first: bool = True
+    is_last: bool = True
+    vp_stage: int = 0  # index among the chunks of the rank
 
 
-def stages_of(layers_per_stage: list[int], layout: Layout) -> list[Stage]:
-    """The chunks of this process; stage v·pipeline + p is chunk v of pipeline rank p."""
+def local_model_chunks(layers_per_stage: list[int], layout: ParallelLayout) -> list[ModelChunk]:
+    """The chunks of this rank; stage v·pipeline + p is chunk v of pipeline rank p."""
     ends = [sum(layers_per_stage[: i + 1]) for i in range(len(layers_per_stage))]
+
     chunks = []
-    for chunk in range(layout.virtual):
-        number = chunk * layout.pipeline + layout.pipeline_rank
-        layers = range(ends[number] - layers_per_stage[number], ends[number])
-        chunks.append(Stage(layers, number == 0, number == len(ends) - 1, chunk))
+    for vp_stage in range(layout.virtual_pipeline):
+        stage_index = vp_stage * layout.pipeline + layout.pipeline_rank
+        layers = range(ends[stage_index] - layers_per_stage[stage_index], ends[stage_index])
+        chunks.append(ModelChunk(layers, stage_index == 0, stage_index == len(ends) - 1, vp_stage))
+
     return chunks
 
 
-def split_layers(layers: int, stages: int, last_weighs: float) -> list[int]:
-    """Layers of each stage so that the slowest is as fast as can be; the last also does the work of ``last_weighs`` layers."""
-    counts = [1] * stages
-    for _ in range(layers - stages):
-        cost = [count + (last_weighs if i == stages - 1 else 0) for i, count in enumerate(counts)]
+def split_layers(num_layers: int, num_stages: int, last_stage_extra_layers: float) -> list[int]:
+    """Split layers over pipeline stages so that the slowest stage is as fast as possible.
+
+    Args:
+        num_layers: layers of the model.
+        num_stages: pipeline stages, of which each gets at least one layer.
+        last_stage_extra_layers: work of the last stage's head, in layers.
+
+    Returns:
+        Layers per stage.
+    """
+    counts = [1] * num_stages
+
+    # greedy: each layer goes to the stage with the least work
+    for _ in range(num_layers - num_stages):
+        cost = [
+            count + (last_stage_extra_layers if i == num_stages - 1 else 0)
+            for i, count in enumerate(counts)
+        ]
         counts[cost.index(min(cost))] += 1
+
     return counts
 
 
-def check_batch(config: Config, layout: Layout) -> int:
-    """Sequences a forward pass (the microbatch) of the global batch on this layout.
+def resolve_micro_batch_size(config: Config, layout: ParallelLayout) -> int:
+    """Sequences per microbatch, i.e. per forward pass, of a data-parallel rank.
 
     Raises:
-        UserError: the batch cannot be split evenly; names the keys and what would fit.
+        UserError: the global batch cannot be split evenly; names the keys and what would fit.
     """
-    sequences = config.training.global_batch_tokens // config.data.sequence_length
-    share, rest = divmod(sequences, layout.data)
-    if rest or share == 0:
-        near = max(1, round(sequences / layout.data)) * layout.data * config.data.sequence_length
-        raise UserError(
-            f"training.global_batch_tokens = {config.training.global_batch_tokens} is {sequences} sequences, which "
-            f"{layout.data} data-parallel ranks cannot share: try {near}"
+    num_sequences = config.training.global_batch_tokens // config.data.sequence_length
+
+    num_local_sequences, remainder = divmod(num_sequences, layout.data)
+    if remainder or num_local_sequences == 0:
+        nearest = (
+            max(1, round(num_sequences / layout.data)) * layout.data * config.data.sequence_length
         )
-    microbatch = config.parallel.microbatch or (1 if layout.pipeline > 1 else share)
-    if share % microbatch:
-        fits = [size for size in range(1, share + 1) if share % size == 0]
-        near = min(fits, key=lambda size: abs(size - microbatch))
-        raise UserError(f"parallel.microbatch = {microbatch} does not divide a rank's {share} sequences a step: try {near}")
-    if layout.virtual > 1 and share // microbatch % layout.pipeline:
         raise UserError(
-            f"the interleaved schedule (parallel.virtual_pipeline > 1) needs a multiple of parallel.pipeline = {layout.pipeline} "
-            f"microbatches a step, not {share // microbatch}: change training.global_batch_tokens or parallel.microbatch"
+            f"training.global_batch_tokens = {config.training.global_batch_tokens} is "
+            f"{num_sequences} sequences, which {layout.data} data-parallel ranks cannot share: "
+            f"try {nearest}"
         )
-    return microbatch
+
+    # a pipeline needs many microbatches to fill its stages; otherwise one has all sequences
+    micro_batch_size = config.parallel.micro_batch_size or (
+        1 if layout.pipeline > 1 else num_local_sequences
+    )
+    if num_local_sequences % micro_batch_size:
+        divisors = [
+            size for size in range(1, num_local_sequences + 1) if num_local_sequences % size == 0
+        ]
+        nearest = min(divisors, key=lambda size: abs(size - micro_batch_size))
+        raise UserError(
+            f"parallel.micro_batch_size = {micro_batch_size} does not divide the "
+            f"{num_local_sequences} sequences per step of a data-parallel rank: try {nearest}"
+        )
+
+    if layout.virtual_pipeline > 1 and num_local_sequences // micro_batch_size % layout.pipeline:
+        raise UserError(
+            "the interleaved schedule (parallel.virtual_pipeline > 1) needs a multiple of "
+            f"parallel.pipeline = {layout.pipeline} microbatches per step, not "
+            f"{num_local_sequences // micro_batch_size}: "
+            "change training.global_batch_tokens or parallel.micro_batch_size"
+        )
+
+    return micro_batch_size

@@ -1,4 +1,4 @@
-"""The process group and Megatron's model-parallel groups of this process."""
+"""Process groups of this rank: torch's default group, Megatron's groups, and that of the head."""
 
 import os
 from datetime import timedelta
@@ -11,62 +11,87 @@ from torch._C._distributed_c10d import HashStore
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
 from bitlm_dist.parallel.device import find_device
-from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.layout import ParallelLayout
 
-TIMEOUT = timedelta(minutes=30)  # NCCL's own 10 are short for ranks that wait while the first one hashes a large checkpoint
-_head_group: dist.ProcessGroup | None = None  # of this process's job; Megatron has no group of this kind
+# NCCL's own 10 minutes are too short for ranks that wait while rank 0 hashes a large checkpoint
+TIMEOUT = timedelta(minutes=30)
+
+# Megatron has no group of the last stage's ranks
+_head_group: dist.ProcessGroup | None = None
 
 
 def device() -> torch.device:
-    """The device this process computes on, see :func:`~bitlm_dist.parallel.device.find_device`."""
+    """The device of this rank; see :func:`~bitlm_dist.parallel.device.find_device`."""
     return find_device(os.environ)
 
 
-def use_device() -> torch.device:
-    """Make :func:`device` what CUDA calls the current one, on which kernels are launched -> it."""
-    found = device()
-    if found.type == "cuda":
-        torch.cuda.set_device(found)
-    return found
+def set_current_device() -> torch.device:
+    """Make this rank's device CUDA's current device, on which kernels are launched.
 
-
-def initialize(layout: Layout) -> None:
-    """Build the process group and Megatron's groups. A second call does nothing: the first must have the job's real layout.
-
-    gloo is used on CPUs, NCCL on GPUs. A single process uses a private in-memory store and opens no port; several rendezvous at
-    MASTER_ADDR and MASTER_PORT.
+    Returns:
+        The device.
     """
+    current = device()
+    if current.type == "cuda":
+        torch.cuda.set_device(current)
+    return current
+
+
+def init_process_groups(layout: ParallelLayout) -> None:
+    """Initialize torch's process group and Megatron's groups. Collective.
+
+    A second call is a no-op, so the first must get the job's real layout. The backend is gloo on
+    CPUs and NCCL on GPUs. A single rank uses a private in-memory store and opens no port; several
+    ranks rendezvous at MASTER_ADDR and MASTER_PORT.
+    """
+    # Megatron's stand-in for CUDA must be there before Megatron is used
     enable_megatron_on_cpu()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    own = use_device()
+    local_device = set_current_device()
     if not dist.is_initialized():
-        # With its device named, NCCL connects at once instead of guessing the device at the first barrier.
-        settings: dict[str, Any] = {"backend": "nccl", "device_id": own} if own.type == "cuda" else {"backend": "gloo"}
+        # Given its device, NCCL connects at once instead of guessing it at the first barrier.
+        settings: dict[str, Any] = (
+            {"backend": "nccl", "device_id": local_device}
+            if local_device.type == "cuda"
+            else {"backend": "gloo"}
+        )
         settings["timeout"] = TIMEOUT
-        if layout.world == 1:
+
+        if layout.world_size == 1:
             dist.init_process_group(store=HashStore(), rank=0, world_size=1, **settings)
         else:
-            dist.init_process_group(rank=layout.rank, world_size=layout.world, **settings)
-    assert layout.world in (1, dist.get_world_size()), "the process group was built for another layout"
+            dist.init_process_group(rank=layout.rank, world_size=layout.world_size, **settings)
+
+    assert layout.world_size in (1, dist.get_world_size()), (
+        "the process group was built for another layout"
+    )
+
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=layout.tensor,
             pipeline_model_parallel_size=layout.pipeline,
-            virtual_pipeline_model_parallel_size=layout.virtual if layout.virtual > 1 else None,
+            virtual_pipeline_model_parallel_size=layout.virtual_pipeline
+            if layout.virtual_pipeline > 1
+            else None,
             context_parallel_size=layout.context,
             distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
             create_gloo_process_groups=False,
         )
         _build_head_group(layout)
-        # Dropout is off everywhere, so Megatron's generators are never drawn from; seeding them must not reseed the weights.
-        with torch.random.fork_rng(devices=[own] if own.type == "cuda" else []):
+
+        # Megatron's generators must be seeded, though dropout is off everywhere and none is used.
+        # Seeding them must not reseed the weights.
+        with torch.random.fork_rng(devices=[local_device] if local_device.type == "cuda" else []):
             model_parallel_cuda_manual_seed(0)
 
 
-def close() -> None:
-    """Take the process group down at the end of a run; a second call does nothing. A rank that fails exits without calling it."""
+def destroy_process_groups() -> None:
+    """Destroy the process groups at the end of a run; a no-op if there are none.
+
+    A rank that fails must exit without calling it.
+    """
     if dist.is_initialized():
         from megatron.core import parallel_state
 
@@ -74,51 +99,54 @@ def close() -> None:
         dist.destroy_process_group()
 
 
-def sum_over_data(value: Tensor) -> Tensor:
-    """Sum of a tensor over the data-parallel ranks, in place; context-parallel ranks see the same data and count once."""
+def all_reduce_sum_over_data(value: Tensor) -> Tensor:
+    """Sum a tensor over the data-parallel ranks, in place.
+
+    Context-parallel ranks see the same sequences, so only one of them is counted.
+    """
     from megatron.core import parallel_state
 
     dist.all_reduce(value, group=parallel_state.get_data_parallel_group())
     return value
 
 
-def sum_over_all(value: Tensor) -> Tensor:
-    """Sum of a tensor over all processes, in place."""
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
     dist.all_reduce(value)
     return value
 
 
-def sum_over_model(value: Tensor, layout: Layout) -> Tensor:
-    """Sum of a tensor over the ranks that hold one copy of the model together, in place."""
+def all_reduce_sum_over_model(value: Tensor, layout: ParallelLayout) -> Tensor:
+    """Sum a tensor over the ranks that hold one replica of the model, in place."""
     if layout.tensor * layout.pipeline > 1:
         dist.all_reduce(value, group=model_group())
     return value
 
 
-def most_of_all(value: Tensor) -> Tensor:
-    """Largest value of a tensor over all processes, in place."""
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Take the elementwise maximum of a tensor over all ranks, in place."""
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value
 
 
-def from_first(value: Any, layout: Layout) -> Any:
-    """An object of rank 0's, on every process."""
-    found = [value]
-    if layout.world > 1:
-        dist.broadcast_object_list(found, src=0)
-    return found[0]
+def broadcast_object(value: Any, layout: ParallelLayout) -> Any:
+    """Return rank 0's object on every rank."""
+    objects = [value]
+    if layout.world_size > 1:
+        dist.broadcast_object_list(objects, src=0)
+    return objects[0]
 
 
-def from_all(value: Any, layout: Layout) -> list[Any]:
-    """Every process's object, in the order of ranks, on every process."""
-    found: list[Any] = [value] * layout.world
-    if layout.world > 1:
-        dist.all_gather_object(found, value)
-    return found
+def all_gather_object(value: Any, layout: ParallelLayout) -> list[Any]:
+    """Return the objects of all ranks, ordered by rank, on every rank."""
+    objects: list[Any] = [value] * layout.world_size
+    if layout.world_size > 1:
+        dist.all_gather_object(objects, value)
+    return objects
 
 
-def data_group() -> dist.ProcessGroup:
-    """The ranks that hold the same weights: data- and context-parallel ones."""
+def replica_group() -> dist.ProcessGroup:
+    """Group of the data- and context-parallel ranks, which hold the same weights."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_data_parallel_group(with_context_parallel=True)
@@ -126,7 +154,7 @@ def data_group() -> dist.ProcessGroup:
 
 
 def model_group() -> dist.ProcessGroup:
-    """The ranks that hold one copy of the model together: tensor-parallel ones and stages."""
+    """Group of the tensor- and pipeline-parallel ranks, which hold one replica of the model."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_model_parallel_group()
@@ -134,7 +162,7 @@ def model_group() -> dist.ProcessGroup:
 
 
 def tensor_group() -> dist.ProcessGroup:
-    """The tensor-parallel ranks."""
+    """Group of the tensor-parallel ranks."""
     from megatron.core import parallel_state
 
     group: dist.ProcessGroup = parallel_state.get_tensor_model_parallel_group()
@@ -142,29 +170,37 @@ def tensor_group() -> dist.ProcessGroup:
 
 
 def group_names() -> dict[str, str]:
-    """What the groups of this process are for, by the names that torch gives them."""
+    """Purpose of each of this rank's groups, by the name that torch gives the group."""
     from megatron.core import parallel_state
 
     groups = {
         "tensor": tensor_group(),
         "context": parallel_state.get_context_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
-        "data and context": data_group(),
+        "data and context": replica_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "model": model_group(),
         "head": _head_group,
         "all": dist.group.WORLD,
     }
-    return {group.group_name: name for name, group in reversed(groups.items()) if isinstance(group, dist.ProcessGroup)}
+
+    # several axes may share one group; reversed, so that the first of them names it
+    return {
+        group.group_name: name
+        for name, group in reversed(groups.items())
+        if isinstance(group, dist.ProcessGroup)
+    }
 
 
-def _build_head_group(layout: Layout) -> None:
-    """Every process takes part in making a group, also those outside it."""
+def _build_head_group(layout: ParallelLayout) -> None:
+    """Build the group of the last stage's ranks. Collective over all ranks, members or not."""
     global _head_group
-    _head_group = dist.new_group(layout.head_ranks(), timeout=TIMEOUT) if layout.world > 1 else None
+    _head_group = (
+        dist.new_group(layout.head_ranks(), timeout=TIMEOUT) if layout.world_size > 1 else None
+    )
 
 
 def head_group() -> dist.ProcessGroup:
-    """The ranks of the last stage: tensor-, context- and data-parallel ones. For those ranks alone."""
+    """Group of the last stage's ranks. Must be called by those ranks only."""
     assert _head_group is not None, "one process needs no group"
     return _head_group

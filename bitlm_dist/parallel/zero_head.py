@@ -1,13 +1,15 @@
-"""The head under DeepSpeed's ZeRO, while Megatron-core drives the backbone in the same process and step.
+"""The head under DeepSpeed's ZeRO, while Megatron-core drives the backbone in the same step.
 
-Only the ranks of the last stage come here. DeepSpeed takes its data-parallel group to be all of them: tensor-, context- and
-data-parallel ranks, for each denoises blocks of its own. It shards, gathers and reduces; what is updated how is up to the
-optimizer that it is given, which sees flat fp32 partitions.
+Only the ranks of the last pipeline stage use it. DeepSpeed's data-parallel group is all of them:
+tensor-, context- and data-parallel ranks, as each denoises its own blocks. DeepSpeed shards,
+gathers and reduces. Updates are left to the optimizer that it is given, which sees flat fp32
+partitions.
 
-DeepSpeed is written for one engine that owns the job. Three things here keep it inside its group: an ``mpu`` that names the group,
-a backend object in which "no group" means that group (barriers and broadcasts in it name none), and no compiled op.
+DeepSpeed assumes that one engine owns the job. Three measures confine it to its group: an ``mpu``
+that names the group, a backend in which "no group" means that group (DeepSpeed's barriers and
+broadcasts name none), and no compiled ops.
 
-Legend: G ranks of the head, L numbers of a rank's flat partition.
+Legend: G ranks of the head, L elements per flat partition.
 """
 
 import importlib.metadata
@@ -24,40 +26,71 @@ from bitlm_dist.compilation import no_torch_compile
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.partition import Partition, Piece
+from bitlm_dist.parallel.partition import ParamRange, Partition
 
-TESTED = ("0.19.8",)  # versions of DeepSpeed: private names are used here
-# collectives whose group DeepSpeed gives by name
+TESTED_DEEPSPEED_VERSIONS = ("0.19.8",)  # private names are used here
+
+# collectives to which DeepSpeed passes the group as a keyword argument
 CALLED_BY_NAME = (
-    *("broadcast", "broadcast_object_list", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_gather_coalesced"),
-    *("reduce", "reduce_scatter", "reduce_scatter_tensor", "gather", "scatter", "barrier", "monitored_barrier"),
-    *("all_reduce_coalesced", "all_to_all", "all_to_all_single"),
+    "broadcast",
+    "broadcast_object_list",
+    "all_gather",
+    "all_gather_object",
+    "all_gather_into_tensor",
+    "all_gather_coalesced",
+    "reduce",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "gather",
+    "scatter",
+    "barrier",
+    "monitored_barrier",
+    "all_reduce_coalesced",
+    "all_to_all",
+    "all_to_all_single",
 )
-LARGEST_BUCKET = 5 * 10**8  # numbers; DeepSpeed's own default
-PERSISTENT = 4096  # ZeRO-3 does not split smaller tensors' gathers: they stay whole on every rank
+MAX_BUCKET_NUMEL = 5 * 10**8  # elements; DeepSpeed's own default
+PARAM_PERSISTENCE_THRESHOLD = 4096  # elements; smaller parameters stay unsharded at stage 3
 
 
 def check_deepspeed() -> None:
-    """Raise :class:`UserError` where DeepSpeed is missing or of a version that was not tested."""
-    tested, other = " or ".join(TESTED), "or set head.engine = fsdp2 or replicated"
+    """Check that a tested version of DeepSpeed is installed.
+
+    Raises:
+        UserError: DeepSpeed is missing, or its version is not tested.
+    """
+    tested = " or ".join(TESTED_DEEPSPEED_VERSIONS)
+    other = "or set head.engine = fsdp2 or replicated"
+
     try:
-        found = importlib.metadata.version("deepspeed")
+        installed = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"head.engine = deepspeed: DeepSpeed is not installed: install {tested}, {other}") from None
-    if found.partition("+")[0] not in TESTED:
-        raise UserError(f"head.engine = deepspeed: DeepSpeed {found} is installed, tested is {tested}: install that, {other}")
+        raise UserError(
+            f"head.engine = deepspeed: DeepSpeed is not installed: install {tested}, {other}"
+        ) from None
+
+    # a local version such as 0.19.8+abc counts, too
+    if installed.partition("+")[0] not in TESTED_DEEPSPEED_VERSIONS:
+        raise UserError(
+            f"head.engine = deepspeed: DeepSpeed {installed} is installed, but tested is {tested}: "
+            f"install that, {other}"
+        )
 
 
-def _backend(group: dist.ProcessGroup) -> Any:
-    """DeepSpeed's way to torch.distributed, in which the world is ``group`` and its ranks are numbered within."""
+def _group_backend(group: dist.ProcessGroup) -> Any:
+    """A communication backend of DeepSpeed whose world is ``group``; ranks are those within it."""
     from deepspeed.comm.torch import TorchBackend
 
     ranks = dist.get_process_group_ranks(group)
 
     def inside(method: Callable[..., Any]) -> Callable[..., Any]:
+        """Make ``group`` the default of a collective, and translate its source or destination."""
+
         def call(self: Any, *args: Any, **named: Any) -> Any:
+            """Call the collective."""
             if named.get("group") in (None, dist.group.WORLD):
                 named["group"] = group
+                # these are ranks in DeepSpeed's world; torch expects ranks of the job
                 for end in ("src", "dst"):
                     if named.get(end) is not None:
                         named[end] = ranks[named[end]]
@@ -66,54 +99,73 @@ def _backend(group: dist.ProcessGroup) -> Any:
         return call
 
     def new_group(self: Any, wanted: Any) -> dist.ProcessGroup:
-        assert list(wanted) == list(range(len(ranks))), f"DeepSpeed asks for a group {list(wanted)} inside the head's"
+        """The head's group itself: DeepSpeed must not ask for any other."""
+        assert list(wanted) == list(range(len(ranks))), (
+            f"DeepSpeed asks for a group {list(wanted)} inside the head's"
+        )
         return group
 
-    def all_reduce(self: Any, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> Any:
+    def all_reduce(
+        self: Any,
+        tensor: Tensor,
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        """All-reduce; DeepSpeed passes its arguments by position, ``inside`` needs the names."""
         return plain_all_reduce(self, tensor, op=op, group=group, async_op=async_op)
 
-    def inference_all_reduce(self: Any, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None) -> Any:
+    def inference_all_reduce(
+        self: Any, tensor: Tensor, op: Any = dist.ReduceOp.SUM, group: Any = None
+    ) -> Any:
+        """All-reduce without DeepSpeed's compiled op."""
         return all_reduce(self, tensor, op, group)
 
     plain_all_reduce = inside(TorchBackend.all_reduce)
-    plain_rank, plain_size = inside(TorchBackend.get_rank), inside(TorchBackend.get_world_size)
+    plain_rank = inside(TorchBackend.get_rank)
+    plain_size = inside(TorchBackend.get_world_size)
+
     methods: dict[str, Any] = {name: inside(getattr(TorchBackend, name)) for name in CALLED_BY_NAME}
-    methods |= {"new_group": new_group, "all_reduce": all_reduce, "inference_all_reduce": inference_all_reduce}
     methods |= {
+        "new_group": new_group,
+        "all_reduce": all_reduce,
+        "inference_all_reduce": inference_all_reduce,
+        # DeepSpeed passes the group of these two by position
         "get_rank": lambda self, group=None: plain_rank(self, group=group),
         "get_world_size": lambda self, group=None: plain_size(self, group=group),
     }
-    kind = type("HeadBackend", (TorchBackend,), methods)
-    return kind(dist.get_backend(group), None, None)
+
+    backend_class = type("HeadBackend", (TorchBackend,), methods)
+    return backend_class(dist.get_backend(group), None, None)
 
 
 class _Mpu:
-    """What DeepSpeed asks a model-parallel unit: here none of its kind is parallel but data."""
+    """DeepSpeed's model-parallel unit. All ranks of the head are data-parallel ranks in it."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
-        """The head's ranks."""
+        """Group of the head's ranks."""
         return self._group
 
     def get_data_parallel_rank(self) -> int:
-        """Place among them."""
+        """Rank within the head's group."""
         return dist.get_rank(self._group)
 
     def get_data_parallel_world_size(self) -> int:
-        """Their number."""
+        """Number of the head's ranks."""
         return dist.get_world_size(self._group)
 
     def get_model_parallel_group(self) -> None:
-        """None."""
+        """None: there is no model parallelism."""
 
     def get_model_parallel_rank(self) -> int:
-        """0."""
+        """0: there is no model parallelism."""
         return 0
 
     def get_model_parallel_world_size(self) -> int:
-        """1."""
+        """1: there is no model parallelism."""
         return 1
 
     get_tensor_model_parallel_group = get_model_parallel_group
@@ -122,40 +174,51 @@ class _Mpu:
 
 
 class _ScaleGradient(torch.autograd.Function):
+    """The identity; its backward pass multiplies the gradient by ``scale``."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float) -> Tensor:
+        """Return a view of ``x``."""
         ctx.scale = scale
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Scale the gradient."""
         return grad * ctx.scale, None
 
 
-def _settings(config: Config, cuda: bool, numbers: int) -> dict[str, Any]:
-    """DeepSpeed's own config. Accumulation, clipping and schedule are not its business here.
+def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, Any]:
+    """DeepSpeed's config. It leaves accumulation, clipping and schedule to the caller.
 
     Args:
-        config: checked.
-        cuda: whether the head computes on a GPU.
-        numbers: of the head's weights. DeepSpeed's buckets, half a billion numbers by default, need not be larger.
+        config: the checked config.
+        on_cuda: whether the head computes on a GPU.
+        numel: number of elements of the head's weights.
     """
     head = config.head
-    zero: dict[str, Any] = {"stage": head.zero_stage, "overlap_comm": cuda and head.zero_stage > 0}
-    bucket = min(numbers + numbers % 2, LARGEST_BUCKET)  # an odd one is refused
-    zero |= {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    zero: dict[str, Any] = {
+        "stage": head.zero_stage,
+        "overlap_comm": on_cuda and head.zero_stage > 0,
+    }
+
+    # buckets need not be larger than the head; DeepSpeed refuses odd sizes
+    bucket_numel = min(numel + numel % 2, MAX_BUCKET_NUMEL)
+    zero |= {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
+
     if head.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = PERSISTENT
+        zero["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     if head.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": cuda}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
     if head.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": cuda}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_cuda}
+
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,  # a step's boundary is set by hand
+        "gradient_accumulation_steps": 1,  # start_microbatch sets the boundary of a step
         "gradient_clipping": 0.0,  # the default, 1.0, would clip the head alone
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's needs nothing compiled
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would have to be compiled
         "zero_optimization": zero,
         "bf16": {"enabled": config.training.precision == "bf16"},
         "communication_data_type": "fp32",
@@ -165,103 +228,155 @@ def _settings(config: Config, cuda: bool, numbers: int) -> dict[str, Any]:
 
 
 class ZeroHead:
-    """A module under ZeRO over the head's ranks; see :class:`~bitlm_dist.training.sharded_head.HeadEngine`.
+    """A module sharded by ZeRO over the ranks of the head.
+
+    It implements :class:`~bitlm_dist.training.sharded_head.HeadEngine`.
 
     Args:
-        config: checked.
-        module: with the head's parameters; its forward returns this rank's share of the loss.
-        optimizer: DeepSpeed makes it update flat partitions; it finds the tensors in them through :meth:`partitions`.
+        config: the checked config.
+        module: the module with the head's parameters; its forward returns this rank's part of the
+            loss.
+        optimizer: the optimizer of the weights. DeepSpeed replaces its parameters by flat
+            partitions; :meth:`partitions` tells which weights are in them.
     """
 
     def __init__(self, config: Config, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        own = mesh.device()
-        if own.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or every rank says that it found no other
+        local_device = mesh.device()
+        if local_device.type == "cpu":
+            # otherwise every rank logs that it found no accelerator
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         else:
-            os.environ["LOCAL_RANK"] = str(own.index)  # DeepSpeed's number of the GPU, whichever of the node's GPUs are visible
+            # DeepSpeed takes this for the index of its GPU among the visible ones
+            os.environ["LOCAL_RANK"] = str(local_device.index)
+
         with no_torch_compile():
             import deepspeed
-            import deepspeed.runtime.zero.muon.muon_optimizer  # DeepSpeed loads its Muon unasked; ours is another
+
+            # DeepSpeed loads its own Muon, unused here, later and outside this context
+            import deepspeed.runtime.zero.muon.muon_optimizer
         import deepspeed.ops
         from deepspeed.comm import comm
 
-        group = mesh.head_group()
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns that the optimizer is none of its own
-        # No compiled op is used. Asked for its ops, DeepSpeed would try each, with warnings, and compile one for minutes.
+        # it warns that the optimizer is not one of its own
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # No compiled op is used. DeepSpeed would try all of them, with warnings, and compile one
+        # for minutes.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
-        comm.cdb = _backend(group)
-        self.stage, self._ranks, self._group = config.head.zero_stage, dist.get_world_size(group), group
+
+        group = mesh.head_group()
+        comm.cdb = _group_backend(group)
+        self.zero_stage = config.head.zero_stage
+        self._num_ranks = dist.get_world_size(group)
+        self._group = group
+
         self._names = {p: n for n, p in module.named_parameters()}
         self._engine, _, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config=_settings(config, own.type == "cuda", sum(p.numel() for p in self._names)),
+            config=_deepspeed_config(
+                config, local_device.type == "cuda", sum(p.numel() for p in self._names)
+            ),
             mpu=_Mpu(group),
             dist_init_required=False,
         )
         self._zero: Any = self._engine.optimizer
 
-    def __call__(self, context: Tensor, states: Tensor, *rest: Any) -> Tensor:
-        """Forward of the module.
+    def __call__(self, context: Tensor, hidden_states: Tensor, *rest: Any) -> Tensor:
+        """Run the module's forward pass.
 
-        DeepSpeed averages gradients over the head's ranks. Each rank has a share of one loss, so they are to be added up: the loss
-        counts G times for the head, and as it is for what came before it.
+        DeepSpeed averages gradients over the head's ranks. Each rank has a part of one loss, so
+        they must be summed: the gradient is multiplied by G for the head, and divided by G again
+        for the backbone.
         """
-        context, states = (_ScaleGradient.apply(x, 1 / self._ranks) for x in (context, states))
-        # at stage 0 DeepSpeed wants to call the backward pass itself; there it has nothing to do before :meth:`reduce`
-        forward = self._engine.module if self.stage == 0 else self._engine
-        loss: Tensor = forward(context, states, *rest)
-        scaled: Tensor = _ScaleGradient.apply(loss, float(self._ranks))
+        context, hidden_states = (
+            _ScaleGradient.apply(x, 1 / self._num_ranks) for x in (context, hidden_states)
+        )
+
+        # At stage 0 DeepSpeed's engine insists on calling the backward pass itself, though it has
+        # nothing to do before :meth:`reduce_grads`.
+        forward = self._engine.module if self.zero_stage == 0 else self._engine
+        loss: Tensor = forward(context, hidden_states, *rest)
+
+        scaled: Tensor = _ScaleGradient.apply(loss, float(self._num_ranks))
         return scaled
 
-    def begin(self, last: bool) -> None:
-        """The next forward and backward are of a microbatch, the step's last or not."""
-        self._engine.set_gradient_accumulation_boundary(last)
+    def start_microbatch(self, is_last: bool) -> None:
+        """Announce the next microbatch; the step's last one completes the reduction."""
+        self._engine.set_gradient_accumulation_boundary(is_last)
 
-    def reduce(self) -> None:
-        """After the last backward: whatever of the gradients' sum the backward left undone."""
-        if self.stage == 0:
+    def reduce_grads(self) -> None:
+        """Finish the reduction after the last backward pass; stages 1 to 3 reduce during it."""
+        if self.zero_stage == 0:
             self._engine.allreduce_gradients()
 
-    def norm(self) -> float:
-        """Of the whole gradient of the head; NaN where it is not finite."""
-        if self.stage == 0:
-            return float(torch.stack(torch._foreach_norm([p.grad for p in self._names if p.grad is not None])).norm())
+    def grad_norm(self) -> float:
+        """Norm of the full gradient of the head; NaN if it is not finite. Collective."""
+        if self.zero_stage == 0:
+            return float(
+                torch.stack(
+                    torch._foreach_norm([p.grad for p in self._names if p.grad is not None])
+                ).norm()
+            )
+
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        found = combine_grad_norm_groups(self._zero._get_norm_groups()) if self.stage == 3 else self._zero.scaled_global_norm()
-        return float(found) if float(found) >= 0 else float("nan")  # DeepSpeed says -1
+        total_norm = (
+            combine_grad_norm_groups(self._zero._get_norm_groups())
+            if self.zero_stage == 3
+            else self._zero.scaled_global_norm()
+        )
+
+        # DeepSpeed returns -1 if it is not finite
+        return float(total_norm) if float(total_norm) >= 0 else float("nan")
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer, which DeepSpeed has, update the partitions; send the weights round and forget the gradients."""
+        """Let the optimizer update the partitions, all-gather the weights, drop the gradients.
+
+        Args:
+            optimizer: unused, as DeepSpeed already holds the optimizer.
+        """
         self._engine.step()
 
     def partitions(self) -> list[Partition]:
         """The fp32 weights as the optimizer sees them."""
-        if self.stage == 0:
-            return [Partition(p, [Piece(n, p.shape, 0)], None, p.numel()) for p, n in self._names.items()]
-        if self.stage < 3:
-            flats, groups = self._zero.single_partition_of_fp32_groups, self._zero.bit16_groups
-        else:
-            flats, groups = self._zero.fp32_partitioned_groups_flat, self._zero.fp16_groups
-        return [Partition(f, self._pieces(group), self._group, len(f)) for f, group in zip(flats, groups, strict=True)]
+        if self.zero_stage == 0:
+            return [
+                Partition(p, [ParamRange(n, p.shape, 0)], None, p.numel())
+                for p, n in self._names.items()
+            ]
 
-    def _pieces(self, parameters: list[Any]) -> list[Piece]:
-        """Tensors end to end in the table; at stage 3 each has a share of every row instead."""
-        found, offset = [], 0
+        if self.zero_stage < 3:
+            flats = self._zero.single_partition_of_fp32_groups
+            groups = self._zero.bit16_groups
+        else:
+            flats = self._zero.fp32_partitioned_groups_flat
+            groups = self._zero.fp16_groups
+        return [
+            Partition(f, self._param_ranges(group), self._group, len(f))
+            for f, group in zip(flats, groups, strict=True)
+        ]
+
+    def _param_ranges(self, parameters: list[Any]) -> list[ParamRange]:
+        """Locate a group's parameters: contiguous in the buffer, at stage 3 split over its rows."""
+        ranges = []
+        offset = 0
         for p in parameters:
-            shape, share = (p.ds_shape, p.partition_numel()) if self.stage == 3 else (p.shape, None)
-            found.append(Piece(self._names[p], shape, offset, share))
-            offset += shape.numel() if share is None else share
-        return found
+            shape, shard_numel = (
+                (p.ds_shape, p.partition_numel()) if self.zero_stage == 3 else (p.shape, None)
+            )
+            ranges.append(ParamRange(self._names[p], shape, offset, shard_numel))
+            offset += shape.numel() if shard_numel is None else shard_numel
+
+        return ranges
 
     @torch.no_grad()
-    def publish(self) -> None:
-        """The fp32 partitions were changed from outside: bring the weights that the module computes with after them."""
-        if self.stage in (1, 2):
+    def sync_model_weights(self) -> None:
+        """Copy the fp32 partitions, after they were loaded, to the weights of the module."""
+        if self.zero_stage in (1, 2):
             self._zero.update_lp_params()
-        elif self.stage == 3:
+        elif self.zero_stage == 3:
             self._zero._partition_all_parameters()  # the next forward gathers them anew
+            # the optimizer's fp32 shards, then the shards from which forward passes gather
             for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
                 self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
                 self._zero._unflatten_partitioned_parameters(number)

@@ -1,61 +1,88 @@
-"""How much memory a model needs, roughly, before it is built."""
+"""Rough estimate of the memory that a model needs, before it is built."""
 
 from collections.abc import Mapping
 
 import psutil
 import torch
 
-from bitlm_dist.codes import bits_needed
+from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import meta_model
-from bitlm_dist.model.head import make_output
+from bitlm_dist.model.build import build_meta_model
+from bitlm_dist.model.head import make_output_distribution
 from bitlm_dist.parallel import mesh
 
-FP32 = 4
-WEIGHT_GRADIENT_MOMENTS = 4  # copies of the weights under AdamW; Muon needs three
-CODE_TABLES = 16  # bytes a code: token to code, code to token
-LAYER_STATES = 24  # activations a layer keeps for backward, in units of one hidden state, feed-forward and attention included
+FP32_BYTES = 4
+COPIES_PER_WEIGHT = 4  # weight, gradient and two moments of AdamW; Muon needs three
+BYTES_PER_CODE = 16  # two int64 tables: token to code, and code to token
+
+# activations that a layer saves for backward, feed-forward and attention included, in units of one
+# hidden state
+ACTIVATIONS_PER_LAYER = 24
 
 
-def parameters(config: Config, vocabulary: int) -> int:
-    """Count of a model's parameters."""
-    return sum(p.numel() for p in meta_model(config, vocabulary, bits_needed(vocabulary)).parameters())
+def count_parameters(config: Config, vocab_size: int) -> int:
+    """Count a model's parameters."""
+    return sum(
+        p.numel()
+        for p in build_meta_model(config, vocab_size, num_bits_needed(vocab_size)).parameters()
+    )
 
 
-def training_bytes(config: Config, vocabulary: int) -> int:
-    """Weights, gradients, optimizer state, codes and the activations of a microbatch."""
-    tokens = config.training.global_batch_tokens
-    if config.parallel.microbatch:
-        tokens = min(tokens, config.parallel.microbatch * config.data.sequence_length)
+def training_bytes(config: Config, vocab_size: int) -> int:
+    """Bytes of weights, gradients, optimizer state, codes and the activations of a microbatch."""
+    num_tokens = config.training.global_batch_tokens
+    if config.parallel.micro_batch_size:
+        num_tokens = min(num_tokens, config.parallel.micro_batch_size * config.data.sequence_length)
+
     b = config.model.backbone
-    states = tokens * b.layers * b.width * LAYER_STATES
+    activation_numel = num_tokens * b.num_layers * b.hidden_size * ACTIVATIONS_PER_LAYER
+
     if config.model.output == "softmax":
-        output = 3 * tokens * vocabulary  # logits, log-softmax, its gradient
+        output_numel = 3 * num_tokens * vocab_size  # logits, log-softmax, its gradient
     else:
-        law = make_output(config, bits_needed(vocabulary)).size
-        states += config.diffusion.draws * tokens * config.head.layers * config.head.width * LAYER_STATES
-        output = (3 * config.diffusion.draws + 2) * tokens * law
-    weights = WEIGHT_GRADIENT_MOMENTS * parameters(config, vocabulary)
-    return FP32 * (weights + states + output) + CODE_TABLES * 2 ** bits_needed(vocabulary)
+        num_logits = make_output_distribution(config, num_bits_needed(vocab_size)).num_logits
+        activation_numel += (
+            config.diffusion.num_noise_samples
+            * num_tokens
+            * config.head.num_layers
+            * config.head.hidden_size
+            * ACTIVATIONS_PER_LAYER
+        )
+
+        # logits exist per noise sample, and once more for the context
+        output_numel = (3 * config.diffusion.num_noise_samples + 2) * num_tokens * num_logits
+
+    weight_numel = COPIES_PER_WEIGHT * count_parameters(config, vocab_size)
+    return FP32_BYTES * (
+        weight_numel + activation_numel + output_numel
+    ) + BYTES_PER_CODE * 2 ** num_bits_needed(vocab_size)
 
 
-def generation_bytes(config: Config, vocabulary: int) -> int:
-    """Weights and codes; caches and activations are small beside them."""
-    return FP32 * parameters(config, vocabulary) + CODE_TABLES * 2 ** bits_needed(vocabulary)
+def generation_bytes(config: Config, vocab_size: int) -> int:
+    """Bytes of weights and codes; caches and activations are small compared with them."""
+    return FP32_BYTES * count_parameters(
+        config, vocab_size
+    ) + BYTES_PER_CODE * 2 ** num_bits_needed(vocab_size)
 
 
-def check_memory(needed: Mapping[str, int]) -> None:
-    """Refuse models that do not fit together.
+def check_memory(bytes_by_model: Mapping[str, int]) -> None:
+    """Check that models fit into the free memory at the same time.
 
     Raises:
-        UserError: says what each needs and what is free.
+        UserError: they do not; tells the needs of each model and the free memory.
     """
     device = mesh.device()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if sum(needed.values()) > free:
-        each = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in needed.items())
+    free = (
+        torch.cuda.mem_get_info(device)[0]
+        if device.type == "cuda"
+        else psutil.virtual_memory().available
+    )
+
+    if sum(bytes_by_model.values()) > free:
+        each = ", ".join(f"{name} {size / 2**30:.1f} GiB" for name, size in bytes_by_model.items())
         raise UserError(
             f"the models need about {each}, and {free / 2**30:.1f} GiB are free on {device.type}: "
-            "use a smaller model, training.global_batch_tokens or parallel.microbatch, or compare one at a time"
+            "use a smaller model, training.global_batch_tokens or parallel.micro_batch_size, "
+            "or compare one at a time"
         )

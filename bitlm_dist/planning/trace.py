@@ -1,64 +1,104 @@
-"""The real training step of one rank of N GPUs, on a machine without GPUs: what it holds, computes, sends and waits for."""
+"""Trace of the real training step of one rank of N GPUs on a machine without GPUs: memory, FLOPs,
+communication and waits.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from bitlm_dist.checkpoint.tensors import entries_of
-from bitlm_dist.codes import BitCodes, bits_needed, natural
+from bitlm_dist.checkpoint.tensors import local_entries
+from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import check_batch, layout_of
+from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 from bitlm_dist.planning.fake_cuda import GPU, fake_gpu
 from bitlm_dist.planning.step_trace import StepTrace, Tracer
 from bitlm_dist.training.engine import Engine
 
 
 @contextmanager
-def traced(world: int, rank: int, build_fake: bool) -> Iterator[Tracer]:
-    """While open, this process is a rank of ``world`` fake GPUs and the tracer sees what it does.
+def trace_rank(world_size: int, rank: int, build_fake: bool) -> Iterator[Tracer]:
+    """Run this process as one rank of ``world_size`` fake GPUs, and trace it.
 
     Args:
-        world, rank: of the job.
-        build_fake: CPU tensors are fake too, so that a model of any size is built in no memory.
+        world_size: number of ranks.
+        rank: global rank.
+        build_fake: make CPU tensors fake, too, while the model is built; so a model of any size
+            needs no memory.
+
+    Yields:
+        The tracer.
     """
-    with fake_gpu(world, rank) as fake, Tracer(fake, mesh.group_names, build_fake) as tracer:
+    with fake_gpu(world_size, rank) as fake, Tracer(fake, mesh.group_names, build_fake) as tracer:
         yield tracer
 
 
-def trace_steps(config: Config, world: int, rank: int = 0, vocabulary: int = 151_936, steps: int = 1) -> StepTrace:
-    """Build model, engine and optimizers of a rank, take some steps on its share of a global batch, collect what a save copies.
+def trace_steps(
+    config: Config, world_size: int, rank: int = 0, vocab_size: int = 151_936, num_steps: int = 1
+) -> StepTrace:
+    """Trace one rank: build the engine, train some steps, and collect the tensors of a checkpoint.
 
     Args:
-        config: checked; ``training.compile`` is taken to be ``never``, as torch compiles nothing on fake tensors.
-        world, rank: of the job.
-        vocabulary: tokens.
-        steps: ``step 0``, … in the result, between ``build`` and ``checkpoint``.
+        config: the checked config; ``training.compile`` is treated as ``never``, because
+            torch.compile does not work on fake tensors.
+        world_size: number of ranks.
+        rank: global rank.
+        vocab_size: number of tokens.
+        num_steps: number of training steps.
+
+    Returns:
+        The trace, with the phases ``build``, ``step 0``, …, ``checkpoint``.
 
     Raises:
-        UserError: layout and config do not fit, or no fake GPU can be made here.
+        UserError: layout and config do not fit, or no fake GPU can be simulated here.
     """
-    config = config.model_copy(update={"training": config.training.model_copy(update={"compile": "never"})})
-    layout = layout_of(config.parallel, world, rank)
-    check_batch(config, layout)
-    codes = BitCodes(natural(vocabulary), config.model.bits or bits_needed(vocabulary))
+    config = config.model_copy(
+        update={"training": config.training.model_copy(update={"compile": "never"})}
+    )
 
-    with traced(world, rank, build_fake=True) as tracer:
+    layout = build_layout(config.parallel, world_size, rank)
+    resolve_micro_batch_size(config, layout)
+    codes = BitCodes(natural_codes(vocab_size), config.model.bits or num_bits_needed(vocab_size))
+
+    with trace_rank(world_size, rank, build_fake=True) as tracer:
         engine = Engine(config, codes, eos=0, layout=layout)
-        tracer.found.parameters = {n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()}
-        tracer.found.buffers = {n: b.numel() * b.element_size() for chunk in engine.chunks for n, b in chunk.named_buffers()}
-        for step in range(steps):
-            tracer.begin(f"step {step}")
-            engine.step(_batch(config, layout.data), step)
-        tracer.begin("checkpoint")
-        entries_of({**engine.weights(), **{f"optimizer.{name}": tensor for name, tensor in engine.state().items()}})
-    return tracer.found
+        tracer.trace.parameter_shapes = {
+            n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()
+        }
+        tracer.trace.buffer_bytes = {
+            n: b.numel() * b.element_size()
+            for chunk in engine.chunks
+            for n, b in chunk.named_buffers()
+        }
+
+        for step in range(num_steps):
+            tracer.start_phase(f"step {step}")
+            engine.train_step(_local_batch(config, layout.data), step)
+
+        # a save copies these tensors to the host
+        tracer.start_phase("checkpoint")
+        local_entries(
+            {
+                **engine.model_state_dict(),
+                **{
+                    f"optimizer.{name}": tensor
+                    for name, tensor in engine.optimizer_state_dict().items()
+                },
+            }
+        )
+
+    return tracer.trace
 
 
-def _batch(config: Config, data_ranks: int) -> Batch:
-    """A data rank's share, one document a sequence."""
-    sequences = config.training.global_batch_tokens // config.data.sequence_length // data_ranks
-    tokens = torch.zeros(sequences, config.data.sequence_length, dtype=torch.int64, device=GPU)
-    return Batch(tokens, torch.zeros_like(tokens), torch.zeros(sequences, dtype=torch.int64, device=GPU))
+def _local_batch(config: Config, num_data_ranks: int) -> Batch:
+    """Batch of one data-parallel rank, one document per sequence."""
+    num_sequences = (
+        config.training.global_batch_tokens // config.data.sequence_length // num_data_ranks
+    )
+    tokens = torch.zeros(num_sequences, config.data.sequence_length, dtype=torch.int64, device=GPU)
+
+    return Batch(
+        tokens, torch.zeros_like(tokens), torch.zeros(num_sequences, dtype=torch.int64, device=GPU)
+    )

@@ -1,4 +1,8 @@
-"""The checkpoints of a run in training: saved beside it, judged by the step that follows, the newest healthy ones kept."""
+"""Manage the checkpoints of a run during training.
+
+Saves asynchronously, marks a checkpoint healthy once the next step was finite, and keeps the latest
+healthy ones.
+"""
 
 import socket
 import time
@@ -9,192 +13,279 @@ from typing import Any
 import torch
 
 from bitlm_dist.checkpoint import retention, store
-from bitlm_dist.checkpoint.saver import Saved, Saver
+from bitlm_dist.checkpoint.saver import Saver, SaveStats
+from bitlm_dist.checkpoint.steps import complete_steps, folder_of, read_health, read_train_state
 from bitlm_dist.checkpoint.store import SaveError
 from bitlm_dist.config import CheckpointConfig
-from bitlm_dist.errors import UserError, say
+from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 
 MAX_FAILED_SAVES = 3  # in a row
-POLL = 0.05  # seconds
-UNHEALTHY = "its loss or gradient norm, or that of the next step, was not finite"
-Contents = tuple[Mapping[str, Sliced], Mapping[str, Any]]
+POLL_SECONDS = 0.05
+UNHEALTHY_REASON = "its loss or gradient norm, or that of the next step, was not finite"
+CheckpointContents = tuple[Mapping[str, ShardedTensor], Mapping[str, Any]]
 
 
-class Checkpoints:
-    """Every process of the job makes one and calls the same methods in the same order.
+class CheckpointManager:
+    """Saves, loads and deletes the checkpoints of one run.
+
+    Collective: all ranks must construct one and call its methods in the same order.
 
     Args:
         root: the run's ``checkpoints`` folder.
-        config: when to save, what to keep.
-        layout: of the job.
+        config: when to save, and which checkpoints to keep.
+        layout: the parallel layout of the job.
     """
 
-    def __init__(self, root: Path, config: CheckpointConfig, layout: Layout) -> None:
-        self._root, self._config, self._layout = root, config, layout
+    def __init__(self, root: Path, config: CheckpointConfig, layout: ParallelLayout) -> None:
+        self._root = root
+        self._config = config
+        self._layout = layout
         self.saver = Saver(root, layout)
-        self.newest: int | None = None  # step that was loaded, or saved last
-        self.report: Callable[[Saved], None] = lambda saved: None
-        self._health: dict[int, bool | None] = {}  # of all checkpoints, on the first rank
-        self._failed = 0  # in a row
-        self._last_time = time.monotonic()
-        self._unproven: tuple[int, bool] | None = None  # saved step, whether it was healthy itself
-        self._verdict: tuple[int, bool] | None = None  # of a step that may not be completed yet
+        self.latest_step: int | None = None  # step that was loaded or saved last
+        self.on_saved: Callable[[SaveStats], None] = lambda saved: None
 
-    def find(self) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, every file of it verified, and its state; None: there is none.
+        # by step, of all checkpoints, on rank 0 only; None: not known yet
+        self._health: dict[int, bool | None] = {}
+        self._num_failed_saves = 0  # in a row
+        self._last_save_time = time.monotonic()
+
+        # the step that was saved, and whether it was finite; its health depends on the next step
+        self._awaiting_next_step: tuple[int, bool] | None = None
+        # step and health that cannot be written yet, as the save may not be completed
+        self._pending_health: tuple[int, bool] | None = None
+
+    def find_resume_point(self) -> tuple[Path, dict[str, Any]] | None:
+        """Find the checkpoint to resume from, and verify all of its files.
+
+        With ``checkpoint.fallback``, damaged checkpoints and unhealthy ones are renamed and an
+        older one is taken.
+
+        Returns:
+            The checkpoint and its train state. None if there is no checkpoint.
 
         Raises:
-            UserError: on every rank: it is damaged, and ``checkpoint.fallback`` is off or there is none before it.
+            UserError: on every rank: the checkpoint is damaged, and ``checkpoint.fallback`` is off
+                or no older one is intact.
         """
-        steps = mesh.from_first(store.complete_steps(self._root), self._layout)
+        steps = mesh.broadcast_object(complete_steps(self._root), self._layout)
         unhealthy: list[Path] = []
-        for folder in (store.folder_of(self._root, step) for step in reversed(steps)):
-            problem = self._problem_of(folder)
+
+        for folder in (folder_of(self._root, step) for step in reversed(steps)):
+            problem = self._verify_on_all_ranks(folder)
             if problem and not self._config.fallback:
-                raise UserError(f"{problem}: remove {folder} or set checkpoint.fallback = true to go on from an older checkpoint")
+                raise UserError(
+                    f"{problem}: remove {folder} or set checkpoint.fallback = true to go on from "
+                    "an older checkpoint"
+                )
+
             if problem:
-                self._set_aside(folder, "damaged", f"CHECKPOINT DAMAGED: {problem}")
-            elif mesh.from_first(store.read_health(folder), self._layout) is False and self._config.fallback:
+                self._quarantine(folder, "damaged", f"CHECKPOINT DAMAGED: {problem}")
+            elif (
+                mesh.broadcast_object(read_health(folder), self._layout) is False
+                and self._config.fallback
+            ):
+                # renamed only once a healthy one is found: it may be the best there is
                 unhealthy.append(folder)
             else:
                 for newer in unhealthy:
-                    self._set_aside(newer, "unhealthy", f"CHECKPOINT NOT HEALTHY: {newer}: {UNHEALTHY}")
-                return self._found(folder)
+                    self._quarantine(
+                        newer, "unhealthy", f"CHECKPOINT NOT HEALTHY: {newer}: {UNHEALTHY_REASON}"
+                    )
+                return self._resume_from(folder)
+
         if unhealthy:
-            return self._found(unhealthy[0])
+            return self._resume_from(unhealthy[0])
         if steps:
-            raise UserError(f"none of the checkpoints in {self._root} is whole: restore one, or choose another run.dir")
+            raise UserError(
+                f"none of the checkpoints in {self._root} is intact: "
+                "restore one, or choose another run.dir"
+            )
         return None
 
-    def _found(self, folder: Path) -> tuple[Path, dict[str, Any]]:
-        self._health = {step: store.read_health(store.folder_of(self._root, step)) for step in store.complete_steps(self._root)}
-        state = store.read_state(folder)
-        self.newest = step = int(state["step"])
+    def _resume_from(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        self._health = {
+            step: read_health(folder_of(self._root, step)) for step in complete_steps(self._root)
+        }
+
+        state = read_train_state(folder)
+        self.latest_step = step = int(state["step"])
         if self._health.get(step) is False:
-            self._say(f"{folder}: {UNHEALTHY}; going on from it, as no weight was changed by such a step")
+            self._log(
+                f"{folder}: {UNHEALTHY_REASON}; going on from it, as such a step changes no weights"
+            )
+
+        # the run may have ended before the step that tells the health of this checkpoint
         if self._health.get(step) is None:
-            self._unproven = step, state.get("finite", True)
+            self._awaiting_next_step = step, state.get("finite", True)
+
         return folder, state
 
-    def _problem_of(self, folder: Path) -> str:
-        """What the ranks together find wrong; each hashes some of the files.
+    def _verify_on_all_ranks(self, folder: Path) -> str:
+        """Verify a checkpoint. Collective; every rank hashes some of the files.
+
+        Returns:
+            The damage that was found; empty if none.
 
         Raises:
-            UserError: on every rank: it is of another format, or damaged for some ranks and not for the first.
+            UserError: on every rank: the checkpoint is of another format, or damaged on some rank
+                but not on rank 0.
         """
         damage = fatal = ""
         try:
-            store.verify(folder, self._layout.rank, self._layout.world)
+            store.verify(folder, self._layout.rank, self._layout.world_size)
         except store.DamagedError as error:
             damage = str(error)
         except UserError as error:
             fatal = str(error)
-        reports = mesh.from_all((damage, fatal, socket.gethostname()), self._layout)
+
+        # ranks raise only after this exchange, so that none is left waiting
+        reports = mesh.all_gather_object((damage, fatal, socket.gethostname()), self._layout)
         for _, problem, _ in reports:
             if problem:
                 raise UserError(problem)
-        found = next(((rank, text, host) for rank, (text, _, host) in enumerate(reports) if text), None)
-        if found is None:
+
+        first_damage = next(
+            ((rank, text, host) for rank, (text, _, host) in enumerate(reports) if text), None
+        )
+        if first_damage is None:
             return ""
-        rank, text, host = found
-        if not mesh.from_first(self._layout.rank == 0 and _is_damaged(folder), self._layout):
-            raise UserError(f"rank {rank} on {host}: {text}; the first rank finds it whole: see how that node mounts run.dir")
+
+        # if rank 0 reads the same files without damage, the fault is in that node's mount
+        rank, text, host = first_damage
+        if not mesh.broadcast_object(self._layout.rank == 0 and _is_damaged(folder), self._layout):
+            raise UserError(
+                f"rank {rank} on {host}: {text}; rank 0 finds it intact: "
+                "check how that node mounts run.dir"
+            )
+
         return str(text)
 
-    def _set_aside(self, folder: Path, why: str, text: str) -> None:
+    def _quarantine(self, folder: Path, why: str, text: str) -> None:
+        """Rename a checkpoint so that it is not found again. Collective."""
         problem = where = ""
         if self._layout.rank == 0:
             try:
-                where = str(store.set_aside(folder, why))
+                where = str(store.quarantine(folder, why))
             except OSError as error:
                 problem = f"{folder} could not be renamed ({error}): move it away"
-        problem = mesh.from_first(problem, self._layout)
+
+        problem = mesh.broadcast_object(problem, self._layout)
         if problem:
             raise UserError(problem)
-        self._say(f"{text}; it is now {where}; going on from an older one")
+        self._log(f"{text}; it is now {where}; going on from an older one")
 
     @property
-    def overdue(self) -> bool:
-        """Whether ``every_minutes`` have passed by this process's clock."""
+    def time_based_save_due(self) -> bool:
+        """True if a save by ``every_minutes`` is due, according to this rank's clock."""
         every = 60 * self._config.every_minutes
-        return every > 0 and time.monotonic() - self._last_time >= every
+        return every > 0 and time.monotonic() - self._last_save_time >= every
 
-    def save(self, step: int, collect: Callable[[], Contents], finite: bool, wait: bool) -> None:
-        """Begin a save, after the one before it; complete it if ``wait`` or unless saves are asynchronous.
+    def save(
+        self,
+        step: int,
+        collect_contents: Callable[[], CheckpointContents],
+        is_finite: bool,
+        wait: bool,
+    ) -> None:
+        """Finish the previous save and start the next one.
 
         Args:
-            step: whose checkpoint it is.
-            collect: returns tensors and state, see :meth:`Saver.begin`.
-            finite: whether loss and gradient norm of this step were.
+            step: the step of the checkpoint.
+            collect_contents: returns tensors and state; see :meth:`Saver.start_save`.
+            is_finite: whether loss and gradient norm of this step were finite.
+            wait: also finish this save; it is always finished if saves are not asynchronous.
 
         Raises:
-            SaveError: on every rank, if saves failed three times in a row.
+            SaveError: on every rank, after three failed saves in a row.
         """
-        if self.saver.pending:
-            self.complete()
-        self._last_time = time.monotonic()
-        self._unproven = step, finite
-        began = time.perf_counter()
-        tensors, state = collect()
-        self._trying(lambda: self.saver.begin(step, tensors, {**state, "finite": finite}, began))
-        if self.saver.pending and (wait or not self._config.asynchronous):
-            self.complete()
+        if self.saver.has_pending_save:
+            self.finish_save()
 
-    def complete(self) -> None:
-        """Wait for the save that was begun, and complete it.
+        self._last_save_time = time.monotonic()
+        self._awaiting_next_step = step, is_finite
+
+        # collecting is part of the time for which training stalls
+        start_time = time.perf_counter()
+        tensors, state = collect_contents()
+        self._tolerating_save_errors(
+            lambda: self.saver.start_save(step, tensors, {**state, "finite": is_finite}, start_time)
+        )
+
+        if self.saver.has_pending_save and (wait or not self._config.asynchronous):
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait for the pending save and complete it.
 
         Raises:
             SaveError: see :meth:`save`.
         """
 
         def finish() -> None:
-            saved = self.saver.finish()
-            self.newest, self._failed = saved.step, 0
+            """Complete the checkpoint and report it."""
+            saved = self.saver.finish_save()
+            self.latest_step = saved.step
+            self._num_failed_saves = 0
             self._health[saved.step] = None
-            self.report(saved)
+            self.on_saved(saved)
 
-        # not in one collective, whose time limit a slow disk may exceed
-        while self._layout.world > 1 and int(mesh.most_of_all(torch.tensor(int(self.saver.writing), device=mesh.device()))):
-            time.sleep(POLL)
-        self._trying(finish)
-        self._act_on_verdict()
+        # poll, as a slow disk may exceed the timeout of a single collective
+        while self._layout.world_size > 1 and int(
+            mesh.all_reduce_max(torch.tensor(int(self.saver.is_writing), device=mesh.device()))
+        ):
+            time.sleep(POLL_SECONDS)
 
-    def _trying(self, action: Callable[[], None]) -> None:
-        """A disk that is full for a while does not stop training, one that stays so does."""
+        self._tolerating_save_errors(finish)
+        self._apply_pending_health()
+
+    def _tolerating_save_errors(self, action: Callable[[], None]) -> None:
+        """Tolerate transient save failures; give up after three in a row."""
         try:
             action()
         except SaveError as error:
-            self._failed += 1
-            self._unproven = self._verdict = None
-            if self._failed == MAX_FAILED_SAVES:
+            self._num_failed_saves += 1
+            self._awaiting_next_step = self._pending_health = None
+
+            if self._num_failed_saves == MAX_FAILED_SAVES:
                 raise
-            self._say(f"{error}; training goes on ({self._failed} of {MAX_FAILED_SAVES} failed saves in a row end it)")
+            self._log(
+                f"{error}; training goes on; {MAX_FAILED_SAVES} failed saves in a row end the run, "
+                f"this was number {self._num_failed_saves}"
+            )
 
-    def judge(self, step: int, finite: bool) -> None:
-        """A step was taken: the checkpoint of the step before it is healthy if both were."""
-        if self._unproven is not None and self._unproven[0] == step - 1:
-            self._verdict = step - 1, self._unproven[1] and finite
-            self._unproven = None
-            self._act_on_verdict()
+    def record_step_health(self, step: int, is_finite: bool) -> None:
+        """Record whether a step was finite.
 
-    def _act_on_verdict(self) -> None:
-        if self._verdict is None or self.saver.pending:
+        The checkpoint of the step before it is healthy if both steps were finite.
+        """
+        if self._awaiting_next_step is not None and self._awaiting_next_step[0] == step - 1:
+            self._pending_health = step - 1, self._awaiting_next_step[1] and is_finite
+            self._awaiting_next_step = None
+            self._apply_pending_health()
+
+    def _apply_pending_health(self) -> None:
+        """Write the health of a completed checkpoint, and delete those no longer kept."""
+        if self._pending_health is None or self.saver.has_pending_save:
             return
-        (step, healthy), self._verdict = self._verdict, None
+
+        step, healthy = self._pending_health
+        self._pending_health = None
         if self._layout.rank == 0 and step in self._health:
             self._health[step] = healthy
             try:
-                store.write_health(store.folder_of(self._root, step), healthy)
-                retention.tidy(self._root, self._health, self._config.keep, self._config.keep_every_steps)
+                store.write_health(folder_of(self._root, step), healthy)
+                retention.prune(
+                    self._root, self._health, self._config.keep, self._config.keep_every_steps
+                )
             except OSError as error:
-                self._say(f"checkpoints in {self._root} could not be tidied: {error}")
+                self._log(f"old checkpoints in {self._root} could not be deleted: {error}")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         if self._layout.rank == 0:
-            say(text)
+            log_to_stderr(text)
 
 
 def _is_damaged(folder: Path) -> bool:

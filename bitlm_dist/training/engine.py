@@ -1,4 +1,4 @@
-"""One optimizer step through Megatron's schedules: forward and backward over all microbatches and stages, then the update."""
+"""One optimizer step: all microbatches through Megatron's pipeline schedule, then the update."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -11,196 +11,331 @@ import torch
 from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
-from bitlm_dist.compilation import compiled_regions, compiles
+from bitlm_dist.compilation import enable_compiled_regions, should_compile
 from bitlm_dist.config import Config
 from bitlm_dist.data_prep.token_bytes import ByteLengths
-from bitlm_dist.model.build import build_chunks
-from bitlm_dist.model.initialization import global_names, split_dimension
-from bitlm_dist.model.language_model import Batch, LanguageModel, target_mask
+from bitlm_dist.model.build import build_model_chunks
+from bitlm_dist.model.initialization import global_named_parameters, shard_dim
+from bitlm_dist.model.language_model import Batch, LanguageModel, loss_mask
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout, check_batch
-from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
-from bitlm_dist.training.optimizer import Optimizers, schedule_factor, step_together
-from bitlm_dist.training.sharded_head import ShardedHead, held_back, is_sharded
-from bitlm_dist.training.weights import model_tensors
+from bitlm_dist.training.optimizer import Optimizers, clip_and_step, lr_multiplier_at
+from bitlm_dist.training.sharded_head import ShardedHead, excluded_from_ddp, is_head_sharded
+from bitlm_dist.training.weights import model_state_dict
 
-HEAD = "head."  # of these weights every tensor rank sees its own blocks only
+# parameters of the head; a tensor-parallel rank computes their gradients from its own blocks only
+HEAD_PREFIX = "head."
 
 
 @dataclass(frozen=True)
-class Update:
-    """What one optimizer step saw."""
+class StepResult:
+    """Loss, gradient norm and token counts of one optimizer step."""
 
-    loss: Tensor  # mean over the valid tokens
-    norm: float  # of the gradient, before clipping
-    factor: float  # of the learning rates
-    made: bool  # False: the norm was not finite
-    counts: Tensor  # [2] int64, of the global batch: predicted tokens (those that carry loss), UTF-8 bytes of their text
+    loss: Tensor  # mean over the predicted tokens of the global batch
+    grad_norm: float  # before clipping
+    lr_multiplier: float  # learning rates as a fraction of their peaks
+    applied: bool  # False if the update was skipped, as the norm was not finite
+
+    # [2] int64: predicted tokens of the global batch, and the UTF-8 bytes of their text
+    num_tokens_and_bytes: Tensor
 
 
 class Engine:
-    """The stages of this process, wrapped for data parallelism, and their optimizers.
+    """The pipeline stages of this rank, wrapped for data parallelism, and their optimizers.
 
     Args:
-        config: checked.
-        codes, eos: see :func:`~bitlm_dist.model.build.build_model`.
-        layout: of the job.
-        byte_lengths: UTF-8 bytes of each token id, by which the text of a batch is counted; None: it is not, its bytes are 0.
-        bos: id that opens a document; only to count bytes.
+        config: a validated config.
+        codes: see :func:`~bitlm_dist.model.build.build_model`.
+        eos: see :func:`~bitlm_dist.model.build.build_model`.
+        layout: the parallel layout of the job.
+        byte_lengths: UTF-8 bytes of every token id, to count the bytes of a batch. None: do not
+            count them and report 0.
+        bos: id of the token that opens a document, used only to count bytes.
     """
 
     def __init__(
-        self, config: Config, codes: BitCodes, eos: int, layout: Layout, byte_lengths: ByteLengths | None = None, bos: int = 0
+        self,
+        config: Config,
+        codes: BitCodes,
+        eos: int,
+        layout: ParallelLayout,
+        byte_lengths: ByteLengths | None = None,
+        bos: int = 0,
     ) -> None:
-        mesh.initialize(layout)
-        self.config, self.layout = config, layout
-        self.microbatch = check_batch(config, layout)
-        self.chunks = [chunk.to(mesh.device()) for chunk in build_chunks(config, codes, eos, layout)]
-        megatron_shards = config.optimizer.sharded and config.optimizer.matrices == "adamw" and layout.replicas > 1
-        named = {n: p for chunk in self.chunks for n, p in global_names(chunk, chunk.place.stage.layers.start)}
-        self.parameters = self._count(named)
-        apart = is_sharded(config, layout)
-        if apart:
-            named = {n: p for n, p in named.items() if not n.startswith(HEAD)}
+        mesh.init_process_groups(layout)
+        self.config = config
+        self.layout = layout
+        self.micro_batch_size = resolve_micro_batch_size(config, layout)
+        self.chunks = [
+            chunk.to(mesh.device()) for chunk in build_model_chunks(config, codes, eos, layout)
+        ]
+
+        named = self._global_named_parameters()
+        self.num_parameters = self._count_parameters(named)
+
+        # the head engine shards and updates the head, so Megatron must not see its parameters
+        has_sharded_head = is_head_sharded(config, layout)
+        if has_sharded_head:
+            named = {n: p for n, p in named.items() if not n.startswith(HEAD_PREFIX)}
+
+        self._ddp_chunks: list[Any]
         self.optimizers: Optimizers | DistributedAdamW
-        with held_back(self.chunks[-1]) if apart else nullcontext():
-            self._wrapped: list[Any] = [_wrap(chunk, number == 0, megatron_shards) for number, chunk in enumerate(self.chunks)]
-            if megatron_shards:
-                self.optimizers = DistributedAdamW(self._wrapped, named, config.optimizer, layout)
-            else:
-                self.optimizers = Optimizers(named, config.optimizer, layout)
-        self.head = ShardedHead(config, self.chunks[-1], layout) if apart else None
+        with excluded_from_ddp(self.chunks[-1]) if has_sharded_head else nullcontext():
+            self._wrap_chunks_and_build_optimizers(named)
+
+        self.sharded_head = (
+            ShardedHead(config, self.chunks[-1], layout) if has_sharded_head else None
+        )
+
         self._bos = bos
-        self._byte_lengths: Tensor | None = None  # [2, V]: of a token that follows another, and of a document's first one
-        if byte_lengths is not None:
-            self._byte_lengths = torch.from_numpy(np.stack([byte_lengths.inside, byte_lengths.first])).to(mesh.device())
-        self._compiles = compiles(config.training.compile, mesh.device())
-        self._left = 0  # microbatches of the step that the head has not seen
+        self._byte_lengths = None if byte_lengths is None else _byte_length_table(byte_lengths)
+        self._should_compile = should_compile(config.training.compile, mesh.device())
+        self._num_microbatches_left = 0  # of this step, not yet announced to the sharded head
+
         for chunk in self.chunks:
-            chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize
+            chunk.backbone.megatron_config.finalize_model_grads_func = self._finalize_grads
+
+    def _global_named_parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters of this rank, by their names in the full model."""
+        return {
+            n: p
+            for chunk in self.chunks
+            for n, p in global_named_parameters(
+                chunk, chunk.pipeline_stage.model_chunk.layer_range.start
+            )
+        }
+
+    def _wrap_chunks_and_build_optimizers(self, named: dict[str, nn.Parameter]) -> None:
+        """Wrap the chunks in Megatron's DDP and build the optimizers of ``named``."""
+        config = self.config.optimizer
+
+        # Muon needs full matrices, but the distributed optimizer shards flat gradient buffers
+        use_distributed_optimizer = (
+            config.sharded and config.matrix_optimizer == "adamw" and self.layout.num_replicas > 1
+        )
+        self._ddp_chunks = [
+            _wrap_in_ddp(chunk, number == 0, use_distributed_optimizer)
+            for number, chunk in enumerate(self.chunks)
+        ]
+
+        if use_distributed_optimizer:
+            self.optimizers = DistributedAdamW(self._ddp_chunks, named, config, self.layout)
+        else:
+            self.optimizers = Optimizers(named, config, self.layout)
 
     @property
     def model(self) -> LanguageModel:
-        """The whole model, where one process holds it."""
+        """The full model, which this rank must hold as one chunk, both first and last."""
         assert len(self.chunks) == 1
-        assert self.chunks[0].place.stage.embeds
-        assert self.chunks[0].place.stage.predicts
+        assert self.chunks[0].pipeline_stage.model_chunk.is_first
+        assert self.chunks[0].pipeline_stage.model_chunk.is_last
         return self.chunks[0]
 
     @contextmanager
-    def evaluating(self) -> Iterator[LanguageModel]:
-        """The whole model, ready to be evaluated, where one process holds all but shares of its head; every process calls it."""
-        with self.head.whole() if self.head is not None else nullcontext():
+    def full_model_in_eval_mode(self) -> Iterator[LanguageModel]:
+        """Yield the full model in eval mode, gathering the sharded head. Collective."""
+        with self.sharded_head.unsharded() if self.sharded_head is not None else nullcontext():
             try:
                 yield self.model.eval()
             finally:
                 self.model.train()
 
-    def weights(self) -> dict[str, Sliced]:
-        """What this process holds of the weights, by their names in a checkpoint: to be saved, or to be loaded into."""
-        tensors = model_tensors(self.chunks)
-        if self.head is not None:
-            tensors = {n: t for n, t in tensors.items() if not n.startswith(HEAD)} | self.head.weights()
+    def model_state_dict(self) -> dict[str, ShardedTensor]:
+        """This rank's shards of the weights by checkpoint name, to save or to load into."""
+        tensors = model_state_dict(self.chunks)
+        if self.sharded_head is not None:
+            # the head engine owns the head's weights; the module's may be empty or sharded
+            tensors = {
+                n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)
+            } | self.sharded_head.model_state_dict()
         return tensors
 
-    def state(self) -> dict[str, Sliced]:
-        """What this process holds of the optimizers' state, ``NAME.SLOT``: to be saved, or to be loaded into."""
-        return self.optimizers.state() | ({} if self.head is None else self.head.state())
+    def optimizer_state_dict(self) -> dict[str, ShardedTensor]:
+        """This rank's shards of the optimizer state, ``NAME.SLOT``, to save or to load into."""
+        return self.optimizers.state_dict() | (
+            {} if self.sharded_head is None else self.sharded_head.optimizer_state_dict()
+        )
 
-    def restore(self, state: Mapping[str, Sliced]) -> None:
-        """Take over what was loaded into the tensors of :meth:`weights` and :meth:`state`."""
-        self.optimizers.restore(state)
-        if self.head is not None:
-            self.head.restore()
+    def load_state_dict(self, optimizer_state_dict: Mapping[str, ShardedTensor]) -> None:
+        """Finish loading a checkpoint.
 
-    def _count(self, named: Mapping[str, nn.Parameter]) -> int:
-        """Parameters of the whole model."""
+        Call it after the tensors of :meth:`model_state_dict` and :meth:`optimizer_state_dict` were
+        loaded in place.
+        """
+        self.optimizers.load_state_dict(optimizer_state_dict)
+        if self.sharded_head is not None:
+            self.sharded_head.sync_model_weights()
+
+    def _count_parameters(self, named: Mapping[str, nn.Parameter]) -> int:
+        """Number of parameters of the full model. Collective."""
         layout = self.layout
-        first = layout.tensor_rank == layout.data_rank == layout.context_rank == 0
-        own = sum(p.numel() * (1 if split_dimension(n) is None else layout.tensor) for n, p in named.items()) if first else 0
-        return int(mesh.sum_over_all(torch.tensor(own, device=mesh.device())))
 
-    def step(self, batch: Batch, step: int) -> Update:
-        """Update the model on this data rank's share of a global batch, the ``step``-th."""
-        with compiled_regions("inductor" if self._compiles else None):
-            loss, counts = self._forward_backward(batch, step)
-        factor = schedule_factor(self.config.optimizer, step, self.config.training.steps)
-        parts = [self.optimizers] if self.head is None else [self.optimizers, self.head]
-        norm, made = step_together(parts, self.config.optimizer.clip_norm, factor)
-        for wrapped in self._wrapped:
+        # at each pipeline rank, one rank counts its chunks; the all-reduce adds the counts up
+        is_counting_rank = layout.tensor_rank == layout.data_rank == layout.context_rank == 0
+        num_local = (
+            sum(
+                p.numel() * (1 if shard_dim(n) is None else layout.tensor) for n, p in named.items()
+            )
+            if is_counting_rank
+            else 0
+        )
+        return int(mesh.all_reduce_sum(torch.tensor(num_local, device=mesh.device())))
+
+    def train_step(self, batch: Batch, step: int) -> StepResult:
+        """Update the model on one global batch. Collective.
+
+        Args:
+            batch: the sequences of this data-parallel rank.
+            step: index of the step, which selects noise and learning rate.
+        """
+        with enable_compiled_regions("inductor" if self._should_compile else None):
+            loss, num_tokens_and_bytes = self._forward_backward(batch, step)
+
+        lr_multiplier = lr_multiplier_at(self.config.optimizer, step, self.config.training.steps)
+        parts = (
+            [self.optimizers] if self.sharded_head is None else [self.optimizers, self.sharded_head]
+        )
+        grad_norm, applied = clip_and_step(
+            parts, self.config.optimizer.max_grad_norm, lr_multiplier
+        )
+
+        for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        return Update(loss, norm, factor, made, counts)
+        return StepResult(loss, grad_norm, lr_multiplier, applied, num_tokens_and_bytes)
 
-    def _counts(self, batch: Batch) -> Tensor:
-        """Predicted tokens and bytes of their text in the global batch, [2]; the host waits for nothing."""
-        one = self.chunks[0]
-        mask = target_mask(batch, one.block_size, one.eos)
+    def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:
+        """Count the predicted tokens of the global batch and the bytes of their text.
+
+        Returns:
+            Both counts, [2]. They stay on the device, so the host does not wait for them.
+        """
+        model_chunk = self.chunks[0]
+        mask = loss_mask(batch, model_chunk.block_size, model_chunk.eos)
+
         if self._byte_lengths is None:
             text = torch.zeros_like(mask, dtype=torch.int64)
         else:
+            # the tokenizer may drop the leading space of a document, which shortens its first token
             first = torch.zeros_like(batch.tokens)
             first[:, 1:] = batch.tokens[:, :-1] == self._bos
             text = self._byte_lengths[first, batch.tokens]
-        return mesh.sum_over_data(torch.stack([mask.sum(), (text * mask).sum()]))
+
+        return mesh.all_reduce_sum_over_data(torch.stack([mask.sum(), (text * mask).sum()]))
 
     def _forward_backward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
-        """Loss [] and :attr:`Update.counts` of the global batch."""
+        """Run all microbatches through the pipeline schedule.
+
+        Returns:
+            The global batch's loss [], and :attr:`StepResult.num_tokens_and_bytes`.
+        """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
-        counts = self._counts(batch)
-        valid = counts[0].clamp_min(1)
-        count = len(batch.tokens) // self.microbatch
-        self._left = count
-        parts = [batch.part(slice(i * self.microbatch, (i + 1) * self.microbatch)) for i in range(count)]
-        found: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=partial(self._forward, valid=valid, step=step),
-            data_iterator=[iter(parts) for _ in self.chunks],
-            model=self._wrapped,
-            num_microbatches=count,
+        num_tokens_and_bytes = self._count_tokens_and_bytes(batch)
+        valid = num_tokens_and_bytes[0].clamp_min(1)
+
+        num_microbatches = len(batch.tokens) // self.micro_batch_size
+        self._num_microbatches_left = num_microbatches
+        microbatches = [
+            batch.microbatch(slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size))
+            for i in range(num_microbatches)
+        ]
+
+        outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=partial(self._forward_microbatch, valid=valid, step=step),
+            data_iterator=[iter(microbatches) for _ in self.chunks],
+            model=self._ddp_chunks,
+            num_microbatches=num_microbatches,
             seq_length=batch.tokens.shape[1],
-            micro_batch_size=self.microbatch,
+            micro_batch_size=self.micro_batch_size,
             forward_only=False,
         )
-        return mesh.sum_over_all(sum((part["loss"] for part in found), torch.zeros((), device=mesh.device()))), counts
 
-    def _forward(self, parts: Iterator[Batch], wrapped: nn.Module, *, valid: Tensor, step: int) -> tuple[Tensor, Any]:
-        batch, seed = next(parts), self.config.training.seed
+        # Only ranks of the last stage have outputs. Each is divided by the global number of
+        # predicted tokens, so their sum is the mean.
+        return mesh.all_reduce_sum(
+            sum((part["loss"] for part in outputs), torch.zeros((), device=mesh.device()))
+        ), num_tokens_and_bytes
+
+    def _forward_microbatch(
+        self, microbatches: Iterator[Batch], wrapped: nn.Module, *, valid: Tensor, step: int
+    ) -> tuple[Tensor, Any]:
+        """Forward pass of one chunk; the ``forward_step_func`` of Megatron's schedule.
+
+        Returns:
+            The chunk's output, and the function that computes the loss from the last chunk's.
+        """
+        batch = next(microbatches)
+        seed = self.config.training.seed
         chunk = wrapped.module
         assert isinstance(chunk, LanguageModel)
-        if self.head is not None and chunk.place.stage.predicts:
-            self._left -= 1
-            self.head.begin(last=self._left == 0)
 
-        def loss_of(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            loss = chunk.loss_after(hidden, batch, seed=seed, step=step) / valid
+        if self.sharded_head is not None and chunk.pipeline_stage.model_chunk.is_last:
+            self._num_microbatches_left -= 1
+            self.sharded_head.start_microbatch(is_last=self._num_microbatches_left == 0)
+
+        def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            """Loss of the last chunk's output, and its value for the log."""
+            loss = chunk.loss_from_hidden(hidden, batch, seed=seed, step=step) / valid
             # the schedule changes the loss in place; the count of tokens is not used
-            return loss, torch.ones((), dtype=torch.int), {"loss": loss.detach() / chunk.loss_copies}
+            return (
+                loss,
+                torch.ones((), dtype=torch.int),
+                {"loss": loss.detach() / chunk.loss_replication},
+            )
 
-        return wrapped(batch, seed=seed, step=step), loss_of
+        return wrapped(batch, seed=seed, step=step), compute_loss
 
-    def _finalize(self, wrapped: list[nn.Module], tokens: Tensor | None = None, **settings: Any) -> None:
-        """Megatron's reductions over data and norms, without its division by tokens; then what tensor ranks saw in parts."""
+    def _finalize_grads(
+        self, wrapped: list[nn.Module], tokens: Tensor | None = None, **settings: Any
+    ) -> None:
+        """Reduce the gradients once per step, after the last backward pass. Collective.
+
+        Megatron reduces all gradients over data-parallel ranks, and those of norm layers also over
+        tensor-parallel ranks. It gets no token count, as the loss is a mean over tokens already.
+        """
         from megatron.core.distributed import finalize_model_grads
 
         finalize_model_grads(wrapped, None, **settings)
         if self.layout.tensor == 1:
             return
-        partial_names = (*(() if self.head else (HEAD,)), *(("embedding.",) if self.layout.sequence else ()))
+
+        # weights that tensor ranks replicate, but whose gradients they compute from different
+        # blocks or, under sequence parallelism, from different positions
+        partial_names = (
+            *(() if self.sharded_head else (HEAD_PREFIX,)),
+            *(("embedding.",) if self.layout.sequence else ()),
+        )
         for chunk in self.chunks:
-            partly = [p for n, p in chunk.named_parameters() if n.startswith(partial_names) and split_dimension(n) is None]
-            grads = [p.main_grad for p in partly]  # type: ignore[attr-defined]
+            partial_parameters = [
+                p
+                for n, p in chunk.named_parameters()
+                if n.startswith(partial_names) and shard_dim(n) is None
+            ]
+            grads = [p.main_grad for p in partial_parameters]  # type: ignore[attr-defined]
             for grad in grads:
                 torch.distributed.all_reduce(grad, group=mesh.tensor_group())
 
 
-def _wrap(chunk: LanguageModel, first: bool, shards: bool) -> nn.Module:
+def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
+    """Bytes per token id, [2, V]: row 0 inside a document, row 1 at its first token."""
+    return torch.from_numpy(np.stack([byte_lengths.inside, byte_lengths.first])).to(mesh.device())
+
+
+def _wrap_in_ddp(
+    chunk: LanguageModel, is_first: bool, use_distributed_optimizer: bool
+) -> nn.Module:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=shards,
+        use_distributed_optimizer=use_distributed_optimizer,
         overlap_grad_reduce=mesh.device().type == "cuda",
     )
-    wrapped: nn.Module = DistributedDataParallel(chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not first)
+
+    # as in Megatron's training loop: reductions of later chunks overlap with compute anyway
+    wrapped: nn.Module = DistributedDataParallel(
+        chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not is_first
+    )
     return wrapped

@@ -1,10 +1,12 @@
-"""The weights of a checkpoint as plain safetensors with all that is needed to use them, and back.
+"""Export the weights of a checkpoint as plain safetensors with all that is needed to use them.
 
-An exported folder has the files of a run folder, but for the checkpoints::
+An exported folder has the files of a run folder, except for the checkpoints::
 
-    model.safetensors, or model-00001-of-00003.safetensors … with model.safetensors.index.json
+    model.safetensors      or model-00001-of-00003.safetensors … and model.safetensors.index.json
     config.yaml  tokenizer/  codes.npz
     export.json            step, tokens, versions; size and hash of every other file
+
+:func:`import_checkpoint` makes a run folder of it.
 """
 
 import json
@@ -18,148 +20,257 @@ from torch import Tensor
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
-from bitlm_dist.checkpoint.tensors import NAMES, Entry, Stored
-from bitlm_dist.config_loading import read_run, to_yaml
+from bitlm_dist.checkpoint.steps import read_train_state
+from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, ShardEntry, TensorIndex, current_name
+from bitlm_dist.config_loading import load_run_config, to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import sha256_of, sync_folder, sync_tree, to_json, write_atomically
-from bitlm_dist.training.checkpoint_place import run_of
+from bitlm_dist.files import fsync_folder, fsync_tree, sha256_of, write_atomically
+from bitlm_dist.strict_json import to_json
+from bitlm_dist.training.checkpoint_folder import run_folder_of
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
-from bitlm_dist.training.weights import averaged_name, weight_name
+from bitlm_dist.training.weights import checkpoint_ema_name, checkpoint_weight_name
 
-FORMAT = 1
-RECORD, INDEX, WEIGHTS = "export.json", "model.safetensors.index.json", ".safetensors"
+EXPORT_FORMAT = 1
+EXPORT_RECORD = "export.json"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHTS_SUFFIX = ".safetensors"
 
 
-def export(checkpoint: Path, out: Path, averaged: bool = False, file_bytes: int = 4 * 10**9) -> int:
-    """Write the weights of a checkpoint, one tensor in memory at a time -> bytes written.
+def export_checkpoint(
+    checkpoint: Path, out: Path, use_ema: bool = False, max_file_bytes: int = 4 * 10**9
+) -> int:
+    """Write the weights of a checkpoint, with one tensor in memory at a time.
 
     Args:
-        checkpoint: in its run folder.
-        out: must not exist.
-        averaged: the moving average instead of the weights.
-        file_bytes: at most so much in one file, unless a tensor is larger.
+        checkpoint: the checkpoint, in its run folder.
+        out: the folder to write; must not exist.
+        use_ema: export the moving average instead of the weights.
+        max_file_bytes: maximum size of a file, unless a single tensor is larger.
+
+    Returns:
+        Bytes of weights written.
 
     Raises:
-        UserError: the checkpoint is damaged or has no average, or ``out`` exists.
+        UserError: the checkpoint is damaged or has no moving average, or ``out`` exists.
     """
-    run = RunFolder(run_of(checkpoint))
-    _refuse_existing(out)
+    run = RunFolder(run_folder_of(checkpoint))
+    _raise_if_exists(out)
     store.verify(checkpoint)
-    state, index = store.read_state(checkpoint), tensor_files.read_index(checkpoint)
-    names = _exported_names(index, averaged)
+    state = read_train_state(checkpoint)
+
+    index = tensor_files.read_index(checkpoint)
+    names = _exported_names(index, use_ema)
     if not names:
-        raise UserError(f"{checkpoint} holds no moving average: export without --averaged, or train with optimizer.ema")
-    entries = [Entry.whole(name, index[saved].dtype, index[saved].shape) for name, saved in names]
-    groups = list(_in_files(entries, file_bytes))
+        raise UserError(
+            f"{checkpoint} holds no moving average: export without --averaged, "
+            "or train with optimizer.ema"
+        )
+
+    # renamed when it is complete, so that `out` is never half-written
     building = out.with_name(f".{out.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
-    saved_as, files = dict(names), {}
-    for number, group in enumerate(groups, 1):
-        file = "model.safetensors" if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        whole = (tensor_files.read_whole(checkpoint, saved_as[entry.name], index) for entry in group)
-        files[file] = tensor_files.write(building / file, group, whole)._asdict()
-    if len(groups) > 1:
-        weight_map = {entry.name: file for file, group in zip(files, groups, strict=True) for entry in group}
-        total = sum(entry.bytes for entry in entries)
-        text = to_json({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
-        write_atomically(building / INDEX, text + "\n")
-    write_atomically(building / "config.yaml", to_yaml(read_run(run.path)))  # its paths are not those of this folder
-    shutil.copy(run.path / CODES, building)
-    shutil.copytree(run.path / "tokenizer", building / "tokenizer")
-    record = {"format": FORMAT, "step": state["step"], "tokens": state["tokens"], "averaged": averaged}
-    for path in [building / "config.yaml", building / CODES, *(building / "tokenizer").iterdir()]:
-        files[str(path.relative_to(building))] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    write_atomically(building / RECORD, to_json({**record, "files": files, "environment": environment()}, indent=1) + "\n")
-    sync_tree(building)
+
+    files = _write_weights(building, checkpoint, names, index, max_file_bytes)
+    files |= _write_run_files(building, run)
+    record = {
+        "format": EXPORT_FORMAT,
+        "step": state["step"],
+        "tokens": state["tokens"],
+        "averaged": use_ema,
+    }
+    write_atomically(
+        building / EXPORT_RECORD,
+        to_json({**record, "files": files, "environment": environment()}, indent=1) + "\n",
+    )
+
+    fsync_tree(building)
     building.rename(out)
-    sync_folder(out.parent)
-    return sum(file["bytes"] for name, file in files.items() if name.endswith(WEIGHTS))
+    fsync_folder(out.parent)
+
+    return sum(file["bytes"] for name, file in files.items() if name.endswith(WEIGHTS_SUFFIX))
 
 
-def _exported_names(index: dict[str, Stored], averaged: bool) -> list[tuple[str, str]]:
-    """Names of the model's tensors, each with what the checkpoint calls it."""
-    start = weight_name("")
+def _write_weights(
+    folder: Path,
+    checkpoint: Path,
+    names: Sequence[tuple[str, str]],
+    index: dict[str, TensorIndex],
+    max_file_bytes: int,
+) -> dict[str, Any]:
+    """Write the safetensors files and, if there are several, their index.
+
+    Returns:
+        Size and hash of each safetensors file, by name.
+    """
+    entries = [
+        ShardEntry.full(name, index[saved].dtype, index[saved].shape) for name, saved in names
+    ]
+    groups = list(_group_into_files(entries, max_file_bytes))
+
+    checkpoint_names = dict(names)
+    files: dict[str, Any] = {}
+    for number, group in enumerate(groups, 1):
+        file = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        # a generator, so that one tensor is in memory at a time
+        tensors = (
+            tensor_files.load_full(checkpoint, checkpoint_names[entry.name], index)
+            for entry in group
+        )
+        files[file] = tensor_files.write_safetensors(folder / file, group, tensors)._asdict()
+
+    if len(groups) > 1:
+        weight_map = {
+            entry.name: file for file, group in zip(files, groups, strict=True) for entry in group
+        }
+        total = sum(entry.num_bytes for entry in entries)
+        text = to_json({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1)
+        write_atomically(folder / INDEX_FILE, text + "\n")
+
+    return files
+
+
+def _write_run_files(folder: Path, run: RunFolder) -> dict[str, Any]:
+    """Write config, codes and tokenizer of a run.
+
+    Returns:
+        Size and hash of each file, by its path in the folder.
+    """
+    # not a copy: paths in the run folder's config are relative to that folder
+    write_atomically(folder / "config.yaml", to_yaml(load_run_config(run.path)))
+    shutil.copy(run.path / CODES, folder)
+    shutil.copytree(run.path / "tokenizer", folder / "tokenizer")
+
+    return {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in [folder / "config.yaml", folder / CODES, *(folder / "tokenizer").iterdir()]
+    }
+
+
+def _exported_names(index: dict[str, TensorIndex], use_ema: bool) -> list[tuple[str, str]]:
+    """Pairs of a weight's name in the model and the checkpoint's name for what is exported of it.
+
+    Empty if some of the exported tensors are not in the checkpoint.
+    """
+    start = checkpoint_weight_name("")
     names = [name.removeprefix(start) for name in index if name.startswith(start)]
-    found = [(name, averaged_name(name) if averaged else weight_name(name)) for name in names]
-    return found if all(saved in index for _, saved in found) else []
+
+    name_pairs = [
+        (name, checkpoint_ema_name(name) if use_ema else checkpoint_weight_name(name))
+        for name in names
+    ]
+    return name_pairs if all(saved in index for _, saved in name_pairs) else []
 
 
-def _in_files(entries: Sequence[Entry], most: int) -> Iterator[list[Entry]]:
-    group: list[Entry] = []
+def _group_into_files(
+    entries: Sequence[ShardEntry], max_file_bytes: int
+) -> Iterator[list[ShardEntry]]:
+    """Split the tensors, in order, into groups of at most ``max_file_bytes``."""
+    group: list[ShardEntry] = []
     for entry in entries:
-        if group and sum(e.bytes for e in group) + entry.bytes > most:
+        if group and sum(e.num_bytes for e in group) + entry.num_bytes > max_file_bytes:
             yield group
             group = []
         group.append(entry)
+
     yield group
 
 
-def _refuse_existing(folder: Path) -> None:
+def _raise_if_exists(folder: Path) -> None:
     if folder.exists():
         raise UserError(f"{folder} exists: name a folder that does not")
 
 
-def import_(source: Path, run: Path) -> None:
-    """Make a run folder of an exported one, one tensor in memory at a time; it can be evaluated and written with.
+def import_checkpoint(source: Path, run: Path) -> None:
+    """Make a run folder of an exported one, with one tensor in memory at a time.
+
+    The run folder can be evaluated and sampled from. It has no optimizer state, so it cannot resume
+    training.
 
     Args:
-        source: what :func:`export` wrote.
-        run: must not exist.
+        source: a folder written by :func:`export_checkpoint`.
+        run: the run folder to write; must not exist.
 
     Raises:
-        UserError: ``source`` is no exported folder, is damaged or of a newer format, or ``run`` exists.
+        UserError: ``source`` is not an exported folder, is damaged or of a newer format, or ``run``
+            exists.
     """
-    _refuse_existing(run)
-    record = _read_record(source)
-    config = read_run(source)
+    _raise_if_exists(run)
+    record = _load_verified_record(source)
+
+    # the exporting run's paths mean nothing here, and no moving average is exported beside weights
+    config = load_run_config(source)
     config = config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": run}),
             "checkpoint": config.checkpoint.model_copy(update={"dir": None}),
-            "evaluation": config.evaluation.model_copy(update={"averaged": False}),
+            "evaluation": config.evaluation.model_copy(update={"use_ema": False}),
         }
     )
+
     building = run.with_name(f".{run.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     folder = RunFolder(building)
-    folder.claim(config, source / "tokenizer", RunFolder(source).codes())
-    folder.record(config, source / "tokenizer", RunFolder(source).codes())
-    files = [source / name for name in record["files"] if name.endswith(WEIGHTS)]
+    folder.acquire(config, source / "tokenizer", RunFolder(source).codes())
+    folder.write_metadata(config, source / "tokenizer", RunFolder(source).codes())
+
+    files = [source / name for name in record["files"] if name.endswith(WEIGHTS_SUFFIX)]
     state = {"tokens": record["tokens"], "weights_only": True}
     state |= {"config": config.model_dump(mode="json"), "environment": environment()}
-    store.save(folder.checkpoints, record["step"], list(_entries_of(files)), _tensors_of(files), state)
+    store.save(
+        folder.checkpoints, record["step"], list(_iter_entries(files)), _iter_tensors(files), state
+    )
+
     folder.release()
     building.rename(run)
 
 
-def _entries_of(files: Sequence[Path]) -> Iterator[Entry]:
+def _iter_entries(files: Sequence[Path]) -> Iterator[ShardEntry]:
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in list(opened.keys()):
-                part = opened.get_slice(name)
-                yield Entry.whole(weight_name(name), NAMES[part.get_dtype()], part.get_shape())
+                tensor_slice = opened.get_slice(name)
+                yield ShardEntry.full(
+                    current_name(checkpoint_weight_name(name)),
+                    TORCH_DTYPES[tensor_slice.get_dtype()],
+                    tensor_slice.get_shape(),
+                )
 
 
-def _tensors_of(files: Sequence[Path]) -> Iterator[Tensor]:
+def _iter_tensors(files: Sequence[Path]) -> Iterator[Tensor]:
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in list(opened.keys()):
                 yield opened.get_tensor(name)
 
 
-def _read_record(source: Path) -> dict[str, Any]:
+def _load_verified_record(source: Path) -> dict[str, Any]:
+    """Read the export record, and verify all files that it lists."""
     try:
-        record: dict[str, Any] = json.loads((source / RECORD).read_text())
-        found, files = int(record["format"]), dict(record["files"])
+        record: dict[str, Any] = json.loads((source / EXPORT_RECORD).read_text())
+        format_version = int(record["format"])
+        files = dict(record["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{source} is no exported folder: {RECORD} cannot be read ({error})") from None
-    if found > FORMAT:
-        raise UserError(f"{source} has export format {found}, this version reads up to {FORMAT}: upgrade bitlm-dist")
+        raise UserError(
+            f"{source} is not an exported folder: {EXPORT_RECORD} cannot be read ({error})"
+        ) from None
+
+    # a newer format may list its files in another way
+    if format_version > EXPORT_FORMAT:
+        raise UserError(
+            f"{source} has export format {format_version}, this version reads up to "
+            f"{EXPORT_FORMAT}: upgrade bitlm-dist"
+        )
+
     for name, expected in files.items():
         file = source / name
         if not file.is_file():
             raise UserError(f"{file} is missing: export again")
         if sha256_of(file) != expected["sha256"]:
             raise UserError(f"{file} is damaged: export again")
+
     return record

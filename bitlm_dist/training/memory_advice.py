@@ -1,30 +1,45 @@
-"""What helps where a step does not fit into a GPU."""
+"""Advice for a step that does not fit into GPU memory."""
 
 from bitlm_dist.config import Config
-from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.training.sharded_head import is_sharded
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.training.sharded_head import is_head_sharded
 
 
-def out_of_memory(config: Config, layout: Layout, microbatch: int, error: BaseException) -> str:
-    """One line: what the device said, and the keys that lower the memory of a step, the cheapest first.
+def out_of_memory_advice(
+    config: Config, layout: ParallelLayout, micro_batch_size: int, error: BaseException
+) -> str:
+    """Explain an out-of-memory error in one line.
 
     Args:
-        config: checked.
-        layout: of the job.
-        microbatch: sequences of a forward pass.
-        error: of the device; its first sentences hold what was asked for and what is free.
+        config: A checked config.
+        layout: The job's parallel layout.
+        micro_batch_size: Sequences per forward pass.
+        error: The device's error; its first sentences say what was requested and what is free.
+
+    Returns:
+        The device's message, and the keys that lower the memory of a step, the cheapest first.
     """
     keys = []
-    if microbatch > 1:
-        keys.append(f"--parallel.microbatch {microbatch // 2}")
-    if config.parallel.recompute != "full":
-        keys.append("--parallel.recompute full")
-    if layout.world > 1 and config.model.output == "bits" and not (is_sharded(config, layout) and config.head.zero_stage == 3):
+    if micro_batch_size > 1:
+        keys.append(f"--parallel.micro_batch_size {micro_batch_size // 2}")
+    if config.parallel.activation_checkpointing != "full":
+        keys.append("--parallel.activation_checkpointing full")
+
+    if (
+        layout.world_size > 1
+        and config.model.output == "bits"
+        and not (is_head_sharded(config, layout) and config.head.zero_stage == 3)
+    ):
         keys.append("--head.engine deepspeed --head.zero_stage 3")
-    if layout.replicas > 1 and not config.optimizer.sharded:
+    if layout.num_replicas > 1 and not config.optimizer.sharded:
         keys.append("--optimizer.sharded true")
+
+    # Splitting the model further always helps.
     keys.append(f"--parallel.tensor {2 * layout.tensor} --parallel.sequence true")
     keys.append(f"--parallel.pipeline {2 * layout.pipeline}")
 
-    said = ". ".join(" ".join(str(error).split()).split(". ")[:3])
-    return f"{said}: a microbatch of {microbatch} sequences does not fit; what helps: {', '.join(keys)}"
+    message = ". ".join(" ".join(str(error).split()).split(". ")[:3])
+    return (
+        f"{message}: a microbatch of {micro_batch_size} sequences does not fit; "
+        f"what helps: {', '.join(keys)}"
+    )

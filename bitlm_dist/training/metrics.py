@@ -1,4 +1,8 @@
-"""One object a step in metrics.jsonl, an evaluation in evaluations.jsonl, a save in saves.jsonl; TensorBoard, Weights & Biases."""
+"""Logs of a run: JSON lines in the run folder, TensorBoard, and Weights & Biases.
+
+metrics.jsonl has one object per step, evaluations.jsonl one per evaluation, saves.jsonl one per
+checkpoint.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -6,145 +10,185 @@ from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.checkpoint.saver import Saved
+from bitlm_dist.checkpoint.saver import SaveStats
 from bitlm_dist.config import Config
-from bitlm_dist.errors import say
-from bitlm_dist.files import to_json
+from bitlm_dist.errors import log_to_stderr
+from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.wandb_log import WandbLog
 
-METRICS, EVALUATIONS, SAVES = "metrics.jsonl", "evaluations.jsonl", "saves.jsonl"
+METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SAVES = "saves.jsonl"
 
 
-class _Lines:
-    """JSON lines at the end of a file; what a full disk does not take now goes with the next line."""
+class _JsonLinesFile:
+    """Appends JSON lines to a file; retries lines that a full disk refused with the next one."""
 
     def __init__(self, file: Path) -> None:
-        self._file, self._left, self._failed = file, b"", False
+        self._file = file
+        self._unwritten = b""
+        self._has_failed = False
         self._stream: RawIOBase | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._left += to_json(line).encode() + b"\n"
+        """Append a line now, or with a later one if the file cannot be written."""
+        self._unwritten += to_json(line).encode() + b"\n"
+
         try:
+            # Unbuffered: a killed process must not take lines with it, and an error shows here.
             self._stream = self._stream or self._file.open("ab", buffering=0)
-            while self._left:
-                self._left = self._left[self._stream.write(self._left) :]
-            self._failed = False
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._stream.write(self._unwritten) :]
+            self._has_failed = False
         except OSError as error:
-            if not self._failed:
-                say(f"{self._file} cannot be written now ({error}); its lines are kept in memory")
-            self._failed = True
+            # Report the first failure only, not one per step.
+            if not self._has_failed:
+                log_to_stderr(
+                    f"{self._file} cannot be written now ({error}); its lines are kept in memory"
+                )
+            self._has_failed = True
 
     def close(self) -> None:
+        """Close the file, if anything was written."""
         if self._stream is not None:
             self._stream.close()
 
 
 class MetricsLog:
-    """Writes every step's metrics to the run folder before the next step begins; no failure to write ends a run.
+    """Writes every step's metrics to the run folder before the next step begins.
+
+    A failure to write never ends a run. W&B is started with the first line, so the first call that
+    writes raises :class:`UserError` where :class:`WandbLog` does.
 
     Args:
-        folder: of the run, whose files hold nothing of steps after ``step``.
-        config: of the run.
-        step: steps taken; what TensorBoard has of later ones, which a killed process took, is hidden there.
-
-    The first thing that is written raises :class:`UserError` where :class:`WandbLog` does.
+        folder: The run folder; its files hold nothing of steps after ``step``.
+        config: The run's config.
+        step: Steps taken so far. TensorBoard's events of later steps, which a killed process took,
+            are hidden.
     """
 
     def __init__(self, folder: Path, config: Config, step: int) -> None:
-        self._folder, self._config, self._step = folder, config, step
-        self._steps, self._evaluations, self._saves = (_Lines(folder / name) for name in (METRICS, EVALUATIONS, SAVES))
-        self._board: Any = None
+        self._folder = folder
+        self._config = config
+        self._start_step = step
+        self._metrics_file, self._evaluations_file, self._saves_file = (
+            _JsonLinesFile(folder / name) for name in (METRICS, EVALUATIONS, SAVES)
+        )
+        self._tensorboard: Any = None
         self._wandb: WandbLog | None = None
-        self._opened = False
+        self._is_open = False
 
-    def _open(self) -> None:
-        """Begin this process's events. A start that takes no step leaves none, so they wait for something to write.
+    def _open_trackers(self) -> None:
+        """Start TensorBoard and W&B, once there is something to write.
 
-        By then the run folder has been rid of later steps, and knows which of them W&B has.
+        A start that takes no step must leave no trace. Besides, by then the metrics of later steps
+        were dropped from the run folder, and the steps that W&B has of them were recorded there.
         """
-        self._opened = True
+        self._is_open = True
         if self._config.logging.wandb_project:
             self._wandb = WandbLog(self._folder, self._config)
+
         if self._config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._step + 1)
+            self._tensorboard = SummaryWriter(
+                str(self._folder / "tensorboard"), purge_step=self._start_step + 1
+            )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Record one step; ``metrics`` has the key ``step``."""
-        self._steps.write(metrics)
-        self._publish(METRICS, metrics["step"], metrics)
+        """Record the metrics of a step, among them ``step``."""
+        self._metrics_file.write(metrics)
+        self._log_scalars(METRICS, metrics["step"], metrics)
 
-    def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Record an evaluation after ``spent`` (with the key ``step``), under the key ``validation``."""
-        self._evaluations.write({**spent, "validation": report})
+    def write_evaluation(self, progress: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """Record an evaluation.
+
+        Args:
+            progress: Costs of the run so far, among them ``step``.
+            report: The evaluation's result; it goes under the key ``validation``.
+        """
+        self._evaluations_file.write({**progress, "validation": report})
+
+        # Curves over approximate byte counts must not be mistaken for exact ones.
         mark = "approximate_" if report.get("bytes_note") else ""
-        numbers = {
+        scalars = {
             f"validation/{mark if 'bits_per_byte' in name else ''}{name}": value
             for name, value in report.items()
             if isinstance(value, float)
         }
-        self._publish(EVALUATIONS, spent["step"], numbers)
+        self._log_scalars(EVALUATIONS, progress["step"], scalars)
 
-    def write_save(self, saved: Saved) -> None:
+    def write_save(self, saved: SaveStats) -> None:
         """Record a completed checkpoint."""
-        self._saves.write(asdict(saved))
-        self._publish(SAVES, saved.step, {f"checkpoint/{name}": value for name, value in asdict(saved).items()})
+        self._saves_file.write(asdict(saved))
+        self._log_scalars(
+            SAVES,
+            saved.step,
+            {f"checkpoint/{name}": value for name, value in asdict(saved).items()},
+        )
 
-    def _publish(self, file: str, step: int, values: Mapping[str, Any]) -> None:
-        """Send what has a value to TensorBoard and W&B."""
-        if not self._opened:
-            self._open()
-        known = {name: value for name, value in values.items() if value is not None and name != "step"}
+    def _log_scalars(self, file: str, step: int, values: Mapping[str, Any]) -> None:
+        """Send all values but None to TensorBoard and W&B."""
+        if not self._is_open:
+            self._open_trackers()
+
+        scalars = {
+            name: value for name, value in values.items() if value is not None and name != "step"
+        }
 
         def add() -> None:
-            for name, value in known.items():
-                self._board.add_scalar(name, value, step)
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, step)
 
-        self._on_board(add)
+        self._with_tensorboard(add)
         if self._wandb:
-            self._wandb.send(file, step, known, fills_row=file == METRICS)
+            self._wandb.send(file, step, scalars, fills_row=file == METRICS)
 
     def flush(self) -> None:
-        """Bring all events to TensorBoard's file, where otherwise up to two minutes of them wait in memory.
+        """Flush TensorBoard's events, of which up to two minutes are buffered in memory.
 
-        It comes before a checkpoint: a process that is killed afterwards and goes on from there repeats no step before it.
+        Call it before saving a checkpoint: the run that resumes from it repeats no earlier step, so
+        events that were lost in memory would be missing for good.
         """
-        self._on_board(lambda: self._board.flush())
+        self._with_tensorboard(lambda: self._tensorboard.flush())
 
-    def _on_board(self, action: Callable[[], None]) -> None:
-        """Do something with TensorBoard's writer; a disk that is full ends that, not the run."""
-        if self._board is None:
+    def _with_tensorboard(self, action: Callable[[], None]) -> None:
+        """Run an action on TensorBoard's writer, if there is one; drop the writer if it fails."""
+        if self._tensorboard is None:
             return
+
         try:
             action()
         except OSError as error:
-            say(f"TensorBoard's events cannot be written ({error}); there are no more of this process")
-            self._board = None
+            log_to_stderr(
+                f"TensorBoard's events cannot be written ({error}); "
+                "this process writes no more of them"
+            )
+            self._tensorboard = None
 
     def close(self) -> None:
-        """Flush everything."""
-        for lines in (self._steps, self._evaluations, self._saves):
+        """Close all files and finish the W&B run."""
+        for lines in (self._metrics_file, self._evaluations_file, self._saves_file):
             lines.close()
-        self._on_board(lambda: self._board.close())
+        self._with_tensorboard(lambda: self._tensorboard.close())
         if self._wandb:
             self._wandb.close()
 
 
-class NoLog:
-    """Takes what :class:`MetricsLog` takes, on ranks that keep no log."""
+class NullMetricsLog:
+    """The :class:`MetricsLog` of ranks that keep no log: all calls are no-ops."""
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """No-op."""
 
-    def write_evaluation(self, spent: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-        """Nothing."""
+    def write_evaluation(self, progress: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+        """No-op."""
 
-    def write_save(self, saved: Saved) -> None:
-        """Nothing."""
+    def write_save(self, saved: SaveStats) -> None:
+        """No-op."""
 
     def flush(self) -> None:
-        """Nothing."""
+        """No-op."""
 
     def close(self) -> None:
-        """Nothing."""
+        """No-op."""

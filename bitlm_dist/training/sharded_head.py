@@ -1,4 +1,4 @@
-"""The head as a part of the model that something else than Megatron shards: `head.engine` says what."""
+"""The head sharded outside Megatron, by the engine that ``head.engine`` selects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,70 +9,92 @@ from torch import Tensor
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.build import rounded
+from bitlm_dist.model.build import cast_weights
 from bitlm_dist.model.head import DiffusionHead
 from bitlm_dist.model.head_loss import HeadLoss
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout
+from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import Partition
-from bitlm_dist.parallel.sliced import Sliced
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.parallel.zero_head import ZeroHead, check_deepspeed
 from bitlm_dist.training.head_optimizer import HeadOptimizer
-from bitlm_dist.training.optimizer import AVERAGE, MASTER, Averages, groups_of
+from bitlm_dist.training.optimizer import EMA, EMA_SLOT, MASTER_WEIGHT_SLOT, build_param_groups
 
-STEP = "step"  # of AdamW's state, one number a partition
+STEP_SLOT = "step"  # of AdamW's state, one element per partition
 
 
 class HeadEngine(Protocol):
-    """What shards the head: a module over the ranks of the last stage, whose gradients it adds up."""
+    """Shards the head over the ranks of the last pipeline stage, and sums their gradients.
 
-    def __call__(self, context: Tensor, states: Tensor, *rest: Any) -> Tensor:
-        """:meth:`HeadLoss.forward` of this rank's blocks; the gradient by context and states is theirs, unscaled."""
+    Collective over these ranks: all of them must call its methods in the same order.
+    """
+
+    def __call__(self, context: Tensor, hidden_states: Tensor, *rest: Any) -> Tensor:
+        """Run :meth:`HeadLoss.forward` on this rank's blocks.
+
+        The gradients with respect to ``context`` and ``hidden_states`` are local and unscaled.
+        """
         ...
 
-    def begin(self, last: bool) -> None:
-        """The next forward and backward are of a microbatch, the step's last or not."""
+    def start_microbatch(self, is_last: bool) -> None:
+        """Announce the forward and backward pass of a microbatch; ``is_last``: the step's last."""
         ...
 
-    def reduce(self) -> None:
-        """After the last backward: whatever of the gradients' sum the backward left undone."""
+    def reduce_grads(self) -> None:
+        """Complete the gradients' reduction, after the step's last backward pass."""
         ...
 
-    def norm(self) -> float:
-        """Of the whole gradient."""
+    def grad_norm(self) -> float:
+        """Norm of the full gradient."""
         ...
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer update the partitions, bring the weights after them and forget the gradients."""
+        """Update the partitions, copy them to the model's weights, and drop the gradients."""
         ...
 
     def partitions(self) -> list[Partition]:
         """The fp32 weights as the optimizer sees them."""
         ...
 
-    def publish(self) -> None:
-        """The fp32 partitions were changed from outside: bring the weights that the module computes with after them."""
+    def sync_model_weights(self) -> None:
+        """Copy the fp32 partitions, which were changed from outside, to the model's weights."""
         ...
 
 
-def is_sharded(config: Config, layout: Layout) -> bool:
-    """Whether an engine of its own takes the head: on one rank there is nothing to shard."""
-    return config.model.output == "bits" and config.head.engine != "replicated" and len(layout.head_ranks()) > 1
+def is_head_sharded(config: Config, layout: ParallelLayout) -> bool:
+    """True if an engine of its own shards the head."""
+    # On a single rank there is nothing to shard, whatever the config says.
+    return (
+        config.model.output == "bits"
+        and config.head.engine != "replicated"
+        and len(layout.head_ranks()) > 1
+    )
 
 
-def check_engine(config: Config, layout: Layout) -> None:
-    """Raise :class:`~bitlm_dist.errors.UserError` where the engine that will take the head is not there in a tested version."""
-    if is_sharded(config, layout) and config.head.engine == "deepspeed":
+def check_head_engine(config: Config, layout: ParallelLayout) -> None:
+    """Check that the head's engine is installed in a tested version.
+
+    Raises:
+        UserError: It is not.
+    """
+    if is_head_sharded(config, layout) and config.head.engine == "deepspeed":
         check_deepspeed()
 
 
 @contextmanager
-def held_back(model: LanguageModel) -> Iterator[None]:
-    """While open, Megatron's data parallelism and optimizers do not see the head's parameters."""
-    parameters = list(model.head.parameters()) if isinstance(model, BitLM) and model.place.stage.predicts else []
+def excluded_from_ddp(model: LanguageModel) -> Iterator[None]:
+    """Context in which Megatron's DDP and optimizers do not see the head's parameters."""
+    parameters = (
+        list(model.head.parameters())
+        if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last
+        else []
+    )
+
+    # Megatron wraps whatever requires a gradient.
     for parameter in parameters:
         parameter.requires_grad_(False)
+
     try:
         yield
     finally:
@@ -81,127 +103,184 @@ def held_back(model: LanguageModel) -> Iterator[None]:
 
 
 class ShardedHead:
-    """One of the parts of a step (:class:`~bitlm_dist.training.optimizer.Part`), and of a checkpoint; every process makes one.
+    """The sharded head's part of an optimizer step and of a checkpoint.
 
-    On ranks of other stages it does nothing but learn the norm.
+    An :class:`~bitlm_dist.training.optimizer.OptimizerPart`. Collective: all ranks of the job must
+    construct one; on ranks without a head, all methods but :meth:`grad_norm_squared` are no-ops.
 
     Args:
-        config: checked.
-        model: the last chunk of this process.
-        layout: of the job.
+        config: A checked config.
+        model: The last model chunk of this rank.
+        layout: The job's parallel layout.
     """
 
-    def __init__(self, config: Config, model: LanguageModel, layout: Layout) -> None:
+    def __init__(self, config: Config, model: LanguageModel, layout: ParallelLayout) -> None:
         assert isinstance(model, BitLM)
         self._layout = layout
-        self._updated = False  # in this step
+        self._has_stepped = False  # True between step() and zero_grad()
         self.engine: HeadEngine | None = None
-        if not model.place.stage.predicts:
+        if not model.pipeline_stage.model_chunk.is_last:
             return
+
         module = HeadLoss(config, model.codes, model.head)
         self._dtype = next(model.head.parameters()).dtype
         named: dict[str, Tensor] = dict(module.named_parameters())
-        if config.head.engine == "fsdp2":
-            from bitlm_dist.parallel.fsdp_head import FsdpHead  # brings half a second of torch
 
+        if config.head.engine == "fsdp2":
+            from bitlm_dist.parallel.fsdp_head import FsdpHead  # imports half a second of torch
+
+            # FSDP2 has its partitions from the start, and the optimizer updates these.
             self.engine = FsdpHead(config, module, list(model.head.blocks))
-            named = {partition.pieces[0].name: partition.flat for partition in self.engine.partitions()}
-            self._optimizer = HeadOptimizer(groups_of(named, config.optimizer), config.optimizer)
+            named = {
+                partition.param_ranges[0].name: partition.flat
+                for partition in self.engine.partitions()
+            }
+            self._optimizer = HeadOptimizer(
+                build_param_groups(named, config.optimizer), config.optimizer
+            )
         else:
-            self._optimizer = HeadOptimizer(groups_of(named, config.optimizer), config.optimizer)
+            # DeepSpeed replaces the optimizer's parameters by its own partitions.
+            self._optimizer = HeadOptimizer(
+                build_param_groups(named, config.optimizer), config.optimizer
+            )
             self.engine = ZeroHead(config, module, self._optimizer)
+
         self._optimizer.partitions = self.engine.partitions
-        self._averages = Averages(config.optimizer.ema, self._flats())
-        self._config, self._model = config, model
+        self._ema = EMA(config.optimizer.ema, self._flat_weights())
+        self._config = config
+        self._model = model
         model.head_loss = self.engine.__call__
 
-    def _flats(self) -> dict[str, Tensor]:
+    def _flat_weights(self) -> dict[str, Tensor]:
         """The partitions, each by the name of its first tensor."""
         assert self.engine is not None
-        return {partition.pieces[0].name: partition.flat for partition in self.engine.partitions()}
+        return {
+            partition.param_ranges[0].name: partition.flat for partition in self.engine.partitions()
+        }
 
-    def begin(self, last: bool) -> None:
-        """See :class:`HeadEngine`."""
+    def start_microbatch(self, is_last: bool) -> None:
+        """Announce a microbatch to the engine; ``is_last``: the step's last."""
         if self.engine is not None:
-            self.engine.begin(last)
+            self.engine.start_microbatch(is_last)
 
-    def squares(self) -> float:
-        """See :class:`~bitlm_dist.training.optimizer.Part`."""
-        found = torch.zeros((), dtype=torch.float64, device=mesh.device())
+    def grad_norm_squared(self) -> float:
+        """Squared norm of the head's full gradient. Collective over all ranks of the job."""
+        squared = torch.zeros((), dtype=torch.float64, device=mesh.device())
         if self.engine is not None:
-            self.engine.reduce()
-            norm = self.engine.norm()  # every rank of the head calls it, one tensor rank counts it
+            self.engine.reduce_grads()
+
+            # Collective over the head's ranks; the sum below must count it on one tensor rank only.
+            grad_norm = self.engine.grad_norm()
             if self._layout.tensor_rank == 0:
-                found += norm**2
-        return float(mesh.sum_over_model(found, self._layout))
+                squared += grad_norm**2
+        return float(mesh.all_reduce_sum_over_model(squared, self._layout))
 
-    def update(self, scale: float, factor: float) -> None:
-        """See :class:`~bitlm_dist.training.optimizer.Part`."""
+    def step(self, grad_scale: float, lr_multiplier: float) -> None:
+        """Update the head's weights and averages.
+
+        Args:
+            grad_scale: Factor on the gradients.
+            lr_multiplier: Factor on the peak learning rates.
+        """
         if self.engine is not None:
-            self._optimizer.prepare(scale, factor)
+            self._optimizer.prepare_step(grad_scale, lr_multiplier)
             self.engine.step(self._optimizer)
-            self._averages.follow(self._flats())
-            self._updated = True
+            self._ema.update(self._flat_weights())
+            self._has_stepped = True
 
-    def clear(self) -> None:
-        """See :class:`~bitlm_dist.training.optimizer.Part`. An engine forgets in its step: a skipped one is one without effect."""
-        if self.engine is not None and not self._updated:
-            self._optimizer.prepare(1.0, 0.0, skip=True)
+    def zero_grad(self) -> None:
+        """Drop the gradients."""
+        # Engines drop gradients only in a step, so a skipped step is made as one without effect.
+        if self.engine is not None and not self._has_stepped:
+            self._optimizer.prepare_step(1.0, 0.0, skip_step=True)
             self.engine.step(self._optimizer)
-        self._updated = False
+        self._has_stepped = False
 
-    def _parts(self) -> Iterator[tuple[Partition, dict[str, Tensor]]]:
-        """Every partition with its state and average."""
+    def _partitions_with_state(self) -> Iterator[tuple[Partition, dict[str, Tensor]]]:
+        """Yield every partition with its optimizer state and moving average, by slot."""
         if self.engine is None:
             return
+
         groups = {name: group for group in self._optimizer.param_groups for name in group["names"]}
         for partition in self.engine.partitions():
-            name = partition.pieces[0].name
-            slots = dict(self._optimizer.slots(partition.flat, groups[name]))
-            if name in self._averages.by_name:
-                slots[AVERAGE] = self._averages.by_name[name]
+            name = partition.param_ranges[0].name
+            # A copy, as the average is no slot of the optimizer itself.
+            slots = dict(self._optimizer.get_or_init_state(partition.flat, groups[name]))
+            if name in self._ema.by_name:
+                slots[EMA_SLOT] = self._ema.by_name[name]
             yield partition, slots
 
-    def consolidated(self) -> dict[str, Tensor]:
-        """The whole fp32 weights by name; every rank of the head calls it, on others there are none."""
-        found: dict[str, Tensor] = {}
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The full fp32 weights by name; none on ranks without a head. Collective over the head."""
+        full_weights: dict[str, Tensor] = {}
         for partition in [] if self.engine is None else self.engine.partitions():
-            table = partition.table(partition.flat)
-            found |= {piece.name: piece.read(table) for piece in partition.pieces}
-        return found
+            gathered = partition.gather(partition.flat)
+            full_weights |= {
+                piece.name: piece.extract_full(gathered) for piece in partition.param_ranges
+            }
+        return full_weights
 
-    def weights(self) -> dict[str, Sliced]:
-        """What this rank holds of the weights, in the precision that the model computes in; in fp32 the partitions themselves."""
-        pieces = ((p, piece) for p, _ in self._parts() for piece in p.pieces)
-        return {piece.name: p.sliced(piece, p.flat).to(self._dtype) for p, piece in pieces}
+    def model_state_dict(self) -> dict[str, ShardedTensor]:
+        """This rank's shards of the weights, in the dtype that the model computes in.
+
+        If that is fp32, they share the partitions' memory.
+        """
+        param_ranges = (
+            (p, piece) for p, _ in self._partitions_with_state() for piece in p.param_ranges
+        )
+        return {
+            piece.name: p.to_sharded_tensor(piece, p.flat).to(self._dtype)
+            for p, piece in param_ranges
+        }
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """While open, the model of this rank has the whole head, a copy, and can be evaluated; every rank of the head calls it."""
+    def unsharded(self) -> Iterator[None]:
+        """Context in which this rank's model has a copy of the full head, and can be evaluated.
+
+        Collective over the ranks of the head; a no-op on others.
+        """
         if self.engine is None:
             yield
             return
+
         sharded = self._model.head
-        copy = rounded(DiffusionHead(self._config, self._model.codes.bits).to(mesh.device()), self._config)
-        copy.load_state_dict({name.removeprefix("head."): whole.to(self._dtype) for name, whole in self.consolidated().items()})
-        self._model.head = copy
+        full_head = cast_weights(
+            DiffusionHead(self._config, self._model.codes.num_bits).to(mesh.device()), self._config
+        )
+        full_head.load_state_dict(
+            {
+                name.removeprefix("head."): whole.to(self._dtype)
+                for name, whole in self.full_state_dict().items()
+            }
+        )
+
+        self._model.head = full_head
         try:
             yield
         finally:
             self._model.head = sharded
 
-    def state(self) -> dict[str, Sliced]:
-        """``NAME.SLOT`` as :meth:`Optimizers.state` has them: what this rank's partitions hold."""
-        found: dict[str, Sliced] = {}
-        for partition, slots in self._parts():
-            masters = {MASTER: partition.flat} if self._dtype != torch.float32 else {}
-            for slot, value in {**slots, **masters}.items():
-                for piece in partition.pieces:
-                    sliced = Sliced.whole(value) if slot == STEP else partition.sliced(piece, value)
-                    found[f"{piece.name}.{slot}"] = sliced
-        return found
+    def optimizer_state_dict(self) -> dict[str, ShardedTensor]:
+        """This rank's shards of the optimizer state, by ``NAME.SLOT`` as in ``Optimizers``."""
+        state: dict[str, ShardedTensor] = {}
+        for partition, slots in self._partitions_with_state():
+            # In fp32 the partitions are the weights, which model_state_dict has.
+            master_weights = (
+                {MASTER_WEIGHT_SLOT: partition.flat} if self._dtype != torch.float32 else {}
+            )
 
-    def restore(self) -> None:
-        """Take over what was loaded into the slices of :meth:`weights` and :meth:`state`."""
+            for slot, value in {**slots, **master_weights}.items():
+                for param_range in partition.param_ranges:
+                    # The step count of a partition is that of each tensor in it.
+                    local = (
+                        ShardedTensor.from_full(value)
+                        if slot == STEP_SLOT
+                        else partition.to_sharded_tensor(param_range, value)
+                    )
+                    state[f"{param_range.name}.{slot}"] = local
+        return state
+
+    def sync_model_weights(self) -> None:
+        """Bring the model in line with partitions into which a checkpoint was loaded."""
         if self.engine is not None:
-            self.engine.publish()
+            self.engine.sync_model_weights()

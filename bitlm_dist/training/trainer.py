@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: steps, metrics, evaluations, checkpoints, and the end of a run."""
 
 import os
 import signal
@@ -14,385 +14,576 @@ import torch
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import absolute
+from bitlm_dist.config_loading import with_absolute_paths
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.manifest import read_manifest
-from bitlm_dist.data.mixed_feed import training_feed
+from bitlm_dist.data.mixture_dataset import MixtureDataset, training_dataset
+from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-from bitlm_dist.errors import UserError, say
+from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.launch.attempts import stop_files
-from bitlm_dist.model.build import check_machine
+from bitlm_dist.model.build import prepare_device
 from bitlm_dist.model.language_model import Batch, LanguageModel
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import ALONE, Layout, check_batch
-from bitlm_dist.parallel.sliced import Sliced
-from bitlm_dist.training.checkpoint_place import steps_of
-from bitlm_dist.training.checkpointing import Checkpoints
-from bitlm_dist.training.continuation import continued, record
-from bitlm_dist.training.disk_advice import check_room, checkpoint_bytes
-from bitlm_dist.training.divergence import Finiteness
-from bitlm_dist.training.engine import Engine
-from bitlm_dist.training.memory_advice import out_of_memory
-from bitlm_dist.training.metrics import MetricsLog, NoLog
+from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout, resolve_micro_batch_size
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
+from bitlm_dist.training.checkpoint_folder import checkpoint_steps
+from bitlm_dist.training.checkpointing import CheckpointManager
+from bitlm_dist.training.data_resumption import mixture_state_dict, resume_dataset
+from bitlm_dist.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from bitlm_dist.training.divergence import DivergenceMonitor
+from bitlm_dist.training.engine import Engine, StepResult
+from bitlm_dist.training.memory_advice import out_of_memory_advice
+from bitlm_dist.training.metrics import MetricsLog, NullMetricsLog
 from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
-from bitlm_dist.training.run_folder import BATCH, RunFolder, environment
-from bitlm_dist.training.sharded_head import check_engine
-from bitlm_dist.training.stopping import SIGNALS, Interrupted, StopRequests, name_of
+from bitlm_dist.training.run_folder import GLOBAL_BATCH_KEY, RunFolder, environment
+from bitlm_dist.training.sharded_head import check_head_engine
+from bitlm_dist.training.stop_signals import STOP_SIGNALS, StopMonitor, StopRequested, stop_reason
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.wandb_log import check_wandb
-from bitlm_dist.training.weights import saved_as, state_name, weight_name
+from bitlm_dist.training.weights import (
+    checkpoint_shards,
+    checkpoint_slot_name,
+    checkpoint_weight_name,
+)
 
 Observer = Callable[[Mapping[str, Any]], None]
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
 
 
 class Trainer:
-    """A run from its first step, or from its newest checkpoint, to ``training.steps``; every process of the job makes one.
+    """Trains a model from step 0, or from the run's latest checkpoint, to ``training.steps``.
+
+    Collective: all ranks must construct one and call its methods in the same order.
 
     Args:
-        config: checked.
-        resume: continue from the newest checkpoint of the run folder, if it has one; False refuses a folder that has.
-        layout: of the job.
+        config: A validated config.
+        resume: Resume from the latest checkpoint, if any. If False, raise when one exists.
+        layout: The job's parallel layout.
 
     Raises:
-        UserError: data, folder, checkpoint, layout or config do not fit; nothing was changed.
+        UserError: The data, run folder, checkpoint, layout or config do not fit together. Nothing
+            on disk was changed, except that ``checkpoint.fallback`` renames damaged checkpoints.
     """
 
-    def __init__(self, config: Config, resume: bool = True, layout: Layout = ALONE) -> None:
-        self.config, self.layout = config, layout
+    def __init__(
+        self, config: Config, resume: bool = True, layout: ParallelLayout = SINGLE_PROCESS
+    ) -> None:
+        self.config = config
+        self.layout = layout
         if config.data.path is None:
             raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
-        self.attention = check_machine(config)
-        check_batch(config, layout)
-        check_engine(config, layout)
-        check_wandb(config.logging)
-        if config.evaluation.every_steps and layout.model > 1:
-            raise UserError(
-                f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in one process: "
-                "use 0 and `bitlm eval` on the checkpoints"
-            )
+
+        self.attention_backend = prepare_device(config)
+        _check_supported(config, layout)
+
         manifest = read_manifest(config.data.path)
         codes = make_codes(config.model, config.data.path, manifest)
-        self._teacher = Teacher.of_config(config, manifest["tokenizer"]["fingerprint"], layout)
+        self._teacher = Teacher.from_config(config, manifest["tokenizer"]["fingerprint"], layout)
         self.folder = RunFolder(config.run.dir)
-        done = steps_of(config.run.dir)
-        if done and not resume:
-            raise UserError(
-                f"run.dir = {config.run.dir} holds checkpoints up to step {done[-1]}: drop --no-resume or choose another"
-            )
-        self.feed = training_feed(config)
-        if not done:
-            self.feed.check_steps(config.training.steps)
+        self.dataset = self._open_dataset(resume)
         if layout.rank == 0:
-            self.folder.claim(config, config.data.path / "tokenizer", codes)
+            self.folder.acquire(config, config.data.path / "tokenizer", codes)
+
         self.device = mesh.device()
-        byte_lengths = Tokenizer.of_folder(config.data.path / "tokenizer").byte_lengths
+        byte_lengths = Tokenizer.from_folder(config.data.path / "tokenizer").byte_lengths
         self.engine = Engine(config, codes, manifest["eos"], layout, byte_lengths, manifest["bos"])
-        self._identity = {
-            "fingerprint": {**self.feed.fingerprint(), BATCH: config.training.global_batch_tokens},
-            "config": absolute(config).model_dump(mode="json"),
+        self._identity = self._describe_run()
+
+        # Progress of the run, accumulated over all restarts.
+        self.sequences_per_step = config.training.global_batch_tokens // config.data.sequence_length
+        self.step = 0
+        self.num_tokens = 0
+        self._next_sequence = 0  # global index of the next sequence to be read
+        # None if the run was started by a version that did not count them.
+        self.num_predicted_tokens: int | None = 0
+        self.num_text_bytes: int | None = 0
+        self.seconds = 0.0  # wall time spent in steps
+        self.cpu_seconds = 0.0
+
+        self._num_steps_taken = 0  # by this process
+        self._divergence_monitor = DivergenceMonitor(self.folder)
+        self.evaluations = PeriodicEvaluation(config, layout)
+        self._flush_log: Callable[[], None] = lambda: None  # set while a log is open
+        self._stop_monitor = self._make_stop_monitor()
+        self._stopped_by: str | None = None
+        self.checkpoint_manager = CheckpointManager(
+            self.folder.checkpoints, config.checkpoint, layout
+        )
+
+        # Every rank reads the checkpoint, so all must see the folder that rank 0 has locked.
+        self.folder.check_shared_by_all_ranks(layout)
+        resume_point = self.checkpoint_manager.find_resume_point()
+        if resume_point is not None:
+            self._load_checkpoint(*resume_point)
+
+        # Metrics of later steps, left by a process that was killed before it saved, are dropped.
+        self._resume_step = self.step
+        if layout.rank == 0 and self.step < config.training.steps:
+            self._check_disk_space()
+        self._unwritten_codes: BitCodes | None = codes
+        self._loader = self._make_loader()
+
+    def _open_dataset(self, resume: bool) -> PackedDataset | MixtureDataset:
+        """Open the training data, positioned at their beginning.
+
+        Raises:
+            UserError: The run folder holds checkpoints although ``resume`` is False, or a new run
+                would take more epochs over a source than the config allows.
+        """
+        run_dir = self.config.run.dir
+        saved_steps = checkpoint_steps(run_dir)
+        if saved_steps and not resume:
+            raise UserError(
+                f"run.dir = {run_dir} holds checkpoints up to step {saved_steps[-1]}: "
+                "drop --no-resume or choose another"
+            )
+
+        dataset = training_dataset(self.config)
+        # A resumed run is checked in resume_dataset, from its checkpoint's position on.
+        if not saved_steps:
+            dataset.check_source_limits(self.config.training.steps)
+        return dataset
+
+    def _describe_run(self) -> dict[str, Any]:
+        """The data's fingerprint, the config and the environment, as stored in checkpoints."""
+        return {
+            "fingerprint": {
+                **self.dataset.fingerprint(),
+                GLOBAL_BATCH_KEY: self.config.training.global_batch_tokens,
+            },
+            "config": with_absolute_paths(self.config).model_dump(mode="json"),
             "environment": environment(),
         }
-        self.sequences = config.training.global_batch_tokens // config.data.sequence_length
-        self.step = self.tokens = self._sequence = 0  # ``_sequence``: the next one to be read
-        self.predicted_tokens: int | None = 0  # None: the run began with a version that did not count them
-        self.text_bytes: int | None = 0
-        self.seconds = self.cpu_seconds = 0.0  # spent in steps
-        self._steps_here = 0  # that this process has taken
-        self._finiteness = Finiteness(self.folder)
-        self.evaluations = PeriodicEvaluation(config, layout)
-        self._flush: Callable[[], None] = lambda: None  # of the log, while there is one
-        self._stop = self._stop_requests()
-        self._stopped_by: str | None = None
-        self.checkpoints = Checkpoints(self.folder.checkpoints, config.checkpoint, layout)
-        self.folder.check_shared(layout)
-        found = self.checkpoints.find()
-        if found is not None:
-            self._load(*found)
-        self._resumed = self.step  # metrics of later steps are those of a start that was killed
-        if layout.rank == 0 and self.step < config.training.steps:
-            self._check_room()
-        self._unrecorded: BitCodes | None = codes
-        share = self.sequences // layout.data
-        self._batches = Loader(
-            config,
-            self.feed,
-            begun=self.step,
-            first=self._sequence + layout.data_rank * share,
-            count=share,
-            stride=self.sequences,
+
+    def _make_loader(self) -> Loader:
+        """A loader of this data rank's part of every global batch, from the current step on."""
+        num_local_sequences = self.sequences_per_step // self.layout.data
+        return Loader(
+            self.config,
+            self.dataset,
+            start_step=self.step,
+            first_sequence=self._next_sequence + self.layout.data_rank * num_local_sequences,
+            num_sequences=num_local_sequences,
+            stride=self.sequences_per_step,
             device=self.device,
         )
 
-    def fit(self, until: int | None = None, observe: Observer | None = None, evaluate: Evaluator | None = None) -> None:
-        """Train to step ``until`` (default: the end); save when due, at the end, and when something asks to stop.
+    def fit(
+        self,
+        until: int | None = None,
+        observe: Observer | None = None,
+        evaluate: Evaluator | None = None,
+    ) -> None:
+        """Train to step ``until``; save when due, at the end, and when a stop is requested.
 
         Args:
-            observe: called with every step's metrics.
-            evaluate: called with the model when ``evaluation.every_steps`` says so; its result goes to evaluations.jsonl. It must
-                not communicate with other ranks.
+            until: The last step to take; default: the end of the run.
+            observe: Called with every step's metrics.
+            evaluate: Called with the model when ``evaluation.every_steps`` says so; its result
+                goes to evaluations.jsonl. It must not communicate with other ranks.
 
         Raises:
-            UserError: a checkpoint cannot be written, data are damaged, or three evaluations in a row failed.
-            DivergedError: loss or gradient norm was not finite in too many steps in a row or, with the weights, at the end.
+            UserError: A checkpoint cannot be written, the data are damaged, or three evaluations
+                in a row failed.
+            DivergedError: The loss or gradient norm was not finite in too many steps in a row, or
+                the run is at its end, and the last loss or gradient norm or a weight is not finite.
         """
-        last = min(until or self.config.training.steps, self.config.training.steps)
-        with self._stop_requests() as self._stop, self._logs() as log:
+        last_step = min(until or self.config.training.steps, self.config.training.steps)
+        with self._make_stop_monitor() as self._stop_monitor, self._open_log() as log:
             try:
-                self._evaluate_if_due(evaluate, log)  # one that a stop cut short
-                while self.step < last:
-                    began = time.perf_counter(), time.process_time()
+                self._evaluate_if_due(evaluate, log)  # one that a stop interrupted before
+                while self.step < last_step:
+                    start_times = time.perf_counter(), time.process_time()
                     batch = self._next_batch()
-                    save_due = self._agree()
+                    save_due = self._sync_stop_and_save()
                     if batch is None or self._stopped_by:
                         break
-                    metrics = self._train_on(batch, *began)
+
+                    metrics = self._train_on_batch(batch, *start_times)
                     log.write(metrics)
                     if observe:
                         observe(metrics)
+
                     self._evaluate_if_due(evaluate, log)
-                    if save_due or self._due(self.config.checkpoint.every_steps):
-                        self._save(wait=self.step == last)
-                self._agree()  # a stop may have come with the last evaluation
-                self._save_finally()
-                self.check_end()
+                    if save_due or self._is_due(self.config.checkpoint.every_steps):
+                        self._save_checkpoint(wait=self.step == last_step)
+
+                # A stop may have been requested during the last evaluation.
+                self._sync_stop_and_save()
+                self._final_save()
+                self.raise_if_diverged()
             except Exception:
-                self._give_way()
+                self._exit_with_launcher_signal()
                 raise
 
-    def _stop_requests(self) -> StopRequests:
-        return StopRequests([self.folder.stop_file, *stop_files(os.environ)], self.layout.rank)
+    def _make_stop_monitor(self) -> StopMonitor:
+        return StopMonitor([self.folder.stop_file, *stop_files(os.environ)], self.layout.rank)
 
     @contextmanager
-    def _logs(self) -> Iterator[MetricsLog | NoLog]:
-        log = MetricsLog(self.folder.path, self.config, self.step) if self.layout.rank == 0 else NoLog()
-        self.checkpoints.report, self._flush = log.write_save, log.flush
+    def _open_log(self) -> Iterator[MetricsLog | NullMetricsLog]:
+        """Open the metrics log on rank 0, and have completed saves recorded in it."""
+        log = (
+            MetricsLog(self.folder.path, self.config, self.step)
+            if self.layout.rank == 0
+            else NullMetricsLog()
+        )
+        self.checkpoint_manager.on_saved = log.write_save
+        self._flush_log = log.flush
+
         try:
             yield log
         finally:
             log.close()
 
-    def _check_room(self) -> None:
-        named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
-        needed = checkpoint_bytes(self.config, self.engine.parameters, named)
-        if warning := check_room(self.config.checkpoint.dir or self.folder.checkpoints, needed, self.config.checkpoint):
-            say(f"warning: {warning}")
-
-    def _record(self) -> None:
-        """Write config, environment and vocabulary with the first step, evaluation or save; a start without any leaves no trace.
+    def _check_disk_space(self) -> None:
+        """Warn if the checkpoints to be kept will not all fit on their disk.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: Not even the next one fits.
         """
-        codes, self._unrecorded = self._unrecorded, None
+        named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
+        needed = estimate_checkpoint_bytes(self.config, self.engine.num_parameters, named)
+        if warning := check_disk_space(
+            self.config.checkpoint.dir or self.folder.checkpoints, needed, self.config.checkpoint
+        ):
+            log_to_stderr(f"warning: {warning}")
+
+    def _write_metadata_once(self) -> None:
+        """Write config, environment and vocabulary with the first step or evaluation.
+
+        A process that ends before either of them leaves no trace. No-op from the second call on.
+
+        Raises:
+            UserError: The run folder cannot be written.
+        """
+        codes = self._unwritten_codes
+        self._unwritten_codes = None
         if codes is not None and self.layout.rank == 0:
             assert self.config.data.path is not None
-            self.folder.record(self.config, self.config.data.path / "tokenizer", codes)
-            self.folder.drop_metrics_after(self._resumed)
+            self.folder.write_metadata(self.config, self.config.data.path / "tokenizer", codes)
+            self.folder.drop_metrics_after(self._resume_step)
 
     def _next_batch(self) -> Batch | None:
-        """The next step's data; None: something asked to stop while it did not come."""
-        self._batches.ask(self.step)
+        """The next step's batch; None if a stop was requested while waiting for it."""
+        self._loader.start(self.step)
         try:
-            with self._stop.interruptible():
-                self._batches.wait()
-        except Interrupted:
+            with self._stop_monitor.interruptible():
+                self._loader.wait()
+        except StopRequested:
             return None
-        return self._batches.take()
+        return self._loader.get()
 
-    def _agree(self) -> bool:
-        """Between two steps all processes agree to stop or to go on, and complete a save that all have written.
+    def _sync_stop_and_save(self) -> bool:
+        """Agree with all ranks on stopping, and complete a pending save that all have written.
+
+        Collective; called between two steps.
 
         Returns:
-            Whether time for the next save has come by the first rank's clock.
+            True if a time-based save is due, according to rank 0's clock.
         """
-        overdue = self.checkpoints.overdue and self.layout.rank == 0
-        wishes = torch.tensor([self._stop.code, self.checkpoints.saver.writing, overdue], device=self.device)
-        stop, writing, save = (mesh.most_of_all(wishes) if self.layout.world > 1 else wishes).tolist()
-        self._stopped_by = name_of(stop)
-        if self.checkpoints.saver.pending and not writing:
-            self.checkpoints.complete()
+        is_save_due = self.checkpoint_manager.time_based_save_due and self.layout.rank == 0
+        # One all-reduce per step carries all three flags.
+        local_flags = torch.tensor(
+            [self._stop_monitor.code, self.checkpoint_manager.saver.is_writing, is_save_due],
+            device=self.device,
+        )
+        stop, writing, save = (
+            mesh.all_reduce_max(local_flags) if self.layout.world_size > 1 else local_flags
+        ).tolist()
+
+        self._stopped_by = stop_reason(stop)
+        if self.checkpoint_manager.saver.has_pending_save and not writing:
+            self.checkpoint_manager.finish_save()
         return bool(save)
 
-    def _give_way(self) -> None:
-        """If the launcher is ending the job, which is why a peer is gone, end as it wishes and say nothing."""
-        time.sleep(0)  # lets Python notice a signal that came inside torch
-        number = self._stop.code
-        if number in SIGNALS and self.layout.world > 1:
-            self._stop.restore()
+    def _exit_with_launcher_signal(self) -> None:
+        """Die by the launcher's signal, if one was received; else return.
+
+        While a job is shut down, collectives fail because peers are gone. That is no failure of
+        this rank, so it dies by the signal instead of reporting the exception.
+        """
+        time.sleep(0)  # lets Python handle a signal that arrived inside torch
+        number = self._stop_monitor.code
+        if number in STOP_SIGNALS and self.layout.world_size > 1:
+            self._stop_monitor.restore_handlers()
             signal.raise_signal(signal.Signals(number))
 
     @property
     def stopped_by(self) -> str | None:
-        """What ended :meth:`fit` early: the name of a signal, or the stop file."""
+        """Why :meth:`fit` ended early: a signal's name or the stop file; None if it did not."""
         return self._stopped_by
 
     @property
-    def done(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.step >= self.config.training.steps and not self.evaluations.due(self.step)
+    def is_done(self) -> bool:
+        """True if all steps were taken and no evaluation is due."""
+        return self.step >= self.config.training.steps and not self.evaluations.is_due(self.step)
 
     def train_step(self) -> dict[str, Any]:
-        """One optimizer step over the next global batch -> its metrics."""
-        began = time.perf_counter(), time.process_time()
-        self._batches.ask(self.step)
-        return self._train_on(self._batches.take(), *began)
+        """Take one optimizer step on the next global batch.
 
-    def _train_on(self, batch: Batch, began: float, cpu_began: float) -> dict[str, Any]:
+        Returns:
+            The step's metrics.
+        """
+        start_times = time.perf_counter(), time.process_time()
+        self._loader.start(self.step)
+        return self._train_on_batch(self._loader.get(), *start_times)
+
+    def _train_on_batch(
+        self, batch: Batch, start_time: float, cpu_start_time: float
+    ) -> dict[str, Any]:
+        """Take a step, update the counters, and record whether the step was finite.
+
+        Returns:
+            The step's metrics.
+        """
         if self._teacher is not None:
-            batch = self._teacher.draw(batch, self.step)
-        try:
-            update = self.engine.step(batch, self.step)
-        except torch.OutOfMemoryError as error:
-            advice = out_of_memory(self.config, self.layout, self.engine.microbatch, error)
-            if self._steps_here == 0:  # it never fitted
-                raise UserError(advice) from error
-            raise RuntimeError(advice) from error
-        self._record()
-        self._steps_here += 1
+            batch = self._teacher.annotate(batch, self.step)
+        result = self._run_engine_step(batch)
+
+        self._write_metadata_once()
+        self._num_steps_taken += 1
         self.step += 1
-        self._sequence += self.sequences
-        tokens = self.sequences * self.config.data.sequence_length
-        self.tokens += tokens
-        # all that the host wants to know, in one wait for the device; fp64 holds counts up to 2^53
-        loss, predicted, text = torch.cat([update.loss.double().view(1), update.counts.double()]).tolist()
-        seconds = time.perf_counter() - began
+        self._next_sequence += self.sequences_per_step
+        tokens = self.sequences_per_step * self.config.data.sequence_length
+        self.num_tokens += tokens
+
+        # One copy brings all that the host records; fp64 is exact for counts up to 2^53.
+        loss, predicted, text = torch.cat(
+            [result.loss.double().view(1), result.num_tokens_and_bytes.double()]
+        ).tolist()
+        # The copy waited for the device to finish the step, so the time is complete.
+        seconds = time.perf_counter() - start_time
         self.seconds += seconds
-        self.cpu_seconds += time.process_time() - cpu_began
-        if self.predicted_tokens is not None and self.text_bytes is not None:
-            self.predicted_tokens += int(predicted)
-            self.text_bytes += int(text)
-        finite = isfinite(loss) and isfinite(update.norm)
-        self.checkpoints.judge(self.step, finite)
-        self._finiteness.record(self.step, finite)
+        self.cpu_seconds += time.process_time() - cpu_start_time
+        if self.num_predicted_tokens is not None and self.num_text_bytes is not None:
+            self.num_predicted_tokens += int(predicted)
+            self.num_text_bytes += int(text)
+
+        is_finite = isfinite(loss) and isfinite(result.grad_norm)
+        self.checkpoint_manager.record_step_health(self.step, is_finite)
+        self._divergence_monitor.record_step(self.step, is_finite)
+
         return {
-            **self._spent(),
-            "sequences": self._sequence,
+            **self._progress(),
+            "sequences": self._next_sequence,
             "loss": loss,
-            "grad_norm": update.norm,
+            "grad_norm": result.grad_norm,
             "tokens_per_second": tokens / seconds,
             "predicted_tokens_per_second": predicted / seconds,
-            "lr_factor": update.factor,
-            "skipped": int(not update.made),
-            "evaluation_failures": self.evaluations.failures,
-            "weights_finite": self._finiteness.weights,
-            **(self._read() if self.layout.rank == 0 else {}),
+            "lr_factor": result.lr_multiplier,
+            "skipped": int(not result.applied),
+            "evaluation_failures": self.evaluations.num_failures,
+            "weights_finite": self._divergence_monitor.has_finite_weights,
+            **(self._data_progress() if self.layout.rank == 0 else {}),
         }
 
-    def _read(self) -> dict[str, float]:
-        """How much of each source was read."""
-        return {**self.feed.counts(self.step), **self.feed.epochs(self.step, self._sequence)}
+    def _run_engine_step(self, batch: Batch) -> StepResult:
+        """Run one optimizer step, and turn an out-of-memory error into advice.
+
+        Raises:
+            UserError: The device is out of memory in this process's first step.
+            RuntimeError: The device is out of memory in a later step.
+        """
+        try:
+            return self.engine.train_step(batch, self.step)
+        except torch.OutOfMemoryError as error:
+            advice = out_of_memory_advice(
+                self.config, self.layout, self.engine.micro_batch_size, error
+            )
+            # If not even the first step fits, a restart cannot help: only another config can.
+            if self._num_steps_taken == 0:
+                raise UserError(advice) from error
+            raise RuntimeError(advice) from error
+
+    def _data_progress(self) -> dict[str, float]:
+        """Sequences and epochs read from each source so far."""
+        return {
+            **self.dataset.sequences_per_source(self.step),
+            **self.dataset.epochs(self.step, self._next_sequence),
+        }
 
     def epochs_at_end(self) -> dict[str, float]:
-        """Epochs of each source that the whole run takes, see :meth:`Feed.epochs`."""
+        """Epochs over each source at the end of the run, see :meth:`PackedDataset.epochs`."""
         steps = self.config.training.steps
-        return self.feed.epochs(steps, self._sequence + (steps - self.step) * self.sequences)
+        return self.dataset.epochs(
+            steps, self._next_sequence + (steps - self.step) * self.sequences_per_step
+        )
 
-    def _spent(self) -> dict[str, Any]:
-        """What the run has cost up to now; ``tokens`` counts positions, with BOS blocks and padding."""
+    def _progress(self) -> dict[str, Any]:
+        """Counters of the run; ``tokens`` are all positions, including BOS blocks and padding."""
         return {
             "step": self.step,
-            "tokens": self.tokens,
-            "predicted_tokens": self.predicted_tokens,
-            "text_bytes": self.text_bytes,
+            "tokens": self.num_tokens,
+            "predicted_tokens": self.num_predicted_tokens,
+            "text_bytes": self.num_text_bytes,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
         }
 
-    def _due(self, every: int) -> bool:
+    def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _evaluate_if_due(self, evaluate: Evaluator | None, log: MetricsLog | NoLog) -> None:
-        """Evaluate, unless something asks to stop meanwhile: then the resumed run does.
+    def _evaluate_if_due(
+        self, evaluate: Evaluator | None, log: MetricsLog | NullMetricsLog
+    ) -> None:
+        """Evaluate if due. An evaluation that a stop request interrupts is left to the resumed run.
 
         Raises:
-            UserError: it was the third failure in a row; the run is saved.
+            UserError: The third evaluation in a row failed. A checkpoint was saved.
         """
-        if evaluate is None or not self.evaluations.due(self.step):
+        if evaluate is None or not self.evaluations.is_due(self.step):
             return
 
         def score() -> Mapping[str, Any]:
-            with self.engine.evaluating() as model, self._stop.interruptible():
+            with self.engine.full_model_in_eval_mode() as model, self._stop_monitor.interruptible():
                 return evaluate(model)
 
         report = self.evaluations.run(self.step, score)
         if report is not None:
-            self._record()
-            log.write_evaluation(self._spent(), report)
-        elif self.evaluations.given_up:
-            self._save_finally()
-            raise self.evaluations.error(self.step)
+            self._write_metadata_once()
+            log.write_evaluation(self._progress(), report)
+        elif self.evaluations.has_given_up:
+            # Save first, so that no step is lost while the user fixes the evaluation.
+            self._final_save()
+            raise self.evaluations.repeated_failure_error(self.step)
 
-    def check_end(self) -> None:
-        """Hold that the run, if it is at its end, left a model that is worth something.
+    def raise_if_diverged(self) -> None:
+        """Raise if the run is at its end and its model is unusable; no-op before the end.
 
         Raises:
-            DivergedError: its last loss or gradient norm, or a weight, is not finite.
+            DivergedError: The last loss or gradient norm, or a weight, is not finite.
         """
         if self.step >= self.config.training.steps:
-            self._finiteness.check_end(self.step)
+            self._divergence_monitor.raise_if_diverged(self.step)
 
-    def _save(self, wait: bool) -> None:
+    def _save_checkpoint(self, wait: bool) -> None:
         if self.step == self.config.training.steps:
-            self._finiteness.check_weights(self.engine, self.layout)
-        self._flush()  # a process that is killed later goes on from here
-        self.checkpoints.save(self.step, self._contents, self._finiteness.now, wait)
+            self._divergence_monitor.check_weights(self.engine, self.layout)
 
-    def _contents(self) -> tuple[dict[str, Sliced], dict[str, Any]]:
-        """What a checkpoint of this step holds."""
+        # A resumed run never rewrites TensorBoard events up to this step, so they must be on disk.
+        self._flush_log()
+        self.checkpoint_manager.save(
+            self.step, self._checkpoint_contents, self._divergence_monitor.is_finite, wait
+        )
+
+    def _checkpoint_contents(self) -> tuple[dict[str, ShardedTensor], dict[str, Any]]:
+        """The tensors and the state of a checkpoint of the current step."""
         state = {
-            **self._spent(),
-            "next_sequence": self._sequence,
-            "evaluation_failures": self.evaluations.failures,
-            "mixture": record(self.feed, self.sequences, self.step, self._sequence),
+            **self._progress(),
+            "next_sequence": self._next_sequence,
+            "evaluation_failures": self.evaluations.num_failures,
+            "mixture": mixture_state_dict(
+                self.dataset, self.sequences_per_step, self.step, self._next_sequence
+            ),
             **self._identity,
         }
-        return self._saved(self.engine.weights(), self.engine.state()), state
+        return self._by_checkpoint_name(
+            self.engine.model_state_dict(), self.engine.optimizer_state_dict()
+        ), state
 
-    def _save_finally(self) -> None:
-        """Have a checkpoint of the current step, complete, before the run ends or pauses; step 0 needs none.
+    def _final_save(self) -> None:
+        """Complete a checkpoint of the current step before the run ends or pauses.
+
+        No-op for step 0, or if the checkpoint exists.
 
         Raises:
-            UserError: it could not be written.
+            UserError: It could not be written.
         """
-        if self.checkpoints.saver.pending:
-            self.checkpoints.complete()
-        if self.step > 0 and self.checkpoints.newest != self.step:
-            self._save(wait=True)
-            if self.checkpoints.newest != self.step:
-                raise UserError(f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, could not be written")
+        if self.checkpoint_manager.saver.has_pending_save:
+            self.checkpoint_manager.finish_save()
+
+        if self.step > 0 and self.checkpoint_manager.latest_step != self.step:
+            self._save_checkpoint(wait=True)
+            # A single failed save is tolerated in training, but not here.
+            if self.checkpoint_manager.latest_step != self.step:
+                raise UserError(
+                    f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, "
+                    "could not be written"
+                )
+
+        # The request is fulfilled; left behind, the file would look like a new one.
         if self._stopped_by and self.layout.rank == 0:
             self.folder.stop_file.unlink(missing_ok=True)
 
-    def _saved(self, weights: Mapping[str, Sliced], optimizer_state: Mapping[str, Sliced]) -> dict[str, Sliced]:
-        """Both by the names of a checkpoint."""
-        tensors = {weight_name(name): tensor for name, tensor in weights.items()}
+    def _by_checkpoint_name(
+        self, weights: Mapping[str, ShardedTensor], optimizer_state: Mapping[str, ShardedTensor]
+    ) -> dict[str, ShardedTensor]:
+        """Weights and optimizer state by their names in a checkpoint."""
+        tensors = {checkpoint_weight_name(name): tensor for name, tensor in weights.items()}
         for name, tensor in optimizer_state.items():
             parameter, _, slot = name.rpartition(".")
-            tensors |= {state_name(n, slot): t for n, t in saved_as(parameter, tensor, self.layout).items()}
+            tensors |= {
+                checkpoint_slot_name(n, slot): t
+                for n, t in checkpoint_shards(parameter, tensor, self.layout).items()
+            }
         return tensors
 
-    def _load(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    def _load_checkpoint(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        """Restore data position, weights, optimizer state and counters from a checkpoint.
+
+        Raises:
+            UserError: Training cannot continue from this checkpoint.
+        """
         if state.get("weights_only"):
             raise UserError(
-                f"{checkpoint} was imported and holds weights alone: it can be evaluated and written with, not trained on"
+                f"{checkpoint} was imported and holds weights alone: "
+                "it can be evaluated and generated from, but not trained"
             )
         if state.get("weights_finite") is False and state["step"] < self.config.training.steps:
-            raise UserError(f"{checkpoint} holds weights that are not finite: checkpoint.fallback = true goes on from an older one")
-        self.feed = continued(self.feed, self.config, self._identity["fingerprint"], checkpoint, state)
-        weights, optimizer_state = self.engine.weights(), self.engine.state()
-        tensor_files.read(checkpoint, self._saved(weights, optimizer_state))
-        self.engine.restore(optimizer_state)
-        self.step, self.tokens, self._sequence = state["step"], state["tokens"], state["next_sequence"]
-        self.predicted_tokens, self.text_bytes = state.get("predicted_tokens"), state.get("text_bytes")
-        self.seconds, self.cpu_seconds = state["seconds"], state["cpu_seconds"]
-        self._finiteness.now = state.get("finite", True)
-        self.evaluations.last = mesh.from_first(self.folder.last_evaluation(self.step), self.layout)
-        self.evaluations.failures = state.get("evaluation_failures", 0)  # older checkpoints do not count them
+            raise UserError(
+                f"{checkpoint} holds weights that are not finite: "
+                "set checkpoint.fallback = true to resume from an older one"
+            )
+
+        # First, as data that cannot be resumed must be refused before any weight is overwritten.
+        self.dataset = resume_dataset(
+            self.dataset, self.config, self._identity["fingerprint"], checkpoint, state
+        )
+
+        # The tensors are views of the model's and the optimizer's memory, and are read in place.
+        weights = self.engine.model_state_dict()
+        optimizer_state = self.engine.optimizer_state_dict()
+        tensor_files.load_shards(checkpoint, self._by_checkpoint_name(weights, optimizer_state))
+        self.engine.load_state_dict(optimizer_state)
+
+        self.step = state["step"]
+        self.num_tokens = state["tokens"]
+        self._next_sequence = state["next_sequence"]
+        self.num_predicted_tokens = state.get("predicted_tokens")
+        self.num_text_bytes = state.get("text_bytes")
+        self.seconds = state["seconds"]
+        self.cpu_seconds = state["cpu_seconds"]
+
+        self._divergence_monitor.is_finite = state.get("finite", True)
+        # Rank 0 decides: a network file system may show stale contents to other ranks.
+        self.evaluations.last_step = mesh.broadcast_object(
+            self.folder.last_evaluation(self.step), self.layout
+        )
+        # Older checkpoints do not count failures.
+        self.evaluations.num_failures = state.get("evaluation_failures", 0)
 
     def close(self) -> None:
-        """Let go of the data and of the run folder."""
-        if self._batches.close():
-            self.feed.close()
+        """Release the data and the run folder."""
+        # A prefetch thread that does not end in time may still use the dataset: leave it open.
+        if self._loader.close():
+            self.dataset.close()
         self.folder.release()
+
+
+def _check_supported(config: Config, layout: ParallelLayout) -> None:
+    """Check that layout and installed packages fit the config, before anything is built.
+
+    Raises:
+        UserError: They do not.
+    """
+    resolve_micro_batch_size(config, layout)
+    check_head_engine(config, layout)
+    check_wandb(config.logging)
+
+    if config.evaluation.every_steps and layout.model_parallel_size > 1:
+        raise UserError(
+            f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in "
+            "one process: use 0 and `bitlm eval` on the checkpoints"
+        )

@@ -1,83 +1,134 @@
-"""The weights of a run: by their names in the whole model, as a checkpoint holds them, and back."""
+"""The weights of a run: their names and shards in a checkpoint, and loading a trained model."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
+from bitlm_dist.checkpoint.steps import folder_of
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import build_model, check_machine
-from bitlm_dist.model.initialization import GATED, global_names, split_dimension
+from bitlm_dist.model.build import build_model, prepare_device
+from bitlm_dist.model.initialization import GATED_WEIGHT, global_named_parameters, shard_dim
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.parallel.sliced import Sliced
-from bitlm_dist.training.checkpoint_place import steps_of
-from bitlm_dist.training.optimizer import AVERAGE
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
+from bitlm_dist.training.checkpoint_folder import checkpoint_steps
+from bitlm_dist.training.optimizer import EMA_SLOT
 from bitlm_dist.training.run_folder import RunFolder
 
 
-def model_tensors(chunks: Sequence[LanguageModel]) -> dict[str, Sliced]:
-    """What this process holds of the weights, by the names that a checkpoint has for them."""
-    tensors: dict[str, Sliced] = {}
+def model_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, ShardedTensor]:
+    """This rank's shards of the weights, by global name.
+
+    Args:
+        chunks: The model chunks of this rank.
+    """
+    tensors: dict[str, ShardedTensor] = {}
     for chunk in chunks:
-        for name, parameter in global_names(chunk, chunk.place.stage.layers.start):
-            tensors |= saved_as(name, Sliced.whole(parameter), chunk.place.layout)
+        for name, parameter in global_named_parameters(
+            chunk, chunk.pipeline_stage.model_chunk.layer_range.start
+        ):
+            tensors |= checkpoint_shards(
+                name, ShardedTensor.from_full(parameter), chunk.pipeline_stage.layout
+            )
     return tensors
 
 
-def weight_name(name: str) -> str:
-    """What a checkpoint calls a weight."""
+def checkpoint_weight_name(name: str) -> str:
+    """The name of a weight in a checkpoint."""
     return f"model.{name}"
 
 
-def state_name(name: str, slot: str) -> str:
-    """What a checkpoint calls a slot of a weight's optimizer state."""
+def checkpoint_slot_name(name: str, slot: str) -> str:
+    """The name of a slot of a weight's optimizer state in a checkpoint."""
     return f"optimizer.{name}.{slot}"
 
 
-def averaged_name(name: str) -> str:
-    """What a checkpoint calls a weight's moving average."""
-    return state_name(name, AVERAGE)
+def checkpoint_ema_name(name: str) -> str:
+    """The name of a weight's moving average in a checkpoint."""
+    return checkpoint_slot_name(name, EMA_SLOT)
 
 
-def saved_as(name: str, local: Sliced, layout: Layout) -> dict[str, Sliced]:
-    """A tensor as a checkpoint of any layout knows it: shares of a split matrix, the two halves of a gated one apart."""
-    dimension = split_dimension(name) if len(local.shape) == 2 else None
-    if dimension is None:
-        return {name: local}
-    parts = {name: local}
-    if name.endswith(GATED):
-        rows = local.shape[0] // 2
-        parts = {f"{name}.gate": local.rows(0, rows), f"{name}.up": local.rows(rows, 2 * rows)}
-    return {n: part.along(dimension, layout.tensor_rank, layout.tensor) for n, part in parts.items()}
-
-
-def load_trained(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
-    """The newest checkpoint of a run, for evaluation and generation -> (folder, model, step).
+def checkpoint_shards(
+    name: str, local: ShardedTensor, layout: ParallelLayout
+) -> dict[str, ShardedTensor]:
+    """Describe a local tensor independently of the layout, as checkpoints store it.
 
     Args:
-        run: the run folder.
-        config: its config, overrides applied.
+        name: The tensor's global name.
+        local: What this rank holds of it.
+        layout: The job's parallel layout.
+
+    Returns:
+        The tensor as a shard of the full one, by its name in a checkpoint; a gated weight as two
+        tensors, ``NAME.gate`` and ``NAME.up``.
+    """
+    dimension = shard_dim(name) if len(local.shape) == 2 else None
+    if dimension is None:
+        return {name: local}
+
+    shards = {name: local}
+    # Every tensor-parallel rank holds rows of both halves, so its rows are no range of the full
+    # matrix, but of each half they are.
+    if name.endswith(GATED_WEIGHT):
+        rows = local.shape[0] // 2
+        shards = {
+            f"{name}.gate": local.slice_rows(0, rows),
+            f"{name}.up": local.slice_rows(rows, 2 * rows),
+        }
+
+    return {
+        n: part.as_shard_of(dimension, layout.tensor_rank, layout.tensor)
+        for n, part in shards.items()
+    }
+
+
+def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
+    """Load the latest checkpoint of a run for evaluation or generation.
+
+    Args:
+        run: The run folder.
+        config: The run's config, with overrides applied.
+
+    Returns:
+        The run folder, the model in eval mode, and the checkpoint's step.
 
     Raises:
-        UserError: the folder holds no complete checkpoint.
+        UserError: The folder holds no complete checkpoint, or the latest one is damaged or has no
+            moving averages although ``evaluation.use_ema`` asks for them.
     """
     folder = RunFolder(run)
-    steps = steps_of(run)
+    steps = checkpoint_steps(run)
     if not steps:
-        raise UserError(f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`")
-    check_machine(config)
+        raise UserError(
+            f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
+        )
+
+    prepare_device(config)
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
-    checkpoint = store.folder_of(folder.checkpoints, steps[-1])
+
+    checkpoint = folder_of(folder.checkpoints, steps[-1])
     try:
         store.verify(checkpoint)
     except store.DamagedError as error:
-        others = f"remove {checkpoint} to use step {steps[-2]}" if len(steps) > 1 else "there is no other"
+        others = (
+            f"remove {checkpoint} to use step {steps[-2]}"
+            if len(steps) > 1
+            else "there is no other"
+        )
         raise UserError(f"{error}: {others}") from error
-    if config.evaluation.averaged and not config.optimizer.ema:
-        raise UserError(f"evaluation.averaged = true: {run} was trained without optimizer.ema and has no average: set it false")
-    saved = averaged_name if config.evaluation.averaged else weight_name
-    tensor_files.read(checkpoint, {saved(n): t for n, t in model_tensors([model]).items()})
+
+    if config.evaluation.use_ema and not config.optimizer.ema:
+        raise UserError(
+            f"evaluation.use_ema = true: {run} was trained without optimizer.ema "
+            "and has no average: set it false"
+        )
+
+    # The averages are stored beside the weights, so either can be loaded into the model.
+    checkpoint_name = checkpoint_ema_name if config.evaluation.use_ema else checkpoint_weight_name
+    tensor_files.load_shards(
+        checkpoint, {checkpoint_name(n): t for n, t in model_state_dict([model]).items()}
+    )
     return folder, model.eval(), steps[-1]

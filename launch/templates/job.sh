@@ -8,18 +8,23 @@ set -u
 run={{ run | sh }}
 config="$run/launch/config.yaml"
 cancelled="$run/launch/cancelled"
-host_python={{ host_python | sh }} # asks and decides, on this node
-python={{ python | sh }}           # of the ranks
+host_python={{ host_python | sh }} # runs the supervisor on this node
+python={{ python | sh }}           # runs the ranks
 
-# What asks to stop. Bash runs a trap only between commands, so whatever takes long is waited for in the background.
+# Stop requests. Bash runs a trap only between commands, so long commands run in the background
+# and are waited for.
 attempt='' stopped='' ranks=''
 stop() {
   stopped=$1
   if [ -n "$attempt" ]; then printf '%s\n' "$stopped" >"$attempt/stop"; fi
-  if [ -n "$ranks" ]; then (sleep {{ grace }} && kill -TERM "$ranks") 2>/dev/null & fi # ranks that hang must not use up the time to requeue
+
+  # hung ranks must not use up the time that is needed to requeue
+  if [ -n "$ranks" ]; then (sleep {{ grace }} && kill -TERM "$ranks") 2>/dev/null & fi
 }
 trap 'stop "the time limit or preemption"' USR2
 trap 'stop "SIGTERM"' TERM
+
+# Waits for a process to exit, also if signals interrupt the wait, and returns its exit code.
 wait_for() {
   local code
   while :; do
@@ -29,8 +34,10 @@ wait_for() {
   done
 }
 
-agent() { "$host_python" -m bitlm_dist.launch.agent "$@"; }
-retry() { # the controller may be away for a moment
+supervisor() { "$host_python" -m bitlm_dist.launch.supervisor "$@"; }
+
+# Runs a command up to four times, because Slurm's controller may be unavailable for a moment.
+retry() {
   local pause
   for pause in 2 10 30; do
     "$@" && return
@@ -38,15 +45,19 @@ retry() { # the controller may be away for a moment
   done
   "$@"
 }
+
 job_state() { scontrol show job -o "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*'; }
-submit_again() { # prints the job's number
+
+# Submits this script as a new job and prints the job id.
+submit_again() {
   retry sbatch --parsable "$@" "$run/launch/job.sh" | tee -a "$run/launch/jobs"
 }
 {% if not requeue %}
-# A singleton waits for the end of this job, whatever ends it.
-successor=$(submit_again --dependency=singleton --exclude="$(agent left_out "$run")")
+# A singleton starts when this job ends, for whatever reason.
+successor=$(submit_again --dependency=singleton --exclude="$(supervisor excluded "$run")")
 {% endif %}
-over() { # nothing comes after this job
+# Ends the run: no job follows this one.
+over() {
 {%- if not requeue %}
   scancel "${successor%%;*}"
 {%- endif %}
@@ -59,16 +70,18 @@ export {{ name }}={{ value | sh }}
 module load {{ module | sh }} || over 2
 {% endfor -%}
 export PYTHONUNBUFFERED=1
-export SRUN_CPUS_PER_TASK={{ cpus_per_task }} # srun no longer takes it from the job
+export SRUN_CPUS_PER_TASK={{ cpus_per_task }} # srun no longer inherits it from the job
 
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 while :; do
   if [ -e "$cancelled" ]; then over 0; fi
-  mapfile -t begun < <(retry agent begin "$run" "${nodes[@]}")
-  if [ "${#begun[@]}" -ne 3 ]; then over 2; fi
-  attempt=${begun[0]}
+  mapfile -t started < <(retry supervisor start-attempt "$run" "${nodes[@]}")
+  if [ "${#started[@]}" -ne 3 ]; then over 2; fi
+  attempt=${started[0]}
+
+  # the request may have come before the attempt had a folder
   if [ -n "$stopped" ]; then stop "$stopped"; fi
-  export BITLM_ATTEMPT=$attempt MASTER_ADDR=${begun[1]} MASTER_PORT=${begun[2]}
+  export BITLM_ATTEMPT=$attempt MASTER_ADDR=${started[1]} MASTER_PORT=${started[2]}
   answer=go
   code=0
 {%- if preflight %}
@@ -77,7 +90,7 @@ while :; do
     srun --kill-on-bad-exit=0 --wait=0 --nodes={{ nodes }} --ntasks={{ nodes }} --ntasks-per-node=1 --time={{ preflight_minutes }}{{ step_flags }} \
       bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}"$python" -m bitlm_dist.launch.preflight "$attempt" >>"$attempt/start.log" 2>&1 &
     wait_for $!
-    mapfile -t answers < <(agent judge "$attempt")
+    mapfile -t answers < <(supervisor check-nodes "$attempt")
     answer=${answers[0]:-go}
   fi
 {%- endif %}
@@ -86,28 +99,31 @@ while :; do
     srun --kill-on-bad-exit=1 --wait=600 --nodes={{ nodes }} --ntasks={{ tasks }} --ntasks-per-node={{ tasks_per_node }}{{ step_flags }} \
       bash -c 'trap "" USR1 USR2; exec "$@"' _ {{ rank_prefix }}{{ command }} >>"$attempt/start.log" 2>&1 &
     ranks=$!
+
+    # … or before the ranks had a process id
     if [ -n "$stopped" ]; then stop "$stopped"; fi
     wait_for "$ranks"
     code=$?
     ranks=''
   fi
 
-  mapfile -t verdict < <(retry agent decide "$attempt" "$code")
-  case ${verdict[0]:-} in
+  mapfile -t decision < <(retry supervisor finish-attempt "$attempt" "$code")
+  case ${decision[0]:-} in
     end) over 0 ;;
     restart)
-      sleep "${verdict[3]}" &
-      if [ -z "$stopped" ]; then wait $!; fi # a signal cuts it short
+      sleep "${decision[3]}" &
+      if [ -z "$stopped" ]; then wait $!; fi # a signal interrupts the wait
       if [ -z "$stopped" ]; then continue; fi
       ;;
     requeue | resubmit) ;;
     *) over 1 ;;
   esac
-  # this allocation ends here; a job that was cancelled is not brought back
+
+  # This allocation ends here. A cancelled job must not be requeued.
   if [ -e "$cancelled" ]; then over 0; fi
   if [ "$(retry job_state)" = JobState=CANCELLED ]; then over 1; fi
-  if [ "${verdict[0]}" = resubmit ]; then
-    submit_again --exclude="${verdict[2]}"
+  if [ "${decision[0]}" = resubmit ]; then
+    submit_again --exclude="${decision[2]}"
     over 0
   fi
 {%- if requeue %}

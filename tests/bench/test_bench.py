@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from bitlm_dist.bench.contest import Contender, contest
+from bitlm_dist.bench.interleaved import Variant, time_interleaved
 from bitlm_dist.bench.results import read_results
 from bitlm_dist.cli import app
-from bitlm_dist.data.feed import Feed
+from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 
 
@@ -20,31 +20,50 @@ def run(*words):
 
 
 @pytest.fixture
-def contenders(monkeypatch):
-    """A module that the child processes can import too."""
+def variants(monkeypatch):
+    """Module that the child processes can import, too."""
     monkeypatch.syspath_prepend(Path(__file__).parent)
-    return importlib.import_module("contenders")
+    return importlib.import_module("variants")
 
 
 @pytest.mark.distributed
-def test_contenders_take_turns_and_warm_up_unseen(tmp_path, contenders):
+def test_variants_take_turns_and_warm_up_unseen(tmp_path, variants):
     order = tmp_path / "order"
-    timings = contest({n: Contender(contenders.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2)
+    timings = time_interleaved(
+        {n: Variant(variants.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2
+    )
     assert order.read_text() == "ab" * 5
-    assert all(len(t.rates) == 3 and t.spread[0] <= t.median <= t.spread[1] and t.peak_bytes > 2**20 for t in timings.values())
+    assert all(
+        len(t.tokens_per_second) == 3
+        and t.spread[0] <= t.median <= t.spread[1]
+        and t.peak_bytes > 2**20
+        for t in timings.values()
+    )
 
 
 @pytest.mark.distributed
-def test_a_failure_in_a_child_is_one_line(contenders):
+def test_a_failure_in_a_child_is_one_line(variants):
     with pytest.raises(UserError, match="^b failed: RuntimeError: no luck today$"):
-        contest({"b": Contender(contenders.broken, ())}, repeats=1, warmup=0)
+        time_interleaved({"b": Variant(variants.broken, ())}, repeats=1, warmup=0)
 
 
 @pytest.mark.distributed
 def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, prepared, tmp_path):
     out, plot = tmp_path / "r.json", tmp_path / "r.svg"
-    words = ("bench", "train", tiny.file, "--data.path", prepared, "--vs", "softmax", "--vs", "plain")
-    found = json.loads(run(*words, "--repeats", "2", "--steps", "2", "--json", "--out", out, "--plot", plot))
+    words = (
+        "bench",
+        "train",
+        tiny.file,
+        "--data.path",
+        prepared,
+        "--vs",
+        "softmax",
+        "--vs",
+        "plain",
+    )
+    found = json.loads(
+        run(*words, "--repeats", "2", "--steps", "2", "--json", "--out", out, "--plot", plot)
+    )
     assert json.loads(out.read_text()) == found
     assert set(found["sides"]) == {"bits", "softmax", "plain"}
     assert set(found["ratio_tokens_per_second"]) == {"softmax", "plain"}
@@ -54,14 +73,27 @@ def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, pr
         assert len(rate["all"]) == 2
         assert side["mfu"] is None
         assert side["peak_bytes"] > 2**20
-    shares = {n: s["predicted_tokens_per_second"] / s["tokens_per_second"]["median"] for n, s in found["sides"].items()}
+    shares = {
+        n: s["predicted_tokens_per_second"] / s["tokens_per_second"]["median"]
+        for n, s in found["sides"].items()
+    }
     split = json.loads((prepared / "manifest.json").read_text())["splits"]["train"]
     for name, block in (("bits", 4), ("softmax", 1)):
-        with closing(Feed(prepared, "train", block=block, sequence_length=32, seed=0, shuffle=True)) as feed:
-            assert shares[name] == pytest.approx((split["tokens"] + split["documents"]) / (32 * len(feed)))
-    assert shares["plain"] == pytest.approx(1 - 4 / 32), "of synthetic text only the first block is not predicted"
+        with closing(
+            PackedDataset(
+                prepared, "train", block_size=block, sequence_length=32, seed=0, shuffle=True
+            )
+        ) as feed:
+            assert shares[name] == pytest.approx(
+                (split["tokens"] + split["documents"]) / (32 * len(feed))
+            )
+    assert shares["plain"] == pytest.approx(1 - 4 / 32), (
+        "of synthetic text only the first block is not predicted"
+    )
     ratios = found["ratio_tokens_per_second"], found["ratio_predicted_tokens_per_second"]
-    assert ratios[1]["softmax"] / ratios[0]["softmax"] == pytest.approx(shares["bits"] / shares["softmax"])
+    assert ratios[1]["softmax"] / ratios[0]["softmax"] == pytest.approx(
+        shares["bits"] / shares["softmax"]
+    )
     assert found["settings"]["vocabulary"] == 300
     assert plot.read_text().startswith("<?xml")
     assert "tokens/s, median" in run("bench", "show", out, "--plot", tmp_path / "again.png")
@@ -70,14 +102,30 @@ def test_train_bench_compares_three_ways_and_its_file_can_be_read_again(tiny, pr
     out.write_text(json.dumps(found))
     assert "predicted" in run("bench", "show", out)  # "tokens/s" may stand on the next line
     out.write_text(json.dumps({**found, "version": 99}))
-    with pytest.raises(UserError, match=r"holds results of version 99, this program reads 2: run the bench again"):
+    with pytest.raises(
+        UserError, match=r"holds results of version 99, this program reads 2: run the bench again"
+    ):
         read_results(out)
 
 
 @pytest.mark.slow
 def test_generate_bench_takes_several_samplers(tiny):
-    words = ("bench", "generate", tiny.file, "--vocabulary", "300", "--vs", "softmax", "--batch", "2", "--tokens", "8")
-    found = json.loads(run(*words, "--sampler", "sequential", "--sampler", "ode:3", "--repeats", "1", "--json"))
+    words = (
+        "bench",
+        "generate",
+        tiny.file,
+        "--vocabulary",
+        "300",
+        "--vs",
+        "softmax",
+        "--batch",
+        "2",
+        "--tokens",
+        "8",
+    )
+    found = json.loads(
+        run(*words, "--sampler", "sequential", "--sampler", "ode:3", "--repeats", "1", "--json")
+    )
     assert list(found["sides"]) == ["bits sequential", "bits ode:3", "softmax"]
     assert set(found["ratio_tokens_per_second"]) == {"bits ode:3", "softmax"}
     assert all(side["seconds_before"] > 0 for side in found["sides"].values())
@@ -90,7 +138,10 @@ BAD = [
     (["train", "--vocabulary", "1"], "--vocabulary 1: must be at least 4"),
     (["train"], "how many tokens are there"),
     (["train", "--plot", "x.txt", "--vocabulary", "300"], "--plot x.txt: name a file that ends in"),
-    (["train", "--vocabulary", "300", "--vs", "plain", "--model.output", "softmax"], "--vs plain compares model.output = bits"),
+    (
+        ["train", "--vocabulary", "300", "--vs", "plain", "--model.output", "softmax"],
+        "--vs plain compares model.output = bits",
+    ),
     (
         ["train", "--vocabulary", "300", "--vs", "softmax", "--model.output", "softmax"],
         "--vs softmax: model.output is that already",
@@ -98,7 +149,10 @@ BAD = [
     (["train", "--vocabulary", "4000000000"], "the models need about bits .* GiB"),
     (["generate", "--vocabulary", "300", "--prompt", "-1"], "--prompt -1: must be at least 0"),
     (["generate", "--vocabulary", "300", "--vs", "plain"], "use it with `bitlm bench train`"),
-    (["generate", "--vocabulary", "300", "--sampler", "euler"], "--sampler euler: write sequential, ode:K"),
+    (
+        ["generate", "--vocabulary", "300", "--sampler", "euler"],
+        "--sampler euler: write sequential, ode:K",
+    ),
 ]
 
 
@@ -128,7 +182,18 @@ def test_files_that_are_no_results_are_named(content, message, tmp_path):
 
 @pytest.mark.slow
 def test_data_bench_times_reading_cold_and_warm_beside_training(tiny_file, prepared):
-    found = run("bench", "data", tiny_file, "--data.path", prepared, "--repeats", "2", "--batches", "4", "--json")
+    found = run(
+        "bench",
+        "data",
+        tiny_file,
+        "--data.path",
+        prepared,
+        "--repeats",
+        "2",
+        "--batches",
+        "4",
+        "--json",
+    )
     results = json.loads(found)
     assert list(results["sides"]) == ["data, cold", "data, warm", "training"]
     rates = {name: side["tokens_per_second"] for name, side in results["sides"].items()}

@@ -6,11 +6,28 @@ from typer.testing import CliRunner
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
 
-FEW = ("--length", 32, "--length", 64, "--batch", 2, "--heads", 2, "--width", 16, "--block", 4, "--repeats", 2)
+FEW = (
+    "--length",
+    32,
+    "--length",
+    64,
+    "--batch",
+    2,
+    "--heads",
+    2,
+    "--width",
+    16,
+    "--block",
+    4,
+    "--repeats",
+    2,
+)
 
 
 def run(*words):
-    result = CliRunner().invoke(app, ["bench", *(str(word) for word in words)], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, ["bench", *(str(word) for word in words)], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -25,7 +42,12 @@ def test_attention_is_measured_on_the_exact_mask(tmp_path):
         half = length // 2
         pairs = {
             "causal flash": 2 * sum(i + 1 for i in range(length)),
-            "SDPA, dense mask": 2 * sum(j // 4 <= i // 4 and i // half == j // half for i in range(length) for j in range(length)),
+            "SDPA, dense mask": 2
+            * sum(
+                j // 4 <= i // 4 and i // half == j // half
+                for i in range(length)
+                for j in range(length)
+            ),
         }
         assert {"merge", "reference", *pairs} <= results["sides"].keys()
         for name, side in results["sides"].items():

@@ -4,8 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlm_dist.checkpoint import retention, store
-from bitlm_dist.checkpoint.retention import superfluous
-from bitlm_dist.checkpoint.tensors import Entry
+from bitlm_dist.checkpoint.retention import checkpoints_to_delete
+from bitlm_dist.checkpoint.steps import complete_steps
+from bitlm_dist.checkpoint.tensors import ShardEntry
 
 
 @pytest.mark.parametrize(
@@ -21,24 +22,34 @@ from bitlm_dist.checkpoint.tensors import Entry
     ],
 )
 def test_which_may_go(health, keep, every, expected):
-    assert superfluous(health, keep, every) == expected
+    assert checkpoints_to_delete(health, keep, every) == expected
 
 
-@given(st.dictionaries(st.integers(1, 60), st.sampled_from([True, False, None])), st.integers(1, 4), st.integers(0, 7))
+@given(
+    st.dictionaries(st.integers(1, 60), st.sampled_from([True, False, None])),
+    st.integers(1, 4),
+    st.integers(0, 7),
+)
 def test_nothing_that_could_be_needed_goes(health, keep, every):
-    gone = superfluous(health, keep, every)
+    gone = checkpoints_to_delete(health, keep, every)
     healthy = sorted(step for step, good in health.items() if good)
     assert not set(healthy[-keep:]) & set(gone)
     assert not {step for step in healthy if every and step % every == 0} & set(gone)
     assert max(health, default=0) not in gone, "the newest stays"
+
     for step in gone:
-        assert health[step] is False or any(other > step for other in healthy), "only a healthy one replaces another"
+        assert health[step] is False or any(other > step for other in healthy), (
+            "only a healthy one replaces another"
+        )
 
 
 def test_folders_go(tmp_path):
     health = {1: True, 2: True, 3: True}
     for step in health:
-        folder = store.save(tmp_path, step, [Entry("a", "F32", (2,), (0,), (2,))], [torch.zeros(2)], {})
+        folder = store.save(
+            tmp_path, step, [ShardEntry("a", "F32", (2,), (0,), (2,))], [torch.zeros(2)], {}
+        )
         assert folder.is_dir()
-    retention.tidy(tmp_path, health, 2, 0)
-    assert store.complete_steps(tmp_path) == [2, 3] == list(health)
+
+    retention.prune(tmp_path, health, 2, 0)
+    assert complete_steps(tmp_path) == [2, 3] == list(health)

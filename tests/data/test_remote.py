@@ -1,4 +1,4 @@
-"""Shards in an object store and on a web server: real servers on loopback."""
+"""Shards in an object store and on a web server, with real servers on loopback."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from bitlm_dist.data import remote
-from bitlm_dist.data.feed import Feed
-from bitlm_dist.data.remote import mirror, url_of
-from bitlm_dist.data.streaming_import import streaming
+from bitlm_dist.data.packed_dataset import PackedDataset
+from bitlm_dist.data.remote import mirror, remote_url
+from bitlm_dist.data.streaming_import import import_streaming
 from bitlm_dist.errors import UserError
 
 pytestmark = pytest.mark.integration
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Bucket:
-    """The small prepared folder in S3."""
+    """Small prepared folder in S3."""
 
     def __init__(self, prepared: Path, endpoint: str) -> None:
         import boto3
@@ -41,10 +41,11 @@ class Bucket:
 
 
 class Site:
-    """The small prepared folder on a web server."""
+    """Small prepared folder on a web server."""
 
     def __init__(self, folder: Path, port: int) -> None:
-        self.url, self._folder = f"http://127.0.0.1:{port}/data", folder
+        self.url = f"http://127.0.0.1:{port}/data"
+        self._folder = folder
 
     def put(self, name: str, content: bytes) -> None:
         (self._folder / name).write_bytes(content)
@@ -56,7 +57,7 @@ class Site:
 @pytest.fixture(scope="module", autouse=True)
 def one_try():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remote, "TRIES", 1)
+        patch.setattr(remote, "MAX_ATTEMPTS", 1)
         yield
 
 
@@ -68,7 +69,11 @@ def bucket(prepared):
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("AWS_ACCESS_KEY_ID", "x"), ("AWS_SECRET_ACCESS_KEY", "x"), ("AWS_DEFAULT_REGION", "us-east-1")):
+        for name, value in (
+            ("AWS_ACCESS_KEY_ID", "x"),
+            ("AWS_SECRET_ACCESS_KEY", "x"),
+            ("AWS_DEFAULT_REGION", "us-east-1"),
+        ):
             patch.setenv(name, value)
         patch.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
         yield Bucket(prepared, f"http://{host}:{port}")
@@ -99,13 +104,15 @@ def store(request) -> Bucket | Site:
 
 
 def feed_of(folder: Path, **more):
-    return Feed(folder, "train", block=4, sequence_length=32, seed=3, shuffle=True, **more)
+    return PackedDataset(
+        folder, "train", block_size=4, sequence_length=32, seed=3, shuffle=True, **more
+    )
 
 
 def test_a_copy_without_shards_reads_what_the_folder_reads(store, prepared, tmp_path):
     copy = tmp_path / "copy"
     mirror(store.url, copy)
-    assert url_of(copy) == store.url
+    assert remote_url(copy) == store.url
     assert not list(copy.rglob("*.mds*"))
     feeds = [feed_of(folder, cache=tmp_path / "cache") for folder in (prepared, copy)]
     assert feeds[0].fingerprint() == feeds[1].fingerprint()
@@ -121,20 +128,26 @@ def test_a_copy_without_shards_reads_what_the_folder_reads(store, prepared, tmp_
 def test_what_is_missing_or_damaged_in_the_store_is_named(store, prepared, tmp_path):
     mirror(store.url, tmp_path / "copy")
     shard = next((prepared / "train").rglob("*.mds.zstd"))
-    name, content = shard.relative_to(prepared).as_posix(), shard.read_bytes()
+    name = shard.relative_to(prepared).as_posix()
+    content = shard.read_bytes()
     for harm, message in (
         (lambda: store.put(name, content[:-1] + b"!"), "Checksum failure"),
         (lambda: store.delete(name), "(?i:not found)|No such file|FileNotFound|404|/data/"),
     ):
         harm()
         feed = feed_of(tmp_path / "copy")
-        with pytest.raises(UserError, match=f"shard {store.url}/{name} is damaged or cannot be fetched: .*({message})"):
+        with pytest.raises(
+            UserError,
+            match=f"shard {store.url}/{name} is damaged or cannot be fetched: .*({message})",
+        ):
             feed.batch(0, 8, CPU)
         feed.close()
     store.put(name, content)
 
 
-def test_a_small_file_that_is_not_the_manifest_s_is_named_and_nothing_is_left(store, prepared, tmp_path):
+def test_a_small_file_that_is_not_the_manifest_s_is_named_and_nothing_is_left(
+    store, prepared, tmp_path
+):
     name = "validation/index.json"
     store.put(name, (prepared / "train/index.json").read_bytes())
     with pytest.raises(UserError, match=f"{name} is damaged, or not the one that"):
@@ -144,9 +157,9 @@ def test_a_small_file_that_is_not_the_manifest_s_is_named_and_nothing_is_left(st
 
 
 def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkeypatch):
-    downloader = streaming("storage.download").S3Downloader
-
-    plain, calls = downloader._download_file_impl, []
+    downloader = import_streaming("storage.download").S3Downloader
+    plain = downloader._download_file_impl
+    calls = []
 
     def flaky(self, *arguments):
         calls.append(1)
@@ -155,8 +168,8 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkey
         return plain(self, *arguments)
 
     monkeypatch.setattr(downloader, "_download_file_impl", flaky)
-    monkeypatch.setattr(remote, "TRIES", 2)
-    monkeypatch.setattr(streaming("util"), "sleep", lambda seconds: None)
+    monkeypatch.setattr(remote, "MAX_ATTEMPTS", 2)
+    monkeypatch.setattr(import_streaming("util"), "sleep", lambda seconds: None)
     mirror(bucket.url, tmp_path / "copy")
     assert len(calls) > 8
 
@@ -165,7 +178,10 @@ def test_a_store_that_fails_for_a_moment_is_asked_again(bucket, tmp_path, monkey
     ("url", "message"),
     [
         ("s3://bucket/none", "s3://bucket/none/manifest.json cannot be fetched"),
-        ("http://127.0.0.1:9/data", "http://127.0.0.1:9/data/manifest.json cannot be fetched: Cannot connect"),
+        (
+            "http://127.0.0.1:9/data",
+            "http://127.0.0.1:9/data/manifest.json cannot be fetched: Cannot connect",
+        ),
         ("ftp://host/data", "ftp://host/data cannot be opened: Unsupported remote path"),
     ],
 )
@@ -181,4 +197,4 @@ def test_stores_that_cannot_be_read_are_named_and_nothing_is_left(bucket, url, m
 def test_a_damaged_record_is_named(prepared, tmp_path):
     (tmp_path / "remote.json").write_text(json.dumps({"uri": "s3://x"}))
     with pytest.raises(UserError, match="remote.json is damaged: copy the folder again"):
-        url_of(tmp_path)
+        remote_url(tmp_path)

@@ -4,11 +4,16 @@ import shutil
 
 import numpy as np
 import pytest
-from bitlm_dist.data_prep import near_duplicates
-from bitlm_dist.data_prep.deduplication import Deduplication
-from bitlm_dist.data_prep.hash_index import HashIndex
-from bitlm_dist.data_prep.near_duplicates import Signatures, band_keys, bands_for, grams_of
 
+from bitlm_dist.data_prep import near_duplicates
+from bitlm_dist.data_prep.deduplication import Deduplicator
+from bitlm_dist.data_prep.hash_index import HashIndex
+from bitlm_dist.data_prep.near_duplicates import (
+    MinHasher,
+    band_keys,
+    choose_bands,
+    word_ngram_hashes,
+)
 from bitlm_dist.errors import UserError
 
 
@@ -19,21 +24,24 @@ def key(number):
 @pytest.mark.parametrize("held", [1, 10, 100, 10_000])
 def test_the_index_is_a_dictionary_of_bounded_size(tmp_path, seed, held):
     rng = random.Random(seed)
-    index, truth = HashIndex(tmp_path, held), {}
-    # keys that share their first or second half
+    index = HashIndex(tmp_path, held)
+    truth = {}
+
+    # Keys that share their first or second half.
     keys = [key(i)[:8] + key(j)[8:] for i in range(40) for j in range(25)]
     for _ in range(60):
         batch = rng.choices(keys, k=40)
-        stored = index.stored(batch)
+        stored = index.find_on_disk(batch)
         for x in batch:
-            found = index.recent(x) if x not in stored else stored[x]
+            found = index.find_in_memory(x) if x not in stored else stored[x]
             assert found == truth.get(x)
             if found is None:
                 index.add(x, len(truth))
                 truth[x] = len(truth)
-        index.settle()
-    assert len(index._recent) < held
-    assert sum(size for _, size in index._files) + len(index._recent) == len(truth)
+        index.spill_if_full()
+
+    assert len(index._in_memory) < held
+    assert sum(size for _, size in index._files) + len(index._in_memory) == len(truth)
     assert len(index._files) <= 11, "merging keeps files few"
     assert len(list(tmp_path.iterdir())) == len(index._files)
 
@@ -43,19 +51,24 @@ def test_the_first_copy_stays_whatever_the_batches(tmp_path, seed, batch, monkey
     monkeypatch.setattr("bitlm_dist.data_prep.hash_index.HashIndex.__init__.__defaults__", (5,))
     rng = random.Random(seed)
     hashes = [key(rng.randrange(60)) for _ in range(300)]
-    deduplication = Deduplication(tmp_path, exact=True, near=None)
-    reasons = [r for i in range(0, 300, batch) for r in deduplication.reasons(hashes[i : i + batch], None)]
+    deduplication = Deduplicator(tmp_path, exact=True, near_threshold=None)
+    reasons = [
+        r
+        for i in range(0, 300, batch)
+        for r in deduplication.drop_reasons(hashes[i : i + batch], None)
+    ]
     expected = [None if hashes.index(h) == i else "duplicate" for i, h in enumerate(hashes)]
     assert reasons == expected
 
 
 def jaccard(a, b):
-    a, b = set(grams_of(a).tolist()), set(grams_of(b).tolist())
+    a = set(word_ngram_hashes(a).tolist())
+    b = set(word_ngram_hashes(b).tolist())
     return len(a & b) / len(a | b)
 
 
 def near_texts(rng, count):
-    """Texts, and changed copies of earlier ones."""
+    """Make texts, half of them changed copies of earlier ones."""
     texts = []
     for _ in range(count):
         words = [f"w{rng.randrange(5000)}" for _ in range(300)]
@@ -70,16 +83,18 @@ def near_texts(rng, count):
 def test_signatures_estimate_the_similarity_of_brute_force(seed):
     pytest.importorskip("rensa")
     texts = near_texts(random.Random(seed), 60)
-    signatures = Signatures().of(texts)
+    signatures = MinHasher().signatures(texts)
     assert signatures.shape == (60, 128)
     pairs = [(i, j) for i in range(60) for j in range(i)]
     true = np.array([jaccard(texts[i], texts[j]) for i, j in pairs])
     estimated = np.array([(signatures[i] == signatures[j]).mean() for i, j in pairs])
     error = np.sqrt(np.maximum(true * (1 - true), 1e-3) / 128)
     assert (np.abs(estimated - true) < 6 * error + 0.02).all()
-    assert np.array_equal(Signatures().of(texts[:3]), signatures[:3]), "each document for itself"
-    assert Signatures().of([]).shape == (0, 128)
-    assert np.array_equal(*Signatures().of(["Two words", "two  WORDS\n"]))
+    assert np.array_equal(MinHasher().signatures(texts[:3]), signatures[:3]), (
+        "each document for itself"
+    )
+    assert MinHasher().signatures([]).shape == (0, 128)
+    assert np.array_equal(*MinHasher().signatures(["Two words", "two  WORDS\n"]))
 
 
 @pytest.mark.parametrize("batch", [1, 13, 1000])
@@ -87,12 +102,13 @@ def test_near_copies_of_what_stays_are_dropped(tmp_path, seed, batch, monkeypatc
     pytest.importorskip("rensa")
     monkeypatch.setattr("bitlm_dist.data_prep.hash_index.HashIndex.__init__.__defaults__", (100,))
     texts = near_texts(random.Random(seed), 120)
-    signatures = Signatures().of(texts)
+    signatures = MinHasher().signatures(texts)
     hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
-    deduplication = Deduplication(tmp_path, exact=True, near=0.8)
+    deduplication = Deduplicator(tmp_path, exact=True, near_threshold=0.8)
     reasons = []
     for i in range(0, len(texts), batch):
-        reasons += deduplication.reasons(hashes[i : i + batch], signatures[i : i + batch])
+        reasons += deduplication.drop_reasons(hashes[i : i + batch], signatures[i : i + batch])
+
     kept: list[int] = []
     missed = 0
     for i, reason in enumerate(reasons):
@@ -104,35 +120,38 @@ def test_near_copies_of_what_stays_are_dropped(tmp_path, seed, batch, monkeypatc
             kept.append(i)
         else:
             assert hashes.index(hashes[i]) < i
+
     assert reasons.count("near_duplicate") > 10
     assert missed <= 3, "bands find 95 of 100 pairs just at the threshold, and more above"
 
 
 def test_bands_find_what_they_promise():
     for threshold in (0.5, 0.7, 0.8, 0.9, 1.0):
-        bands, rows = bands_for(threshold)
+        bands, rows = choose_bands(threshold)
         assert bands * rows <= 128
-        assert 1 - (1 - threshold**rows) ** bands >= near_duplicates.RECALL
+        assert 1 - (1 - threshold**rows) ** bands >= near_duplicates.MIN_RECALL
     signatures = np.arange(256, dtype=np.uint32).reshape(2, 128)
     signatures[1, :8] = signatures[0, :8]
     first, second = band_keys(signatures, 16, 8)
     assert [a == b for a, b in zip(first, second, strict=True)] == [True] + [False] * 15
     signatures[:] = 7
-    assert len(set(band_keys(signatures, 16, 8)[0])) == 16, "the same values in another band are another key"
+    assert len(set(band_keys(signatures, 16, 8)[0])) == 16, (
+        "the same values in another band are another key"
+    )
 
 
 def test_a_missing_rensa_names_the_extra(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "rensa", None)
     with pytest.raises(UserError, match=r"pip install 'bitlm-dist\[dedup\]'"):
-        Signatures()
+        MinHasher()
 
 
 def test_work_on_disk_grows_and_memory_does_not(tmp_path):
-    index = HashIndex(tmp_path / "x", held=1000)
+    index = HashIndex(tmp_path / "x", max_in_memory=1000)
     for i in range(0, 20_000, 500):
-        index.stored([key(j) for j in range(i, i + 500)])
+        index.find_on_disk([key(j) for j in range(i, i + 500)])
         for j in range(i, i + 500):
             index.add(key(j), j)
-        index.settle()
-    assert index.stored([key(12_345), key(99_999)]) == {key(12_345): 12_345}
+        index.spill_if_full()
+    assert index.find_on_disk([key(12_345), key(99_999)]) == {key(12_345): 12_345}
     shutil.rmtree(tmp_path / "x")

@@ -1,4 +1,4 @@
-"""From a tokenizer's folder to text, with nothing but the copies that preparation, training and export made."""
+"""From a tokenizer's folder to text, using only the copies made by preparation and export."""
 
 import json
 import shutil
@@ -20,7 +20,9 @@ def bitlm(*words):
 
 def hugging_face(folder):
     tokenizer_kinds.save(tokenizer_kinds.llama(), folder)
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<s>", "eos_token": "</s>"})
+    )
 
 
 def sentencepiece(folder):
@@ -28,22 +30,53 @@ def sentencepiece(folder):
     folder.mkdir()
     lines = iter(["the cat in the hat and the man"] * 20)
     settings = {"vocab_size": 290, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
-    library.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), **settings)
+    library.SentencePieceTrainer.train(
+        sentence_iterator=lines, model_prefix=str(folder / "tokenizer"), **settings
+    )
 
 
 @pytest.mark.parametrize("make", [hugging_face, sentencepiece])
 def test_evaluation_export_and_generation_need_the_copies_alone(make, corpus, tiny_file, tmp_path):
     make(tmp_path / "t")
-    bitlm("prep", corpus, "--tokenizer", tmp_path / "t", "--out", tmp_path / "data", "--validation", "0.1", "--workers", "2")
+    bitlm(
+        "prep",
+        corpus,
+        "--tokenizer",
+        tmp_path / "t",
+        "--out",
+        tmp_path / "data",
+        "--validation",
+        "0.1",
+        "--workers",
+        "2",
+    )
+
     shutil.rmtree(tmp_path / "t")
-    words = ("--data.path", tmp_path / "data", "--run.dir", tmp_path / "run", "--training.steps", "1")
+    words = (
+        "--data.path",
+        tmp_path / "data",
+        "--run.dir",
+        tmp_path / "run",
+        "--training.steps",
+        "1",
+    )
     bitlm("train", tiny_file, *words)
+
     expected = json.loads(bitlm("eval", tmp_path / "run", "--json"))
     bitlm("checkpoint", "export", tmp_path / "run", tmp_path / "exported")
     shutil.rmtree(tmp_path / "run")
+
     bitlm("checkpoint", "import", tmp_path / "exported", tmp_path / "again")
     found = json.loads(bitlm("eval", tmp_path / "again", "--json"))
     assert {**found, "run": None} == {**expected, "run": None}
-    assert found["bytes"] == json.loads((tmp_path / "data/manifest.json").read_text())["splits"]["validation"]["token_bytes"]
-    written = json.loads(bitlm("generate", tmp_path / "again", "--prompt", "the cat", "--blocks", "2", "--json"))
+    assert (
+        found["bytes"]
+        == json.loads((tmp_path / "data/manifest.json").read_text())["splits"]["validation"][
+            "token_bytes"
+        ]
+    )
+
+    written = json.loads(
+        bitlm("generate", tmp_path / "again", "--prompt", "the cat", "--blocks", "2", "--json")
+    )
     assert written["token_ids"]

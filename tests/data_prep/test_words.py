@@ -4,17 +4,18 @@ import random
 import re
 
 import pytest
-from bitlm_dist.data_prep import words
-from bitlm_dist.data_prep.deduplication import Deduplication
-from bitlm_dist.data_prep.filters import GRAM, Decontamination
-from bitlm_dist.data_prep.near_duplicates import Signatures
 
+from bitlm_dist.data_prep import words
+from bitlm_dist.data_prep.deduplication import Deduplicator
+from bitlm_dist.data_prep.filters import NGRAM_SIZE, DecontaminationFilter
+from bitlm_dist.data_prep.near_duplicates import MinHasher
 from bitlm_dist.errors import UserError
 
-# A sentence of each script without blanks between words
+# A sentence in each script without spaces between words.
 SENTENCES = {
     "Chinese": "今天早上的天气非常好我们一起去公园散步看见很多小鸟在树上唱歌大家都很高兴",
-    "Japanese": "今朝はとても天気が良かったので私たちは公園へ散歩に行きましたそしてコーヒーを飲みました",
+    "Japanese": "今朝はとても天気が良かったので私たちは公園へ散歩に行きました"
+    "そしてコーヒーを飲みました",
     "Thai": "วันนี้อากาศดีมากเราจึงไปเดินเล่นที่สวนสาธารณะและดื่มกาแฟกับเพื่อนๆ",
     "Lao": "ມື້ນີ້ອາກາດດີຫຼາຍພວກເຮົາຈຶ່ງໄປຍ່າງຫຼິ້ນຢູ່ສວນສາທາລະນະແລະດື່ມກາເຟ",
     "Khmer": "ថ្ងៃនេះអាកាសធាតុល្អណាស់យើងទៅដើរលេងនៅសួនច្បារហើយផឹកកាហ្វេ",
@@ -24,11 +25,36 @@ SENTENCES = {
 
 
 def test_a_character_with_its_marks_is_a_word_and_other_scripts_keep_theirs():
-    assert words.split("Python 3.11 是一种语言, isn't it?") == ["python", "3.11", "是", "一", "种", "语", "言", ",", "isn't", "it?"]
-    assert words.find("Python 3.11 是一种语言, isn't it?") == ["python", "3", "11", "是", "一", "种", "语", "言", "isn", "t", "it"]
-    assert words.find("ที่นี่ มาก") == ["ที่", "นี่", "ม", "า", "ก"]
-    assert words.find("コーヒー、ｶﾞ。") == ["コ", "ー", "ヒ", "ー", "ｶ", "ﾞ"]
-    assert words.find("你好，世界。《书》𠀀") == list("你好世界书𠀀")
+    assert words.split_at_whitespace("Python 3.11 是一种语言, isn't it?") == [
+        "python",
+        "3.11",
+        "是",
+        "一",
+        "种",
+        "语",
+        "言",
+        ",",
+        "isn't",
+        "it?",
+    ]
+
+    assert words.find_words("Python 3.11 是一种语言, isn't it?") == [
+        "python",
+        "3",
+        "11",
+        "是",
+        "一",
+        "种",
+        "语",
+        "言",
+        "isn",
+        "t",
+        "it",
+    ]
+
+    assert words.find_words("ที่นี่ มาก") == ["ที่", "นี่", "ม", "า", "ก"]
+    assert words.find_words("コーヒー、ｶﾞ。") == ["コ", "ー", "ヒ", "ー", "ｶ", "ﾞ"]
+    assert words.find_words("你好，世界。《书》𠀀") == list("你好世界书𠀀")
 
 
 @pytest.mark.parametrize(
@@ -43,17 +69,17 @@ def test_a_character_with_its_marks_is_a_word_and_other_scripts_keep_theirs():
     ],
 )
 def test_text_with_blanks_is_cut_at_them(text):
-    assert words.split(text) == text.lower().split()
-    assert words.find(text) == re.findall(r"\w+", text.lower())
+    assert words.split_at_whitespace(text) == text.lower().split()
+    assert words.find_words(text) == re.findall(r"\w+", text.lower())
 
 
 def documents(rng, sentence, count=8, size=300):
-    """Texts without blanks, and a copy of each of the first half with a few characters changed."""
-    letters = sorted(set(words.find(sentence)))
+    """Texts without spaces, followed by a copy of each with a few characters changed."""
+    letters = sorted(set(words.find_words(sentence)))
     made = ["".join(rng.choices(letters, k=size)) for _ in range(count // 2)]
     copies = []
     for text in made:
-        changed = words.find(text)
+        changed = words.find_words(text)
         for place in rng.sample(range(size), 2):
             changed[place] = rng.choice(letters)
         copies.append("".join(changed))
@@ -62,7 +88,9 @@ def documents(rng, sentence, count=8, size=300):
 
 def kept(tmp_path, texts):
     hashes = [hashlib.sha256(text.encode()).digest() for text in texts]
-    reasons = Deduplication(tmp_path / "work", exact=True, near=0.8).reasons(hashes, Signatures().of(texts))
+    reasons = Deduplicator(tmp_path / "work", exact=True, near_threshold=0.8).drop_reasons(
+        hashes, MinHasher().signatures(texts)
+    )
     return [i for i, reason in enumerate(reasons) if not reason]
 
 
@@ -76,11 +104,17 @@ def test_near_copies_without_blanks_are_dropped(tmp_path, seed, language):
 def test_near_copies_of_mixed_scripts_are_dropped(tmp_path, seed, mix):
     pytest.importorskip("rensa")
     rng = random.Random(seed)
-    english = [" ".join(rng.choices(["river", "stone", "lamp", "bread", "seven", "sings", "under"], k=100)) for _ in range(4)]
+    english = [
+        " ".join(rng.choices(["river", "stone", "lamp", "bread", "seven", "sings", "under"], k=100))
+        for _ in range(4)
+    ]
     halves = documents(rng, SENTENCES["Chinese"])
     texts = [mix.format(a, b) for a, b in zip(english * 2, halves, strict=True)]
     assert kept(tmp_path, texts) == [0, 1, 2, 3]
-    others = [mix.format(a, b) for a, b in zip(english * 2, documents(rng, SENTENCES["Thai"], 16)[:8], strict=True)]
+    others = [
+        mix.format(a, b)
+        for a, b in zip(english * 2, documents(rng, SENTENCES["Thai"], 16)[:8], strict=True)
+    ]
     assert len(kept(tmp_path / "others", others)) == 8, "half of each text is new"
 
 
@@ -88,23 +122,29 @@ def test_near_copies_of_mixed_scripts_are_dropped(tmp_path, seed, mix):
 def test_evaluation_text_without_blanks_is_found(tmp_path, seed, language):
     rng = random.Random(seed)
     texts = documents(rng, SENTENCES[language])[:4]
-    held = "".join(words.find(texts[2])[100:180])
+    held = "".join(words.find_words(texts[2])[100:180])
     (tmp_path / "eval.jsonl").write_text(json.dumps({"q": held}))
-    index = Decontamination([tmp_path / "eval.jsonl"], 0.1)
-    assert [index.holds(text) for text in texts] == [False, False, True, False]
-    assert index.hit_ratio(texts[2]) == pytest.approx((80 - GRAM + 1) / (300 - GRAM + 1))
+    index = DecontaminationFilter([tmp_path / "eval.jsonl"], 0.1)
+    assert [index.is_contaminated(text) for text in texts] == [False, False, True, False]
+    assert index.hit_ratio(texts[2]) == pytest.approx(
+        (80 - NGRAM_SIZE + 1) / (300 - NGRAM_SIZE + 1)
+    )
     assert index.hit_ratio(f"An English frame, {held}, around it.") > 0.8
     assert index.hit_ratio(SENTENCES[language]) == 0
-    (tmp_path / "short.txt").write_text("".join(words.find(held)[:12]))
+    (tmp_path / "short.txt").write_text("".join(words.find_words(held)[:12]))
     with pytest.raises(UserError, match="no text there has 13 words"):
-        Decontamination([tmp_path / "short.txt"], 0.1)
+        DecontaminationFilter([tmp_path / "short.txt"], 0.1)
 
 
 def test_the_fast_look_misses_no_character_without_blanks(seed):
     spaced = "Curly \u2019quotes\u2019 \u2014 ümlaut, привет, עברית, हिन्दी, 한국어 "
     alone = re.compile(f"[{words.UNSPACED}]")
     rng = random.Random(seed)
-    for code in (*range(0xE00, 0x1AB0), *range(0x3000, 0x3200), *rng.sample(range(0x3200, 0x110000), 3000)):
+    for code in (
+        *range(0xE00, 0x1AB0),
+        *range(0x3000, 0x3200),
+        *rng.sample(range(0x3200, 0x110000), 3000),
+    ):
         character = chr(code)
         if not 0xD800 <= code < 0xE000 and alone.match(character):
             assert words._has_unspaced(spaced + character)

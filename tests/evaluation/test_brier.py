@@ -5,8 +5,9 @@ from bitlm_dist.evaluation.brier import brier_scores
 
 
 def test_score_is_that_of_the_distribution_the_draws_come_from(seed):
-    """E = 2·Σ q·p - Σ p², q the text's distribution and p the model's, for one token; products of it for more."""
-    p, q = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.5, 0.3])
+    """Brier-n = 2·(Σ q·p)^n - (Σ p²)^n for tokens with text distribution q and model p."""
+    p = torch.tensor([0.6, 0.3, 0.1])
+    q = torch.tensor([0.2, 0.5, 0.3])
     draw = lambda law: law.multinomial(400_000 * 2, replacement=True).view(-1, 2)  # noqa: E731
     got = brier_scores(draw(q), draw(p), draw(p))
     for n, score in enumerate(got, 1):
@@ -18,6 +19,10 @@ def test_only_a_perfect_copy_scores_100():
     truth = torch.arange(12).view(2, 6)
     assert brier_scores(truth, truth, truth) == [100.0] * 4
     assert brier_scores(truth, truth + 1, truth + 1) == [-100.0] * 4
+
     broken = truth.clone()
     broken[:, 1] = -1
-    assert brier_scores(truth, broken, broken) == [100.0, -100.0, -100.0, -100.0], "from the first wrong token on"
+
+    assert brier_scores(truth, broken, broken) == [100.0, -100.0, -100.0, -100.0], (
+        "from the first wrong token on"
+    )

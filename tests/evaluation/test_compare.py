@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.compare import read_record
+from bitlm_dist.evaluation.compare import load_record
 
 pytestmark = pytest.mark.integration
 
@@ -20,8 +20,24 @@ def run(*words):
 @pytest.fixture
 def trained(tiny, prepared, tmp_path):
     def make(name, *overrides):
-        words = ("--evaluation.every_steps", "2", "--evaluation.sampled_blocks", "8", "--evaluation.strata", "2")
-        run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / name, *words, *overrides)
+        words = (
+            "--evaluation.every_steps",
+            "2",
+            "--evaluation.num_sampled_blocks",
+            "8",
+            "--evaluation.num_noise_levels",
+            "2",
+        )
+        run(
+            "train",
+            tiny.file,
+            "--data.path",
+            prepared,
+            "--run.dir",
+            tmp_path / name,
+            *words,
+            *overrides,
+        )
         return tmp_path / name
 
     return make
@@ -31,37 +47,67 @@ def test_training_evaluates_and_runs_are_compared(trained, tmp_path):
     first = trained("softmax", "--model.output", "softmax", "--training.steps", "5")
     second = trained("bits", "--training.steps", "4")
     lines = [json.loads(line) for line in (first / "evaluations.jsonl").read_text().splitlines()]
+
     assert [line["step"] for line in lines] == [2, 4, 5], "every two steps and at the end"
     assert [line["tokens"] for line in lines] == [512, 1024, 1280]
     assert lines[0]["cpu_seconds"] < lines[1]["cpu_seconds"] < lines[2]["cpu_seconds"]
+
     output = run("compare", first, second, "--plot", tmp_path / "c.svg", "--axis", "cpu_seconds")
     assert "1.000" in output
     assert (tmp_path / "c.svg").is_file()
+
     table = run("compare", first, second, "--markdown").splitlines()
     assert len(table) == 4
-    expected = read_record(second).bits_per_byte / read_record(first).bits_per_byte
+
+    expected = load_record(second).bits_per_byte / load_record(first).bits_per_byte
     assert f"| {expected:.3f} |" in table[3]
 
 
-def test_evaluation_does_not_change_training_and_goes_on_after_a_resume(trained, tiny, prepared, tmp_path):
-    """The same losses with and without; an evaluation that a kill left behind the checkpoint is dropped and made again."""
+def test_evaluation_does_not_change_training_and_goes_on_after_a_resume(
+    trained, tiny, prepared, tmp_path
+):
+    """Losses are equal with and without; evaluations after the checkpoint are redone."""
     watched = trained("watched", "--checkpoint.every_steps", "2")
     run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / "plain")
-    losses = [[json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()] for f in (watched, tmp_path / "plain")]
+    losses = [
+        [json.loads(line)["loss"] for line in (f / "metrics.jsonl").open()]
+        for f in (watched, tmp_path / "plain")
+    ]
+
     assert losses[0] == losses[1]
+
+    # a kill that left evaluations of steps after the latest checkpoint
     whole = (watched / "evaluations.jsonl").read_text().splitlines()
     shutil.rmtree(watched / "checkpoints/step-00000006")
-    again = (trained("watched", "--checkpoint.every_steps", "2") / "evaluations.jsonl").read_text().splitlines()
+    again = (
+        (trained("watched", "--checkpoint.every_steps", "2") / "evaluations.jsonl")
+        .read_text()
+        .splitlines()
+    )
+
     assert again[:2] == whole[:2]
     assert json.loads(again[2])["validation"] == json.loads(whole[2])["validation"]
 
 
 def test_bad_comparisons_are_one_line(tmp_path, tiny, prepared):
-    run("train", tiny.file, "--data.path", prepared, "--run.dir", tmp_path / "run", "--training.steps", "1")
+    run(
+        "train",
+        tiny.file,
+        "--data.path",
+        prepared,
+        "--run.dir",
+        tmp_path / "run",
+        "--training.steps",
+        "1",
+    )
+
     for words, message in (
         ((tmp_path / "none",), "is no run folder"),
         ((tmp_path / "run",), "holds no evaluations: train it with --evaluation.every_steps N"),
-        ((tmp_path / "run", "--axis", "miles"), "--axis miles: choose from predicted_tokens, text_bytes, tokens, cpu_seconds"),
+        (
+            (tmp_path / "run", "--axis", "miles"),
+            "--axis miles: choose from predicted_tokens, text_bytes, tokens, cpu_seconds",
+        ),
         ((tmp_path / "run", "--plot", "x.doc"), "--plot x.doc: name a file that ends in"),
     ):
         with pytest.raises(UserError, match=message):

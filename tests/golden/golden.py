@@ -1,10 +1,11 @@
-"""Golden losses: 20 fp32 steps of the quickstart model, on file, so that any change of a number shows in a diff.
+"""Golden losses: 20 fp32 steps of the quickstart model on file, so that a diff shows any change.
 
-`make golden` rewrites the files. Floats are written so that they read back bit by bit.
+`make golden` rewrites the files. Floats are written such that they are read back bit by bit.
 
-Losses repeat bit by bit where the same code runs the same instructions, so each file records the machine type that made it: the
-CPU (vendor, family, model), the vector instructions that torch uses on it, and the versions of the libraries that compute. On the
-same type a comparison is exact, elsewhere to the tolerances below.
+Losses repeat bit by bit if the same code runs the same instructions, so each file records the
+machine type that made it: the CPU (vendor, family, model), the vector instructions that torch uses
+on it, and the versions of the numerical libraries. On the same type comparisons are exact,
+otherwise to the tolerances below.
 """
 
 import hashlib
@@ -22,12 +23,20 @@ from ranks import run_ranks
 
 HERE = Path(__file__).parent
 NUM_STEPS = 20
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4  # relative, on another machine type
+LOSS_TOLERANCE = 1e-5  # relative, on another machine type
+NORM_TOLERANCE = 1e-4
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy")
 DP2 = ["--head.zero_stage", "2"]
-# two sequences per step, so that two ranks have one each
-COMMON = ["--training.global_batch_tokens", "512", "--logging.tensorboard", "false", "--checkpoint.every_steps", "0"]
-# name of the file: ranks, overrides of the config `quickstart`
+# Two sequences per step, so that two ranks have one each.
+COMMON = [
+    "--training.global_batch_tokens",
+    "512",
+    "--logging.tensorboard",
+    "false",
+    "--checkpoint.every_steps",
+    "0",
+]
+# By file name: number of ranks, overrides of the config `quickstart`.
 CASES = {
     "default": (1, ["--preset", "default"]),
     "default-dp2-zero2": (2, ["--preset", "default", *DP2]),
@@ -38,13 +47,13 @@ CASES = {
 
 @dataclass(frozen=True)
 class Golden:
-    """What a file holds.
+    """The contents of a file.
 
     Attributes:
-        machine: its type.
+        machine: The machine type.
         data: SHA-256 of the prepared text's index.
-        losses: of each step.
-        grad_norms: of each step, before clipping.
+        losses: Loss of each step.
+        grad_norms: Gradient norm of each step, before clipping.
     """
 
     machine: dict[str, str]
@@ -54,32 +63,54 @@ class Golden:
 
 
 def machine_type() -> dict[str, str]:
-    """What decides whether losses repeat bit by bit."""
+    """All that decides whether losses repeat bit by bit."""
     cpu = platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        facts = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        facts = dict(
+            re.findall(
+                r"^(vendor_id|cpu family|model)\s*: (.*)$",
+                Path("/proc/cpuinfo").read_text(),
+                re.MULTILINE,
+            )
+        )
         cpu = " ".join([cpu, *(f"{name} {value}" for name, value in facts.items())])
+
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return {"cpu": cpu, "instructions": torch.backends.cpu.get_cpu_capability(), **versions}
 
 
 def measure(case: str, data: Path) -> Golden:
-    """Train a case on text that `bitlm prep` wrote, in ranks of one thread each."""
+    """Train a case on prepared data, with one thread per rank."""
     num_ranks, overrides = CASES[case]
     with tempfile.TemporaryDirectory() as folder:
         words = [*COMMON, *overrides, "--data.path", str(data), "--run.dir", f"{folder}/run"]
-        run_ranks(num_ranks, "parity", "fit_in_turn", "quickstart", [(words, NUM_STEPS)], folder=Path(folder))
-        lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+        run_ranks(
+            num_ranks,
+            "parity",
+            "fit_in_turn",
+            "quickstart",
+            [(words, NUM_STEPS)],
+            folder=Path(folder),
+        )
+        lines = [
+            json.loads(line)
+            for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        ]
 
     index = hashlib.sha256((data / "train" / "index.json").read_bytes()).hexdigest()
-    return Golden(machine_type(), index, [line["loss"] for line in lines], [line["grad_norm"] for line in lines])
+    return Golden(
+        machine_type(),
+        index,
+        [line["loss"] for line in lines],
+        [line["grad_norm"] for line in lines],
+    )
 
 
-def read(file: Path) -> Golden:
+def load_golden(file: Path) -> Golden:
     """Read a file.
 
     Raises:
-        ValueError: it holds no golden losses; names it.
+        ValueError: It holds no golden losses. The message names it.
     """
     try:
         return Golden(**json.loads(file.read_text()))
@@ -87,37 +118,43 @@ def read(file: Path) -> Golden:
         raise ValueError(f"{file} holds no golden losses: {error}") from None
 
 
-def write(golden: Golden, file: Path) -> None:
-    """Write a file, whole or not at all."""
+def save_golden(golden: Golden, file: Path) -> None:
+    """Write a file atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps(asdict(golden), indent=1) + "\n")
     partial.replace(file)
 
 
-def other_machine(a: Golden, b: Golden) -> str:
-    """How the machine types differ, in words; empty where they are the same."""
+def machine_difference(a: Golden, b: Golden) -> str:
+    """Describe how the machine types differ; empty if they are the same."""
     keys = [key for key in a.machine if a.machine[key] != b.machine.get(key)]
     return ", ".join(f"{key} {a.machine[key]} and {b.machine.get(key)}" for key in keys)
 
 
 def differences(expected: Golden, found: Golden) -> list[str]:
-    """What is not as it should be, a line each.
+    """Describe the differences, one line each.
 
-    Exactly the same numbers are expected on the same machine type, numbers within the tolerances elsewhere.
+    Values must be identical on the same machine type, and within the tolerances on another.
     """
     if expected.data != found.data:
         return ["the prepared text is another: its index has another hash"]
     if len(expected.losses) != len(found.losses):
         return [f"{len(expected.losses)} steps and {len(found.losses)}"]
 
-    exact, lines = not other_machine(expected, found), []
+    exact = not machine_difference(expected, found)
+    lines = []
     for name, a, b, tolerance in (
         ("loss", expected.losses, found.losses, LOSS_TOLERANCE),
         ("gradient norm", expected.grad_norms, found.grad_norms, NORM_TOLERANCE),
     ):
         bound = 0.0 if exact else tolerance
-        bad = [step for step, (x, y) in enumerate(zip(a, b, strict=True), 1) if not abs(x - y) <= bound * abs(x)]
+        # "not <=" counts NaN as a difference, too.
+        bad = [
+            step
+            for step, (x, y) in enumerate(zip(a, b, strict=True), 1)
+            if not abs(x - y) <= bound * abs(x)
+        ]
         if bad:
             largest = max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
             first = bad[0]
@@ -125,4 +162,5 @@ def differences(expected: Golden, found: Golden) -> list[str]:
                 f"{name} differs in {len(bad)} of {len(a)} steps, first in step {first} "
                 f"({a[first - 1]!r} and {b[first - 1]!r}), by {largest:.1e} at most"
             )
+
     return lines

@@ -1,7 +1,7 @@
-"""Rewrite the golden losses, or write those of this commit elsewhere: `make golden`, `make golden OUT=folder`.
+"""Rewrite the golden losses, or write this commit's to a folder: `make golden OUT=folder`.
 
-To prove that a change keeps every number, bit by bit: run it on the commit before and on the commit after, on one machine, and
-compare the two folders with compare.py.
+To prove that a change keeps every value bit by bit, run it before and after the change on one
+machine, and compare the two folders with compare.py.
 """
 
 import argparse
@@ -16,6 +16,7 @@ set_cpu_environment(os.environ)  # as the tests do, before torch is loaded
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 import golden  # noqa: E402
+
 from bitlm_dist.data_prep.prepare import prepare  # noqa: E402
 
 SAMPLE = Path(__file__).parents[2] / "data_prep" / "sample" / "kjv.jsonl.zst"
@@ -34,14 +35,17 @@ def main() -> None:
             file = out / f"{case}.json"
             found = golden.measure(case, data)
             if file.is_file():
-                old = golden.read(file)
-                if other := golden.other_machine(old, found):
-                    print(f"{file.name}: ANOTHER MACHINE TYPE ({other}): its diff proves nothing; compare commits on one machine")
+                old = golden.load_golden(file)
+                if other := golden.machine_difference(old, found):
+                    print(
+                        f"{file.name}: ANOTHER MACHINE TYPE ({other}): its diff proves nothing; "
+                        "compare commits on one machine"
+                    )
                 lines = golden.differences(old, found)
                 print(f"{file.name}: {'; '.join(lines) or 'as before'}")
             else:
                 print(f"{file.name}: new")
-            golden.write(found, file)
+            golden.save_golden(found, file)
 
 
 if __name__ == "__main__":

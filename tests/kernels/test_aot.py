@@ -8,7 +8,9 @@ triton = pytest.importorskip("triton")
 
 
 def aot(*arguments):
-    """In a process of its own: kernels defined under TRITON_INTERPRET cannot be compiled."""
+    """Run the module in a separate process: kernels defined under TRITON_INTERPRET cannot be
+    compiled.
+    """
     command = [sys.executable, "-m", "bitlm_dist.kernels.aot", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
 
@@ -23,17 +25,23 @@ def test_hopper_kernels_keep_their_budgets():
 
 @pytest.mark.slow
 def test_a_broken_budget_is_named(tmp_path):
-    from bitlm_dist.kernels.aot import BUDGETS
+    from bitlm_dist.kernels.aot import BUDGET_FILE
 
-    budgets = json.loads(BUDGETS.read_text()).get(triton.__version__)
+    budgets = json.loads(BUDGET_FILE.read_text()).get(triton.__version__)
     if budgets is None:
         pytest.skip(f"no budgets for Triton {triton.__version__}")
+
+    # one budget is too small, another one is missing
     name = next(x for x in budgets if "sm_90" in x and "in-block forward" in x and "width=64" in x)
     budgets[name]["registers"] -= 1
-    missing = budgets.pop(next(x for x in budgets if "sm_90" in x and "in-block backward" in x and "width=64" in x))
+    missing = budgets.pop(
+        next(x for x in budgets if "sm_90" in x and "in-block backward" in x and "width=64" in x)
+    )
+
     file = tmp_path / "budgets.json"
     file.write_text(json.dumps({triton.__version__: budgets}))
     done = aot("--arch", "90", "--width", "64", "--budgets", str(file))
+
     assert done.returncode == 1
     used = budgets[name]["registers"] + 1
     assert f"{name}: registers {used}, budget {used - 1}" in done.stderr

@@ -1,4 +1,4 @@
-"""Small processes with nothing but a heartbeat: who is accused, and that the others end."""
+"""Processes with only a heartbeat: which rank is reported as hung, and that the others exit."""
 
 import json
 import os
@@ -9,20 +9,21 @@ import time
 from dataclasses import replace
 
 import pytest
+
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Limits
 
 pytestmark = pytest.mark.integration
 
-QUICK = Limits(beat=0.1, frozen=1.0, stalled=1.5, start=3.0)
+QUICK = Limits(heartbeat_interval=0.1, heartbeat_timeout=1.0, step_timeout=1.5, startup_timeout=3.0)
 RANK = """
 import os, sys, time
 from bitlm_dist.launch.heartbeat import Heartbeat
 
 rank, world, steps = map(int, sys.argv[1:4])
 began = time.monotonic()
-with Heartbeat.of_environment(os.environ, rank, world) as heartbeat:
-    heartbeat.watch(lambda: min(steps, int((time.monotonic() - began) / 0.1)))
+with Heartbeat.from_environment(os.environ, rank, world) as heartbeat:
+    heartbeat.track_steps(lambda: min(steps, int((time.monotonic() - began) / 0.1)))
     print("beats", flush=True)
     time.sleep(float(sys.argv[4]))
 """
@@ -33,10 +34,18 @@ def start(tmp_path):
     processes = []
 
     def make(world, steps, seconds=60.0, limits=QUICK):
-        folder = attempts.begin(tmp_path, "", 0, ["here"], limits)
-        environment = {**os.environ, attempts.VARIABLE: str(folder)}
+        folder = attempts.create_attempt(tmp_path, "", 0, ["here"], limits)
+        environment = {**os.environ, attempts.ATTEMPT_VARIABLE: str(folder)}
         for rank in range(world):
-            words = [sys.executable, "-c", RANK, str(rank), str(world), str(steps[rank]), str(seconds)]
+            words = [
+                sys.executable,
+                "-c",
+                RANK,
+                str(rank),
+                str(world),
+                str(steps[rank]),
+                str(seconds),
+            ]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
             processes.append(subprocess.Popen(words, env=environment, text=True, **streams))
         for process in processes:
@@ -85,7 +94,7 @@ def test_ranks_that_make_no_step_are_noticed_and_the_slowest_is_named(start):
 
 def test_the_first_step_may_take_longer(start):
     began = time.monotonic()
-    folder, processes = start(1, [0], limits=replace(QUICK, stalled=0.5, start=2.0))
+    folder, processes = start(1, [0], limits=replace(QUICK, step_timeout=0.5, startup_timeout=2.0))
     assert processes[0].wait(20) == 1
     assert time.monotonic() - began > 2.0
     assert "is at step 0" in json.loads((folder / "hung.json").read_text())["what"]

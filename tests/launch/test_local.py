@@ -1,4 +1,6 @@
-"""The real command on this machine: ranks that are killed or stopped, runs that fail every time or diverge, Ctrl-C."""
+"""`bitlm launch local` as a real command: killed and stopped ranks, runs that fail every time or
+diverge, Ctrl-C.
+"""
 
 import json
 import os
@@ -8,27 +10,50 @@ import sys
 import time
 
 import pytest
-from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import DIVERGED, DONE, FAILED, HUNG, STOPPED
-from bitlm_dist.launch.status import log_of, status_of
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.launch import attempts
+from bitlm_dist.launch.attempts import DIVERGED, DONE, FAILED, HUNG, STOPPED
+from bitlm_dist.launch.status import read_log_tail, status_of
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
-CLUSTER = "watch: {beat: 0.2, frozen: 6, stalled: 120, start: 120}\nmax_restarts: 1\npause: 1\nenv: {OMP_NUM_THREADS: '1'}\n"
+CLUSTER = (
+    "watch: {heartbeat_interval: 0.2, heartbeat_timeout: 6, "
+    "step_timeout: 120, startup_timeout: 120}\n"
+    "max_restarts: 1\nrestart_backoff: 1\nenv: {OMP_NUM_THREADS: '1'}\n"
+)
 
 
 @pytest.fixture
 def launch(tiny, prepared, tmp_path):
-    """(ranks, overrides) -> `bitlm launch local`, begun."""
+    """Function (ranks, overrides) that starts `bitlm launch local`."""
     (tmp_path / "cluster.yaml").write_text(CLUSTER)
     begun = []
 
     def make(ranks, *overrides):
-        words = [str(tiny.file), "-n", str(ranks), "--cluster", str(tmp_path / "cluster.yaml"), "--data.path", str(prepared)]
-        command = [sys.executable, "-m", "bitlm_dist", "launch", "local", *words, "--run.dir", str(tmp_path / "run"), *overrides]
-        environment = {**os.environ, "TMPDIR": str(tmp_path)}  # what a kill leaves goes with the test's folder
+        words = [
+            str(tiny.file),
+            "-n",
+            str(ranks),
+            "--cluster",
+            str(tmp_path / "cluster.yaml"),
+            "--data.path",
+            str(prepared),
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "bitlm_dist",
+            "launch",
+            "local",
+            *words,
+            "--run.dir",
+            str(tmp_path / "run"),
+            *overrides,
+        ]
+        # leftovers of killed processes are removed with the test's folder
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         begun.append(subprocess.Popen(command, text=True, env=environment, **streams))
         return begun[-1]
@@ -40,7 +65,7 @@ def launch(tiny, prepared, tmp_path):
 
 
 def until(what, process, seconds=300):
-    """Wait for ``what()``, as long as the launcher lives -> it."""
+    """Wait until ``what()`` is true and return it. The launcher must stay alive."""
     end = time.monotonic() + seconds
     while not (found := what()):
         assert process.poll() is None, process.communicate()[0]
@@ -50,9 +75,11 @@ def until(what, process, seconds=300):
 
 
 def beat_of(run, number, rank, step):
-    """Where a rank of an attempt is, once it has done ``step`` steps."""
+    """Heartbeat of a rank, once it has completed ``step`` steps; until then None."""
     try:
-        beat = json.loads((attempts.folder_of(run, number) / "beats" / f"rank-{rank}").read_text())
+        beat = json.loads(
+            (attempts.attempt_folder(run, number) / "beats" / f"rank-{rank}").read_text()
+        )
     except OSError:
         return None
     return beat if beat["step"] >= step else None
@@ -81,14 +108,21 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
     whole.close()
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
     status = status_of(run)
-    assert (status.state, status.attempts, status.step, status.checkpoint, status.seconds_left) == ("ended", 3, 60, 60, 0.0)
+    assert (status.state, status.attempts, status.step, status.checkpoint, status.seconds_left) == (
+        "ended",
+        3,
+        60,
+        60,
+        0.0,
+    )
 
 
 @pytest.mark.slow
 def test_a_run_that_fails_every_time_is_given_up_with_the_first_error(launch, tmp_path):
     run = tmp_path / "run"
     cluster = tmp_path / "cluster.yaml"
-    cluster.write_text(CLUSTER.replace("env: {", "env: {TORCH_LOGS: nonsense, "))  # importing torch fails in the ranks alone
+    # importing torch fails, but only in the ranks
+    cluster.write_text(CLUSTER.replace("env: {", "env: {TORCH_LOGS: nonsense, "))
     process = launch(1, "--training.steps", "60")
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 1
@@ -96,18 +130,20 @@ def test_a_run_that_fails_every_time_is_given_up_with_the_first_error(launch, tm
     assert said in output
     assert "ValueError: " in output.partition(said)[2]
     assert [attempt.outcome for attempt in attempts.read_attempts(run)] == [FAILED, FAILED]
-    title, lines = log_of(run, None, None)
+    title, lines = read_log_tail(run, None, None)
     assert title.startswith("attempt 2, rank 0, the first to fail, at ")
     assert any("ValueError" in line for line in lines)
     with pytest.raises(UserError, match="has no attempt 3"):
-        log_of(run, None, 3)
+        read_log_tail(run, None, 3)
     with pytest.raises(UserError, match="rank-1.log is not there"):
-        log_of(run, 1, None)
+        read_log_tail(run, 1, None)
 
 
 @pytest.mark.slow
 def test_a_run_that_diverges_ends_with_its_own_exit_code_and_is_not_tried_again(launch, tmp_path):
-    process = launch(1, "--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
+    process = launch(
+        1, "--optimizer.adamw_lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0"
+    )
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 3
     assert [attempt.outcome for attempt in attempts.read_attempts(tmp_path / "run")] == [DIVERGED]
@@ -132,7 +168,15 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
 
 @pytest.mark.slow
 def test_what_the_user_must_mend_is_not_tried_again(launch, tmp_path):
-    process = launch(2, "--head.zero_stage", "3", "--optimizer.sharded", "false", "--checkpoint.fallback", "nonsense")
+    process = launch(
+        2,
+        "--head.zero_stage",
+        "3",
+        "--optimizer.sharded",
+        "false",
+        "--checkpoint.fallback",
+        "nonsense",
+    )
     assert process.wait(300) == 2
     assert not (tmp_path / "run").exists()
     process = launch(1, "--model.bits", "8")

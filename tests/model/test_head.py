@@ -1,16 +1,16 @@
 import pytest
 import torch
 
-from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.build import rounded
-from bitlm_dist.model.chain import ChainDecoder, NoiseDecoder
-from bitlm_dist.model.head import finish
+from bitlm_dist.model.build import cast_weights
+from bitlm_dist.model.head import apply_readout
+from bitlm_dist.model.in_block_decoding import AutoregressiveDecoder, DenoisingDecoder
 
 
 def head_of(tiny, *overrides):
     config = tiny(*overrides)
-    return BitLM(config, BitCodes(natural(300), 9), eos=1).head
+    return BitLM(config, BitCodes(natural_codes(300), 9), eos=1).head
 
 
 def denoised(head, noisy, t, context):
@@ -23,35 +23,45 @@ PAPER = ("--preset", "paper", "--sampling.guidance", "1")
 
 def test_an_untrained_paper_head_outputs_zero(tiny, seed):
     head = head_of(tiny, *PAPER)
-    context = head.read(torch.randn(6, 4, 32))
+    context = head.condition(torch.randn(6, 4, 32))
     assert not denoised(head, torch.randn(6, 4, 9), torch.rand(6, 4), context).any()
 
 
 def test_an_untrained_head_returns_the_context_logits(tiny, seed):
     head = head_of(tiny)
-    context = head.read(torch.randn(6, 4, 32))
-    torch.testing.assert_close(head(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.logits)
+    context = head.condition(torch.randn(6, 4, 32))
+    torch.testing.assert_close(
+        head(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.context_logits
+    )
 
 
 def test_a_shared_readout_reads_state_and_correction_with_one_map(tiny_model, seed):
-    """context_out(state + final(x)), written out; the denoiser never forms the sum."""
+    """Compare with context_out(state + final(x)); the denoiser never forms that sum."""
     head = tiny_model().head
-    hidden, x = torch.randn(6, 4, 32), torch.randn(6, 4, head.final.in_features)
-    context = head.read(hidden)
-    states = hidden + torch.stack([look(hidden[:, -1]) for look in head.ahead], 1) + head.positions
-    raw = finish(x, context.logits, context.readout)
+    hidden = torch.randn(6, 4, 32)
+    x = torch.randn(6, 4, head.final.in_features)
+    context = head.condition(hidden)
+    states = (
+        hidden + torch.stack([look(hidden[:, -1]) for look in head.lookahead], 1) + head.positions
+    )
+    raw = apply_readout(x, context.context_logits, context.readout)
+
     torch.testing.assert_close(raw, head.context_out(states + head.final(x)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [(), PAPER])
 def test_denoisers_of_many_steps_compute_what_one_pass_does(overrides, tiny_model, seed):
     head = tiny_model(*overrides).head
-    noisy, context = torch.randn(6, 4, 9), head.read(torch.randn(6, 4, 32))
+    noisy = torch.randn(6, 4, 9)
+    context = head.condition(torch.randn(6, 4, 32))
     times = torch.tensor([0.05, 0.5, 1.0])
+
     with torch.no_grad(), head.decoding():
         for t, step in zip(times, head.denoisers(context)(times[:, None, None]), strict=True):
             each = t.expand(6, 4)
-            expected = head.output.denoise(head(noisy, each, context), head.output.field(noisy, each))
+            expected = head.output.denoise(
+                head(noisy, each, context), head.output.channel_logits(noisy, each)
+            )
             torch.testing.assert_close(step(noisy), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -60,26 +70,30 @@ def test_weights_may_change_after_decoding(tiny_model, seed):
     hidden = torch.randn(2, 4, 32)
     with torch.no_grad():
         with head.decoding():
-            before = head.read(hidden).readout[0].clone()
+            before = head.condition(hidden).readout[0].clone()
         head.context_out.weight.mul_(2)
-        torch.testing.assert_close(head.read(hidden).readout[0], 2 * before)
+        torch.testing.assert_close(head.condition(hidden).readout[0], 2 * before)
 
 
 def test_an_untrained_skip_head_is_the_channel_posterior(tiny, seed):
-    from bitlm_dist.diffusion.process import channel_field
+    from bitlm_dist.diffusion.process import half_channel_logits
 
     head = head_of(tiny, *PAPER, "--head.channel_skip", "true", "--head.squash", "tanh")
-    noisy, t = torch.randn(6, 4, 9), torch.rand(6, 4)
-    out = denoised(head, noisy, t, head.read(torch.randn(6, 4, 32)))
-    torch.testing.assert_close(out, torch.tanh(channel_field(noisy, t)))
+    noisy = torch.randn(6, 4, 9)
+    t = torch.rand(6, 4)
+    out = denoised(head, noisy, t, head.condition(torch.randn(6, 4, 32)))
+    torch.testing.assert_close(out, torch.tanh(half_channel_logits(noisy, t)))
 
 
 @pytest.mark.parametrize("recipe", [(), PAPER])
 def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, seed):
     head = tiny_model(*recipe).head
-    noisy, t, hidden = torch.randn(3, 4, 9, requires_grad=True), torch.rand(3, 4), torch.randn(3, 4, 32)
-    raw = head(noisy, t, head.read(hidden))
+    noisy = torch.randn(3, 4, 9, requires_grad=True)
+    t = torch.rand(3, 4)
+    hidden = torch.randn(3, 4, 32)
+    raw = head(noisy, t, head.condition(hidden))
     (grad,) = torch.autograd.grad(raw[1, 2].square().sum(), noisy)
+
     assert not grad[0].any()
     assert not grad[2].any()
     assert all(grad[1, i].any() for i in range(4))
@@ -92,7 +106,8 @@ NO_TABLES = ("--head.group_tables", "false")
 def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
     head = tiny_model(*NO_TABLES).head
     clean = torch.randn(3, 4, 9).sign().requires_grad_()
-    raw = head.chain(clean, head.read(torch.randn(3, 4, 32)))
+    raw = head.autoregressive_logits(clean, head.condition(torch.randn(3, 4, 32)))
+
     for i in range(4):
         (grad,) = torch.autograd.grad(raw[1, i].square().sum(), clean, retain_graph=True)
         assert not grad[0].any()
@@ -101,13 +116,16 @@ def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
 
 
 def test_tables_show_a_group_the_one_before_it_and_no_other(tiny_model, seed):
-    """Groups of 3 bits: flipping a bit of group j changes the logits of group j + 1 of its token, and of later tokens."""
+    """Flipping a bit of group j changes group j + 1 of its token, and later tokens."""
     head = tiny_model(*TABLES).head
-    torch.nn.init.normal_(head.tables.rows)
-    clean, context = torch.randn(1, 4, 9).sign(), head.read(torch.randn(1, 4, 32))
+    torch.nn.init.normal_(head.conditional_group_logits.rows)
+    clean = torch.randn(1, 4, 9).sign()
+    context = head.condition(torch.randn(1, 4, 32))
 
     def logits(bits):
-        return head.chain(bits, context)[..., head.output.components :].view(4, head.output.components, 3, 8)
+        return head.autoregressive_logits(bits, context)[..., head.output.num_components :].view(
+            4, head.output.num_components, 3, 8
+        )
 
     for j in range(3):
         flipped = clean.clone()
@@ -119,90 +137,124 @@ def test_tables_show_a_group_the_one_before_it_and_no_other(tiny_model, seed):
 
 
 def test_the_chain_law_sums_to_one_over_all_tokens(tiny_model, seed):
-    """The first token of a block given a context, for every one of the 2^9 bit vectors."""
+    """Sum over all 2^9 bit vectors of the first token of a block."""
     head = tiny_model(*TABLES).head
-    torch.nn.init.normal_(head.tables.rows)
+    torch.nn.init.normal_(head.conditional_group_logits.rows)
     every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).unsqueeze(1).expand(-1, 4, -1)
-    context = head.read(torch.randn(1, 4, 32).expand(512, -1, -1))
-    log_prob = head.output.log_prob(head.chain(every, context), every)[:, 0]
+    context = head.condition(torch.randn(1, 4, 32).expand(512, -1, -1))
+    log_prob = head.output.log_prob(head.autoregressive_logits(every, context), every)[:, 0]
     torch.testing.assert_close(log_prob.exp().sum(), torch.tensor(1.0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", ["1", "4"])
 def test_chain_samples_follow_the_chain_law(block, tiny_model, seed):
     head = tiny_model("--model.block_size", block, *TABLES).head
-    torch.nn.init.normal_(head.tables.rows)
+    torch.nn.init.normal_(head.conditional_group_logits.rows)
     count = 100_000
     hidden = torch.randn(1, int(block), 32)
-    context = head.read(hidden.expand(count, -1, -1))
+    context = head.condition(hidden.expand(count, -1, -1))
     bits = torch.zeros(count, int(block), 9)
+
     with torch.no_grad():
-        drawn = ChainDecoder(head, context).sample(0, bits, torch.rand(count, 10), 1.0)
-        every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).unsqueeze(1).expand(-1, int(block), -1)
-        law = head.output.log_prob(head.chain(every, head.read(hidden.expand(512, -1, -1))), every)
+        drawn = AutoregressiveDecoder(head, context).sample_token(
+            0, bits, torch.rand(count, 10), 1.0
+        )
+        every = (
+            torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9)
+            .unsqueeze(1)
+            .expand(-1, int(block), -1)
+        )
+        law = head.output.log_prob(
+            head.autoregressive_logits(every, head.condition(hidden.expand(512, -1, -1))), every
+        )
+
+    # frequencies of the 2^9 codes, against their probabilities
     number = ((drawn > 0) * 2 ** torch.arange(8, -1, -1)).sum(-1)
     share = number.bincount(minlength=512) / count
+
     torch.testing.assert_close(share, law[:, 0].exp(), rtol=0, atol=6 * (0.25 / count) ** 0.5)
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("--head.shared_readout", "false", *NO_TABLES, "--head.input_condition", "false"), NO_TABLES]
+    "overrides",
+    [
+        (),
+        ("--head.shared_readout", "false", *NO_TABLES, "--head.input_condition", "false"),
+        NO_TABLES,
+    ],
 )
 def test_a_chain_decoded_token_by_token_is_the_chain_of_one_pass(overrides, tiny_model, seed):
     head = tiny_model(*overrides).head
-    clean, context = torch.randn(5, 4, 9).sign(), head.read(torch.randn(5, 4, 32))
-    decoder, whole = ChainDecoder(head, context), head.chain(clean, context)
-    for i in (0, 1, 3):  # a prompt may have fixed what lies between
+    clean = torch.randn(5, 4, 9).sign()
+    context = head.condition(torch.randn(5, 4, 32))
+    decoder = AutoregressiveDecoder(head, context)
+    whole = head.autoregressive_logits(clean, context)
+
+    # a prompt may fix the token between, so positions can be skipped
+    for i in (0, 1, 3):
         raw, _ = decoder(i, clean)
         torch.testing.assert_close(raw, whole[:, i], rtol=1e-4, atol=1e-5)
 
 
 def test_left_to_right_shows_the_tokens_before_clean_and_the_others_as_noise(tiny_model, seed):
-    head = tiny_model("--diffusion.chain", "0").head
-    bits, context = torch.randn(5, 4, 9), head.read(torch.randn(5, 4, 32))
+    head = tiny_model("--diffusion.autoregressive_loss_weight", "0").head
+    bits = torch.randn(5, 4, 9)
+    context = head.condition(torch.randn(5, 4, 32))
     t = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(5, 4)
-    torch.testing.assert_close(NoiseDecoder(head, context)(2, bits), head(bits, t, context)[:, 2])
+    torch.testing.assert_close(
+        DenoisingDecoder(head, context)(2, bits), head(bits, t, context)[:, 2]
+    )
 
 
 def test_state_i_modulates_token_i(tiny_model, seed):
-    """In a head of one block whose attention is cut, token i depends on state i alone (one-block shift, token-wise)."""
+    """Without attention, token i depends on state i alone (one-block shift, token-wise)."""
     head = tiny_model(*PAPER).head
     for block in head.blocks:
         torch.nn.init.zeros_(block.attention_out.weight)
     hidden = torch.randn(1, 4, 32, requires_grad=True)
-    raw = head(torch.randn(1, 4, 9), torch.rand(1, 4), head.read(hidden))
+    raw = head(torch.randn(1, 4, 9), torch.rand(1, 4), head.condition(hidden))
     (grad,) = torch.autograd.grad(raw[0, 2].square().sum(), hidden)
+
     assert [bool(grad[0, i].any()) for i in range(4)] == [False, False, True, False]
 
 
 def test_a_dropped_context_is_the_null_state(tiny_model, seed):
     head = tiny_model().head
-    torch.nn.init.normal_(head.null)
+    torch.nn.init.normal_(head.null_embedding)
     hidden = torch.randn(5, 4, 32)
     keep = torch.tensor([True, False, True, False, False])
-    dropped, kept = head.read(hidden, keep), head.read(hidden)
+    dropped = head.condition(hidden, keep)
+    kept = head.condition(hidden)
     null = head.unconditional(kept)
-    torch.testing.assert_close(dropped.condition[~keep], null.condition[~keep])
-    torch.testing.assert_close(dropped.condition[keep], kept.condition[keep])
+
+    torch.testing.assert_close(dropped.projected[~keep], null.projected[~keep])
+    torch.testing.assert_close(dropped.projected[keep], kept.projected[keep])
 
 
 def test_modulation_layers_are_shared_by_runs_of_blocks(tiny):
-    head = head_of(tiny, "--head.layers", "5", "--head.modulations", "2")
+    head = head_of(tiny, "--head.num_layers", "5", "--head.num_adaln_layers", "2")
     assert (len(head.blocks), len(head.modulations)) == (5, 2)
-    head(torch.randn(2, 4, 9), torch.rand(2, 4), head.read(torch.randn(2, 4, 32)))
+    head(torch.randn(2, 4, 9), torch.rand(2, 4), head.condition(torch.randn(2, 4, 32)))
 
 
 def test_posteriors_and_losses_stay_fp32_with_weights_in_bf16(tiny_model, tiny, seed):
     model = tiny_model()
-    head, noisy, t, hidden = model.head, torch.randn(6, 4, 9), torch.rand(6, 4), torch.randn(6, 4, 32)
+    head = model.head
+    noisy = torch.randn(6, 4, 9)
+    t = torch.rand(6, 4)
+    hidden = torch.randn(6, 4, 32)
     clean = torch.randn(6, 4, 9).sign()
-    exact = head.output.log_prob(head.chain(clean, head.read(hidden)), clean)
-    rounded(model, tiny("--training.precision", "bf16"))
-    context = head.read(hidden.bfloat16())
-    raw, out = head(noisy, t, context), denoised(head, noisy, t, context)
+    exact = head.output.log_prob(head.autoregressive_logits(clean, head.condition(hidden)), clean)
+    cast_weights(model, tiny("--training.precision", "bf16"))
+    context = head.condition(hidden.bfloat16())
+    raw = head(noisy, t, context)
+    out = denoised(head, noisy, t, context)
+
     assert raw.dtype == torch.bfloat16
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, head.output.denoise(raw, head.output.field(noisy, t)))
-    log_prob = head.output.log_prob(head.chain(clean, context), clean)
+    torch.testing.assert_close(out, head.output.denoise(raw, head.output.channel_logits(noisy, t)))
+
+    # bf16 keeps 8 bits, so the value itself may differ by a few percent
+    log_prob = head.output.log_prob(head.autoregressive_logits(clean, context), clean)
     assert log_prob.dtype == torch.float32
     torch.testing.assert_close(log_prob, exact, rtol=0.05, atol=0.05)

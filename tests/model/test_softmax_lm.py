@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.model.build import build_model
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.model.softmax_lm import SoftmaxLM
@@ -12,7 +12,11 @@ VOCABULARY = 300
 @pytest.fixture
 def softmax(tiny, seed):
     def make(*overrides):
-        model = build_model(tiny("--model.output", "softmax", *overrides), BitCodes(natural(VOCABULARY), 9), eos=1)
+        model = build_model(
+            tiny("--model.output", "softmax", *overrides),
+            BitCodes(natural_codes(VOCABULARY), 9),
+            eos=1,
+        )
         assert isinstance(model, SoftmaxLM)
         return model
 
@@ -22,7 +26,7 @@ def softmax(tiny, seed):
 def batch_of(rows=3):
     tokens = torch.randint(2, VOCABULARY, (rows, 32))
     ids = torch.tensor([0] * 12 + [1] * 16 + [-1] * 4).repeat(rows, 1)
-    tokens[:, 10:12] = 1  # EOS, and one more that must not count
+    tokens[:, 10:12] = 1  # EOS, and a second one that must not count
     return Batch(tokens, ids, torch.arange(rows))
 
 
@@ -34,10 +38,12 @@ def test_one_switch_makes_the_baseline(tiny):
 
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_loss_is_the_cross_entropy_of_the_next_token_inside_a_document(softmax, tied):
-    """Against fp64 log-softmax, position by position."""
-    model, batch = softmax("--model.tied", tied), batch_of()
-    hidden = model.hidden(batch.tokens, batch.document_ids).double()
+    """Compare with an fp64 log-softmax, position by position."""
+    model = softmax("--model.tie_embeddings", tied)
+    batch = batch_of()
+    hidden = model.hidden_states(batch.tokens, batch.document_ids).double()
     expected = 0.0
+
     for row in range(len(batch.tokens)):
         for place in range(1, 32):
             before = batch.document_ids[row, place - 1]
@@ -45,6 +51,7 @@ def test_loss_is_the_cross_entropy_of_the_next_token_inside_a_document(softmax, 
                 continue
             logits = hidden[row, place - 1] @ model.output.rows[:VOCABULARY].double().T
             expected -= logits.log_softmax(-1)[batch.tokens[row, place]].item()
+
     assert model.loss(batch, seed=0, step=0).item() == pytest.approx(expected, rel=1e-5)
     assert (model.output.rows is model.embedding.rows) == (tied == "true")
 
@@ -52,10 +59,12 @@ def test_loss_is_the_cross_entropy_of_the_next_token_inside_a_document(softmax, 
 def test_scores_in_slices_equal_the_loss(softmax, monkeypatch):
     from bitlm_dist.model import softmax_lm
 
-    model, batch = softmax(), batch_of()
-    targets = model.targets(batch, model.hidden(batch.tokens, batch.document_ids))
-    monkeypatch.setattr(softmax_lm, "SCORED_LOGITS", 7 * VOCABULARY)
-    nats = model.nats(targets.context[targets.valid], targets.tokens[targets.valid])
+    model = softmax()
+    batch = batch_of()
+    targets = model.targets(batch, model.hidden_states(batch.tokens, batch.document_ids))
+    monkeypatch.setattr(softmax_lm, "MAX_LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    nats = model.nll(targets.context_hidden[targets.valid], targets.tokens[targets.valid])
+
     assert nats.sum().item() == pytest.approx(model.loss(batch, seed=0, step=0).item(), rel=1e-5)
 
 
@@ -71,16 +80,28 @@ def test_samples_follow_the_softmax(softmax):
     hidden = torch.randn(1, 32)
     count = 200_000
     u = ((torch.arange(count) + 0.5) / count).view(-1, 2)
-    drawn = model.sample(hidden.expand(len(u), -1), u, 0.7).flatten().bincount(minlength=VOCABULARY)
+
+    # with equidistant u, frequencies match the probabilities up to 1/count
+    drawn = (
+        model.sample_tokens(hidden.expand(len(u), -1), u, 0.7)
+        .flatten()
+        .bincount(minlength=VOCABULARY)
+    )
     expected = (hidden.double() @ model.output.rows[:VOCABULARY].double().T / 0.7).softmax(-1)[0]
+
     torch.testing.assert_close(drawn.double() / count, expected, rtol=0, atol=3 / count + 1e-5)
-    assert model.sample(hidden, torch.zeros(1, 1), 0.0).item() == expected.argmax()
+    assert model.sample_tokens(hidden, torch.zeros(1, 1), 0.0).item() == expected.argmax()
 
 
 def test_an_embedding_table_can_feed_the_bits_model(tiny_model, seed):
     model = tiny_model("--model.input", "table")
-    batch = Batch(torch.randint(2, 300, (2, 32)), torch.zeros(2, 32, dtype=torch.int64), torch.arange(2))
+    batch = Batch(
+        torch.randint(2, 300, (2, 32)), torch.zeros(2, 32, dtype=torch.int64), torch.arange(2)
+    )
     model.loss(batch, seed=0, step=0).backward()
+
+    # only rows of tokens that occur get a gradient
     used = batch.tokens[:, :31].flatten().unique()  # the last token is only a target
     touched = model.embedding.weight.grad.any(-1).nonzero().flatten()
+
     assert torch.equal(touched, used)

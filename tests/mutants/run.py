@@ -2,7 +2,7 @@
 
 Each patch in this folder plants one small fault and names the one test that must fail with it. This
 script copies the tree into a temporary folder. For each patch it applies the patch there, runs that
-test alone, and takes the patch back. A patch file begins with a header::
+test alone, and undoes the patch. A patch file begins with a header::
 
     Fault: what is wrong in the changed code, in one sentence.
     Test: tests/codes/test_x.py::test_y[case]
@@ -15,8 +15,8 @@ test alone, and takes the patch back. A patch file begins with a header::
 Usage: ``make mutants``, or ``python tests/mutants/run.py [--check] [--seconds N] [NAME …]``. With
 ``--check`` no test runs: the patches must apply and their tests must exist, which takes a second.
 
-A patch that no longer applies is made anew with the same fault. Where a test was renamed, or merged
-into another one, the patch names the new one, which must catch the fault as the old one did.
+A patch that no longer applies must be remade with the same fault. Where a test was renamed or
+merged into another, the patch must name the new one, which must catch the fault as the old one did.
 
 Tests run in forks of a process that has imported the slow libraries, and nothing of the package.
 The exit code is 1 if a fault was not caught.
@@ -45,12 +45,12 @@ import psutil
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PACKAGE = "bitlm_dist"
-# folders of the checkout that are inside the package when it is installed
-INSIDE = ("kernels", "data_prep", "launch", "configs")
+# Folders of the checkout that are inside the package when it is installed.
+PACKAGE_FOLDERS = ("kernels", "data_prep", "launch", "configs")
 NOT_COPIED = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "data-*", "runs")
 HEADER = re.compile(r"(Fault|Test|Environment): (.+)")
-# what takes long to import and reads no variables that a test may set
-SLOW = (
+# Libraries that are slow to import and do not read variables that a test may set.
+SLOW_IMPORTS = (
     "torch",
     "megatron.core.optimizer",
     "megatron.core.models.common.embeddings.rotary_pos_embedding",
@@ -61,14 +61,15 @@ SLOW = (
     "typer",
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-SECONDS = 120.0
-POLL = 0.02
+TEST_TIMEOUT = 120.0
+POLL_SECONDS = 0.02
 PR_SET_CHILD_SUBREAPER = 36
-SLOWEST, SHOWN = 10, 15  # mutants in the summary, lines of what pytest said
+NUM_SLOWEST = 10  # mutants in the summary
+NUM_LINES = 15  # of pytest's output
 
 
 class Verdict(StrEnum):
-    """What came of one fault."""
+    """Outcome of one fault."""
 
     CAUGHT = "caught"
     MISSED = "missed"
@@ -77,13 +78,13 @@ class Verdict(StrEnum):
     TOO_SLOW = "the test takes too long"
 
 
-# by pytest's exit code; None: it was killed
-VERDICTS = {None: Verdict.TOO_SLOW, 0: Verdict.MISSED, 1: Verdict.CAUGHT}
+# By pytest's exit code; None: it was killed.
+VERDICT_BY_EXIT_CODE = {None: Verdict.TOO_SLOW, 0: Verdict.MISSED, 1: Verdict.CAUGHT}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """A patch: what it breaks and which test must notice."""
+    """A patch, the fault it plants, and the test that must fail."""
 
     file: Path
     fault: str
@@ -97,7 +98,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run of a mutant's test; ``cpu`` is that of all its processes."""
+    """One run of a mutant's test; ``cpu`` is the CPU seconds of all its processes."""
 
     mutant: Mutant
     verdict: Verdict
@@ -120,12 +121,13 @@ def mutants_in(folder):
     return [read_mutant(file) for file in sorted(folder.glob("*.patch"))]
 
 
-# Looking at the patches
+# Checking the patches
 
 
 def problems(folder=HERE, root=ROOT):
-    """What is wrong with the patches of a folder, a line each; no test runs."""
-    functions, found = {}, []
+    """List problems with the patches of a folder, one line each; no test runs."""
+    functions = {}  # names by file
+    found = []
     for mutant in mutants_in(folder):
         if problem := _problem_of(mutant, root, functions):
             found.append(f"{mutant.name}: {problem}")
@@ -133,29 +135,32 @@ def problems(folder=HERE, root=ROOT):
 
 
 def _problem_of(mutant, root, functions):
+    """Describe the first problem of a patch; an empty string if there is none."""
     file, _, test = mutant.test.partition("::")
     if not mutant.fault or not test:
         return "the header needs a line `Fault: …` and a line `Test: FILE::TEST`"
-    if said := apply(mutant, root, "--check"):
-        return f"{Verdict.NO_PATCH}: {said}"
+    if error := apply_patch(mutant, root, "--check"):
+        return f"{Verdict.NO_PATCH}: {error}"
+
     if not (root / file).is_file():
         return f"{file} does not exist"
     if file not in functions:
         nodes = ast.walk(ast.parse((root / file).read_text()))
         functions[file] = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+
     name = test.partition("[")[0]
     return "" if name in functions[file] else f"{file} has no test {name}"
 
 
-def apply(mutant, root, *options):
-    """Apply a patch below ``root``. Returns what git has against it, or an empty string."""
-    # a repository above the folder would make git leave out the files silently
+def apply_patch(mutant, root, *options):
+    """Apply a patch below ``root``. Returns git's error, or an empty string."""
+    # With a repository above the folder, git would skip the files silently.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(root.parent)}
-    said = _said_by(["git", "apply", *options, str(mutant.file)], root, environment)
-    return " ".join(said.stderr.split()) if said.returncode else ""
+    done = _run_command(["git", "apply", *options, str(mutant.file)], root, environment)
+    return " ".join(done.stderr.split()) if done.returncode else ""
 
 
-def _said_by(command, folder, environment):
+def _run_command(command, folder, environment):
     settings = {"capture_output": True, "text": True, "check": False}
     return subprocess.run(command, cwd=folder, env=environment, **settings)
 
@@ -170,21 +175,21 @@ class Tree:
         self.root = folder / "tree"
         self._seconds = int(time.time())
         shutil.copytree(ROOT, self.root, ignore=NOT_COPIED)
-        for name in INSIDE:
+        for name in PACKAGE_FOLDERS:
             (self.root / PACKAGE / name).symlink_to(Path("..") / name)
 
     def plant(self, mutant):
-        """Apply a mutant. Returns what is wrong with its patch, or an empty string."""
-        return apply(mutant, self.root) or self._date(mutant)
+        """Apply a mutant. Returns the error of its patch, or an empty string."""
+        return apply_patch(mutant, self.root) or self._touch(mutant)
 
-    def restore(self, mutant):
-        """Take a mutant back."""
-        said = apply(mutant, self.root, "--reverse") or self._date(mutant)
-        assert not said, said
+    def revert(self, mutant):
+        """Undo a mutant."""
+        error = apply_patch(mutant, self.root, "--reverse") or self._touch(mutant)
+        assert not error, error
 
-    def _date(self, mutant):
-        # Python takes compiled code for current if it agrees with its source in size and second,
-        # so each version of a file gets a second of its own
+    def _touch(self, mutant):
+        # Python considers compiled code current if size and second of its source agree, so each
+        # version of a file gets its own second.
         self._seconds += 1
         for file in re.findall(r"^\+\+\+ b/(\S+)", mutant.file.read_text(), re.MULTILINE):
             os.utime(self.root / file, (self._seconds, self._seconds))
@@ -192,60 +197,76 @@ class Tree:
 
     def check_precedence(self, environment):
         """Make sure that processes import this copy and not the installed package."""
-        modules = [PACKAGE, *(f"{PACKAGE}.{name}" for name in INSIDE)]
+        modules = [PACKAGE, *(f"{PACKAGE}.{name}" for name in PACKAGE_FOLDERS)]
         script = "import sys\nfrom importlib.util import find_spec\n"
         script += "for name in sys.argv[1:]: print(*find_spec(name).submodule_search_locations)"
-        said = _said_by([sys.executable, "-c", script, *modules], "/", environment)
-        places = [Path(line) for line in said.stdout.splitlines()]
-        here = [place for place in places if place.is_relative_to(self.root)]
-        assert len(here) == len(modules), f"the tests would import {places}: {said.stderr}"
+        done = _run_command([sys.executable, "-c", script, *modules], "/", environment)
+
+        imported_folders = [Path(line) for line in done.stdout.splitlines()]
+        own_folders = [place for place in imported_folders if place.is_relative_to(self.root)]
+        assert len(own_folders) == len(modules), (
+            f"the tests would import {imported_folders}: {done.stderr}"
+        )
 
 
-def run(mutant, tree, folder, limit):
-    """Plant one fault, run its test alone, and take the fault back."""
-    if said := tree.plant(mutant):
-        return Outcome(mutant, Verdict.NO_PATCH, output=said)
-    log, began = folder / "log", time.monotonic()
+def run_mutant(mutant, tree, folder, limit):
+    """Plant one fault, run its test alone, and undo the fault."""
+    if error := tree.plant(mutant):
+        return Outcome(mutant, Verdict.NO_PATCH, output=error)
+
+    log = folder / "log"
+    start = time.monotonic()
     try:
         code, cpu = _run_test(mutant, tree.root, folder, log, limit)
     finally:
         _kill_descendants()
-        tree.restore(mutant)
-    verdict, seconds = VERDICTS.get(code, Verdict.NO_TEST), time.monotonic() - began
+        tree.revert(mutant)
+
+    verdict = VERDICT_BY_EXIT_CODE.get(code, Verdict.NO_TEST)
+    seconds = time.monotonic() - start
     return Outcome(mutant, verdict, seconds, cpu, log.read_text(errors="replace"))
 
 
 def _run_test(mutant, root, folder, log, limit):
-    """Returns pytest's exit code (None: too slow, below 0: a signal), and its CPU seconds."""
+    """Run a mutant's test in a fork.
+
+    Returns pytest's exit code (None: too slow, below 0: a signal), and its CPU seconds.
+    """
     child = os.fork()
     if child == 0:
         _become_pytest(mutant, root, folder, log)
+
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
+
     os.kill(child, signal.SIGKILL)
     usage = os.wait4(child, 0)[2]
     return None, usage.ru_utime + usage.ru_stime
 
 
 def _become_pytest(mutant, root, folder, log):
-    """In the forked process: run the test and end with pytest's exit code."""
+    """Run the test in the forked process, which exits with pytest's code."""
     code = 3
     try:
-        os.setsid()  # Ctrl-C is for the parent, which ends all others
+        # Ctrl-C must reach only the parent, which kills all others.
+        os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for stream in (1, 2):
             os.dup2(output, stream)
+
         os.chdir(root)
         os.environ |= environment_of(root, folder) | mutant.environment
         words = [mutant.test, "-x", "-p", "no:cacheprovider"]
-        if mutant.environment:  # what is imported already may have read the old one
+        # Modules that are already imported may have read the old environment.
+        if mutant.environment:
             os.execv(sys.executable, [sys.executable, "-m", "pytest", *words])
+
         sys.path[0] = str(root)
-        tempfile.tempdir = None  # read anew
+        tempfile.tempdir = None  # to read TMPDIR again
         code = int(importlib.import_module("pytest").main(words))
     finally:
         sys.stdout.flush()
@@ -253,7 +274,7 @@ def _become_pytest(mutant, root, folder, log):
 
 
 def environment_of(root, folder):
-    """Variables of the processes that run tests."""
+    """Environment variables of the processes that run tests."""
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
@@ -261,7 +282,7 @@ def environment_of(root, folder):
 
 
 def _kill_descendants():
-    """End whatever a test has left; orphans have become children of this process."""
+    """Kill processes that a test has left; orphans have become children of this process."""
     while children := psutil.Process().children(recursive=True):
         for process in children:
             with suppress(psutil.NoSuchProcess):
@@ -269,33 +290,39 @@ def _kill_descendants():
         with suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-        time.sleep(POLL)
+        time.sleep(POLL_SECONDS)
 
 
-def run_all(mutants, limit=SECONDS):
-    """Run the tests of all mutants and report. Returns whether each was caught."""
+def run_all(mutants, limit=TEST_TIMEOUT):
+    """Run the tests of all mutants and report. Returns True if every fault was caught."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job ignores it
+    # A background job of a shell ignores SIGINT by default.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    began, outcomes = time.monotonic(), []
+
+    start = time.monotonic()
+    outcomes = []
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         tree = Tree(folder)
         tree.check_precedence({**os.environ, **environment_of(tree.root, folder)})
+
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for module in SLOW:
+            for module in SLOW_IMPORTS:
                 importlib.import_module(module)
         _prepare_hypothesis()
         assert PACKAGE not in sys.modules, "the parent must leave the package to its forks"
+
         for mutant in mutants:
-            outcomes.append(run(mutant, tree, folder, limit))
+            outcomes.append(run_mutant(mutant, tree, folder, limit))
             _report(outcomes[-1])
-    return _summarise(outcomes, time.monotonic() - began)
+
+    return _summarise(outcomes, time.monotonic() - start)
 
 
 def _prepare_hypothesis():
-    """Let hypothesis try the same examples in every run, and only what they show fail a test."""
+    """Make hypothesis try the same examples in every run, and let only these decide."""
     from hypothesis import HealthCheck, Phase, settings
 
     settings.register_profile(
@@ -303,29 +330,32 @@ def _prepare_hypothesis():
         derandomize=True,
         database=None,
         deadline=None,
-        phases=[Phase.explicit, Phase.generate],  # making an example smaller takes up to a minute
+        # Shrinking an example takes up to a minute.
+        phases=[Phase.explicit, Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
     settings.load_profile("mutants")
 
 
 def _report(outcome):
-    mutant, verdict = outcome.mutant, outcome.verdict
+    mutant = outcome.mutant
+    verdict = outcome.verdict
     print(f"{outcome.seconds:5.1f} s {outcome.cpu:5.1f} CPU s", end="  ")
-    # a fault may end what prepares a test, as where ranks of a job meet no more
+
+    # A fault may break the setup of a test, e.g. where the ranks of a job no longer meet.
     is_setup = verdict == Verdict.CAUGHT and "\nERROR " in outcome.output
     where = " in the setup" if is_setup else ""
     print(f"{mutant.name}: {verdict}{where} ({mutant.test})", flush=True)
     if verdict != Verdict.CAUGHT:
         print(f"    {mutant.fault}")
-        for line in outcome.output.splitlines()[-SHOWN:]:
+        for line in outcome.output.splitlines()[-NUM_LINES:]:
             print(f"    | {line}", flush=True)
 
 
 def _summarise(outcomes, seconds):
-    """Print the totals. Returns whether all faults were caught."""
+    """Print the totals. Returns True if every fault was caught."""
     caught = sum(outcome.verdict == Verdict.CAUGHT for outcome in outcomes)
-    slowest = sorted(outcomes, key=lambda outcome: -outcome.cpu)[:SLOWEST]
+    slowest = sorted(outcomes, key=lambda outcome: -outcome.cpu)[:NUM_SLOWEST]
     words = ", ".join(f"{outcome.mutant.name} {outcome.cpu:.0f}" for outcome in slowest)
     print(f"{sum(outcome.cpu for outcome in outcomes):.0f} CPU seconds; most: {words}")
     print(f"{caught} of {len(outcomes)} caught in {seconds:.0f} s")
@@ -333,22 +363,25 @@ def _summarise(outcomes, seconds):
 
 
 def main():
-    """The command line."""
+    """Parse the command line and run it."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="mutants; none: all")
     explained = "run no test: do the patches apply, and do the tests exist?"
     parser.add_argument("--check", action="store_true", help=explained)
     explained = "limit for each test; a busy machine needs more than %(default).0f"
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=explained)
+    parser.add_argument("--seconds", type=float, default=TEST_TIMEOUT, help=explained)
     words = parser.parse_args()
+
     if words.check:
         found = problems()
         print("\n".join(found or ["all patches apply, and their tests exist"]))
         return 1 if found else 0
+
     mutants = mutants_in(HERE)
     if unknown := set(words.names) - {mutant.name for mutant in mutants}:
         parser.error(f"no mutant is called {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in mutants if not words.names or mutant.name in words.names]
+
     try:
         return 0 if run_all(chosen, words.seconds) else 1
     except KeyboardInterrupt:

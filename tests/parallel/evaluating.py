@@ -1,22 +1,26 @@
-"""What the ranks of test_periodic_evaluation.py do: evaluate while they train, which fails on one of them."""
+"""Rank code of test_periodic_evaluation.py: evaluate during training, which fails on one rank."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from bitlm_dist.launch.ranks import read_ranks
 
-from bitlm_dist.config_loading import load
-from bitlm_dist.parallel.layout import layout_of
+from bitlm_dist.config_loading import load_config
+from bitlm_dist.launch.rank_info import read_rank_info
+from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.trainer import Trainer
 
 
 def one_rank_fails(file: str, words: list[str]) -> tuple[int, int, int]:
-    """Train; rank 1 cannot evaluate step 4 -> steps taken, failures on record, the last step evaluated."""
-    ranks = read_ranks(os.environ)
-    config = load(Path(file), words).config
-    trainer = Trainer(config, layout=layout_of(config.parallel, ranks.world, ranks.rank))
+    """Train, where rank 1 fails to evaluate step 4.
+
+    Returns:
+        Steps taken, recorded failures, and the last evaluated step.
+    """
+    ranks = read_rank_info(os.environ)
+    config = load_config(Path(file), words).config
+    trainer = Trainer(config, layout=build_layout(config.parallel, ranks.world_size, ranks.rank))
 
     def evaluate(model: Any) -> dict[str, float]:
         if trainer.step == 4 and dist.get_rank() == 1:
@@ -25,4 +29,4 @@ def one_rank_fails(file: str, words: list[str]) -> tuple[int, int, int]:
 
     trainer.fit(evaluate=evaluate)
     trainer.close()
-    return trainer.step, trainer.evaluations.failures, trainer.evaluations.last
+    return trainer.step, trainer.evaluations.num_failures, trainer.evaluations.last_step

@@ -1,4 +1,4 @@
-"""What the ranks of test_parity.py do: train a few steps under a layout and report losses, norms and whole parameters."""
+"""Rank code of test_parity.py: train under a layout, report losses, norms and full parameters."""
 
 import gc
 import os
@@ -7,108 +7,209 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import command
+from ranks import run_command_line
 from torch import Tensor
 
-from bitlm_dist.codes import BitCodes, natural
-from bitlm_dist.config_loading import load
-from bitlm_dist.model.initialization import global_names, join
+from bitlm_dist.codes import BitCodes, natural_codes
+from bitlm_dist.config_loading import load_config
+from bitlm_dist.model.initialization import global_named_parameters, unshard
 from bitlm_dist.model.language_model import Batch
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import layout_of
+from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.engine import Engine
 
-V, LENGTH, SEQUENCES, STEPS = 300, 64, 8, 6
+V = 300
+LENGTH = 64
+NUM_SEQUENCES = 8
+NUM_STEPS = 6
 TINY = [
-    *("--data.sequence_length", str(LENGTH), "--training.global_batch_tokens", str(LENGTH * SEQUENCES)),
-    *("--model.backbone.layers", "4", "--model.backbone.width", "64", "--model.backbone.heads", "4"),
-    *("--model.backbone.head_width", "16", "--model.backbone.ffn_width", "96"),
-    *("--head.width", "32", "--head.layers", "2", "--optimizer.warmup_steps", "1", "--training.steps", "10"),
+    *(
+        "--data.sequence_length",
+        str(LENGTH),
+        "--training.global_batch_tokens",
+        str(LENGTH * NUM_SEQUENCES),
+    ),
+    *(
+        "--model.backbone.num_layers",
+        "4",
+        "--model.backbone.hidden_size",
+        "64",
+        "--model.backbone.num_heads",
+        "4",
+    ),
+    *("--model.backbone.head_dim", "16", "--model.backbone.ffn_hidden_size", "96"),
+    *(
+        "--head.hidden_size",
+        "32",
+        "--head.num_layers",
+        "2",
+        "--optimizer.warmup_steps",
+        "1",
+        "--training.steps",
+        "10",
+    ),
 ]
 
 
-def batch_of(step: int, first: int, count: int) -> Batch:
-    """Sequences first..first+count-1 of a step's global batch: three documents in each, as packing would lay them."""
-    tokens = torch.randint(2, V, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
-    ids = torch.tensor([0] * 20 + [1] * 24 + [2] * 20).expand(SEQUENCES, -1)
-    rows = slice(first, first + count)
-    return Batch(tokens[rows], ids[rows], torch.arange(SEQUENCES)[rows] + SEQUENCES * step)
+def make_batch(step: int, first: int, num_sequences: int) -> Batch:
+    """Sequences first..first+num_sequences-1 of a step's global batch.
+
+    Each has three documents, as packing would place them.
+    """
+    tokens = torch.randint(
+        2, V, (NUM_SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step)
+    )
+    ids = torch.tensor([0] * 20 + [1] * 24 + [2] * 20).expand(NUM_SEQUENCES, -1)
+    rows = slice(first, first + num_sequences)
+    return Batch(tokens[rows], ids[rows], torch.arange(NUM_SEQUENCES)[rows] + NUM_SEQUENCES * step)
 
 
-def train(overrides: list[str]) -> tuple[list[tuple[float, float]], dict[str, Tensor], tuple[int, ...]]:
-    """-> losses and norms of each step; whole parameters after the last, on rank 0 (elsewhere: none); bytes that a rank holds."""
-    config = load(None, [*TINY, *overrides]).config
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    layout = layout_of(config.parallel, world, rank)
-    engine = Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout)
-    share, found = SEQUENCES // layout.data, []
-    for step in range(STEPS):
-        update = engine.step(batch_of(step, layout.data_rank * share, share).to(mesh.device()), step)
-        found.append((float(update.loss), update.norm))
-    own = {n: p.detach().cpu().clone() for c in engine.chunks for n, p in global_names(c, c.place.stage.layers.start)}
-    if engine.head is not None:
-        own |= {n: whole.cpu() for n, whole in engine.head.consolidated().items()}
-    every: list[Any] = [None] * world
-    torch.distributed.all_gather_object(every, (layout, own))
-    sizes: list[Any] = [None] * world
-    torch.distributed.all_gather_object(sizes, _held(engine))
-    done()
-    return found, _whole(every) if rank == 0 else {}, tuple(map(max, zip(*sizes, strict=True)))
+def train(
+    overrides: list[str],
+) -> tuple[list[tuple[float, float]], dict[str, Tensor], tuple[int, ...]]:
+    """Train ``NUM_STEPS`` steps.
+
+    Returns:
+        Loss and gradient norm of each step; the full parameters after the last one, on rank 0
+        only; the largest numbers of bytes that a rank holds, see :func:`_memory_bytes`.
+    """
+    config = load_config(None, [*TINY, *overrides]).config
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    layout = build_layout(config.parallel, world_size, rank)
+    engine = Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout)
+    num_local_sequences = NUM_SEQUENCES // layout.data
+    found = []
+
+    for step in range(NUM_STEPS):
+        update = engine.train_step(
+            make_batch(step, layout.data_rank * num_local_sequences, num_local_sequences).to(
+                mesh.device()
+            ),
+            step,
+        )
+        found.append((float(update.loss), update.grad_norm))
+
+    local_params = {
+        n: p.detach().cpu().clone()
+        for c in engine.chunks
+        for n, p in global_named_parameters(c, c.pipeline_stage.model_chunk.layer_range.start)
+    }
+    if engine.sharded_head is not None:
+        local_params |= {
+            n: whole.cpu() for n, whole in engine.sharded_head.full_state_dict().items()
+        }
+
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, (layout, local_params))
+    sizes: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(sizes, _memory_bytes(engine))
+    reset_process_groups()
+    return (
+        found,
+        _full_params(gathered) if rank == 0 else {},
+        tuple(map(max, zip(*sizes, strict=True))),
+    )
 
 
-def _held(engine: Engine) -> tuple[int, int, int]:
-    """Bytes of this rank's parameters, gradient buffers without a sharded head's, and optimizer state."""
+def _memory_bytes(engine: Engine) -> tuple[int, int, int]:
+    """Bytes of this rank's parameters, gradient buffers and optimizer state.
+
+    The gradient buffers of a sharded head are not counted.
+    """
     optimizers: Any = engine.optimizers
-    inner = [optimizers._inner.optimizer] if isinstance(optimizers, DistributedAdamW) else optimizers._optimizers
-    slots = [tensor for optimizer in inner for state in optimizer.state.values() for tensor in state.values()]
+    inner = (
+        [optimizers._distributed_optimizer.optimizer]
+        if isinstance(optimizers, DistributedAdamW)
+        else optimizers._optimizers
+    )
+    slots = [
+        tensor
+        for optimizer in inner
+        for state in optimizer.state.values()
+        for tensor in state.values()
+    ]
+
     if isinstance(optimizers, DistributedAdamW):
-        slots += [shard.flat for shard in optimizers._shards() if optimizers._named[shard.name].dtype != shard.flat.dtype]
+        slots += [
+            shard.flat
+            for shard in optimizers._shards()
+            if optimizers._named[shard.name].dtype != shard.flat.dtype
+        ]
     else:
-        slots += optimizers._masters.values()
-    if engine.head is not None and engine.head.engine is not None:
-        slots += [value for _, state in engine.head._parts() for value in state.values()]
-        slots += [partition.flat for partition in engine.head.engine.partitions()]  # ZeRO's fp32 weights
-    buffers = [buffer.grad_data for wrapped in engine._wrapped for buffer in wrapped.buffers]
+        slots += optimizers._master_weights.values()
+
+    if engine.sharded_head is not None and engine.sharded_head.engine is not None:
+        slots += [
+            value
+            for _, state in engine.sharded_head._partitions_with_state()
+            for value in state.values()
+        ]
+        # ZeRO's fp32 weights
+        slots += [partition.flat for partition in engine.sharded_head.engine.partitions()]
+
+    buffers = [buffer.grad_data for wrapped in engine._ddp_chunks for buffer in wrapped.buffers]
     parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
-    return tuple(sum(t.numel() * t.element_size() for t in part) for part in (parameters, buffers, slots))  # type: ignore[return-value]
+    return tuple(
+        sum(t.numel() * t.element_size() for t in part) for part in (parameters, buffers, slots)
+    )  # type: ignore[return-value]
 
 
-def _whole(every: list[Any]) -> dict[str, Tensor]:
-    """Join the shares of tensor ranks; ranks that should hold the same must."""
-    whole: dict[str, Tensor] = {}
-    for name in {n for _, own in every for n in own}:
-        holders = [(layout, own[name]) for layout, own in every if name in own]
-        shares = [[tensor for layout, tensor in holders if layout.tensor_rank == rank] for rank in range(holders[0][0].tensor)]
-        for copies in shares:
-            assert all(torch.equal(copies[0], copy) for copy in copies), f"ranks disagree about {name}"
-        whole[name] = join(name, [copies[0] for copies in shares])
-    return whole
+def _full_params(gathered: list[Any]) -> dict[str, Tensor]:
+    """Join the shards of tensor ranks; replicas must be equal."""
+    full: dict[str, Tensor] = {}
+    for name in {n for _, own in gathered for n in own}:
+        holders = [(layout, own[name]) for layout, own in gathered if name in own]
+        shards = [
+            [tensor for layout, tensor in holders if layout.tensor_rank == rank]
+            for rank in range(holders[0][0].tensor)
+        ]
+
+        for copies in shards:
+            assert all(torch.equal(copies[0], copy) for copy in copies), (
+                f"ranks disagree about {name}"
+            )
+        full[name] = unshard(name, [copies[0] for copies in shards])
+
+    return full
 
 
-def reach(overrides: list[str], queries: list[int]) -> dict[int, list[int]]:
-    """Which input positions have a gradient of the state at each of ``queries``, over all ranks."""
-    config = load(None, [*TINY, *overrides]).config
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    layout = layout_of(config.parallel, world, rank)
-    chunk = Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout).chunks[0]
-    batch, found = batch_of(0, 0, 1), {}
-    mine = layout.own(layout.positions(LENGTH)) if layout.sequence else layout.positions(LENGTH)
+def receptive_fields(overrides: list[str], queries: list[int]) -> dict[int, list[int]]:
+    """Input positions on which the hidden state at each of ``queries`` depends, over all ranks."""
+    config = load_config(None, [*TINY, *overrides]).config
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    layout = build_layout(config.parallel, world_size, rank)
+    chunk = Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout).chunks[0]
+    batch = make_batch(0, 0, 1)
+    found = {}
+    local_positions = (
+        layout.local_head_positions(layout.local_positions(LENGTH))
+        if layout.sequence
+        else layout.local_positions(LENGTH)
+    )
+
     for query in queries:
-        whole = torch.randn(LENGTH, 1, 64, generator=torch.Generator().manual_seed(query))
-        embedded = whole[mine].requires_grad_()
-        states, positions = chunk.own_states(chunk.backbone(embedded, batch.document_ids, LENGTH), LENGTH)
+        full_embeddings = torch.randn(LENGTH, 1, 64, generator=torch.Generator().manual_seed(query))
+        embedded = full_embeddings[local_positions].requires_grad_()
+        states, positions = chunk.local_hidden_states(
+            chunk.backbone(embedded, batch.document_ids, LENGTH), LENGTH
+        )
         states[:, positions == query].square().sum().add(0 * states.sum()).backward()
-        every: list[Any] = [None] * world
-        torch.distributed.all_gather_object(every, mine[(embedded.grad != 0).any(-1).any(-1)].tolist())
-        found[query] = sorted({position for part in every for position in part})
-    done()
+        gathered: list[Any] = [None] * world_size
+        torch.distributed.all_gather_object(
+            gathered, local_positions[(embedded.grad != 0).any(-1).any(-1)].tolist()
+        )
+        found[query] = sorted({position for part in gathered for position in part})
+
+    reset_process_groups()
     return found
 
 
 def reach_all(cases: dict[str, list[str]], queries: list[int]) -> dict[str, dict[int, list[int]]]:
-    """:func:`reach` for every case."""
-    return {name: reach(overrides, queries) for name, overrides in cases.items()}
+    """:func:`receptive_fields` for every case."""
+    return {name: receptive_fields(overrides, queries) for name, overrides in cases.items()}
 
 
 def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
@@ -116,13 +217,14 @@ def train_all(cases: dict[str, list[str]]) -> dict[str, Any]:
     return {name: train(overrides) for name, overrides in cases.items()}
 
 
-def done() -> None:
-    """Let the next case in this process have another layout, without the threads of this one's groups."""
+def reset_process_groups() -> None:
+    """Destroy this case's groups and their threads, so that the next can have another layout."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
     if "deepspeed" in sys.modules:
-        # ranks compare these numbers at stage 3; those of an earlier case's last stage alone have counted on
+        # ranks compare this counter at stage 3, but only those of an earlier case's last stage have
+        # advanced it
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
 
         DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[-1][0] = 0
@@ -138,21 +240,26 @@ _kept_groups: set[Any] = set()
 
 
 def fit_in_turn(file: str, jobs: list[tuple[list[str], int]]) -> None:
-    """`bitlm train` with some overrides up to a step, one after the other, each on its layout of this job's ranks."""
+    """Run `bitlm train` with each set of overrides up to a step, each on its own layout."""
     from bitlm_dist.training.trainer import Trainer
 
     for overrides, until in jobs:
-        config = load(Path(file), overrides).config
-        layout = layout_of(config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0)))
+        config = load_config(Path(file), overrides).config
+        layout = build_layout(
+            config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        )
         trainer = Trainer(config, layout=layout)
         trainer.fit(until=until)
         trainer.close()
         torch.distributed.barrier()  # the folder is free when the next one begins
-        done()
+        reset_process_groups()
 
 
 def fail(failed: int, where: str, words: list[str]) -> None:
-    """`bitlm` with a rank that fails while the others wait for it: in a collective, or where the head takes a microbatch."""
+    """Run `bitlm` with a rank that fails while the others wait for it.
+
+    It fails in a collective, or where the head starts a microbatch.
+    """
 
     def burn(*ignored: Any) -> None:
         if torch.distributed.get_rank() == failed:
@@ -166,9 +273,10 @@ def fail(failed: int, where: str, words: list[str]) -> None:
     if where == "head":
         from bitlm_dist.parallel.zero_head import ZeroHead
 
-        ZeroHead.begin = burn  # type: ignore[method-assign]
+        ZeroHead.start_microbatch = burn  # type: ignore[method-assign]
     else:
         import bitlm_dist.cli
 
         bitlm_dist.cli.app = app  # type: ignore[assignment]
-    command(words)
+
+    run_command_line(words)

@@ -1,7 +1,8 @@
-"""The one way in which tests start several processes: gloo ranks on this machine, each calling a function beside this file.
+"""Start jobs of several gloo ranks on this machine, which call a function beside this file.
 
-Ranks are forked from a server that has imported torch, Megatron-core and DeepSpeed once, which costs more than most tests. The
-server ends with the test process and each rank with the server, so nothing is left of a run that was cut short.
+This is the only way in which tests start ranks. Ranks are forked from a server that has imported
+torch, Megatron-core and DeepSpeed once, which costs more than most tests. The server ends with the
+test process and each rank with the server, so no process survives a run that was cut short.
 """
 
 import importlib
@@ -23,52 +24,69 @@ from typing import Any
 
 import pytest
 
-from bitlm_dist.processes import die_with
+from bitlm_dist.processes import die_with_parent
 
 HERE = Path(__file__).parent
-# What takes long to import, and nothing that computes: a thread of the server would be missing in every rank.
+# Modules that take long to import. They must not compute anything: forked ranks have no copies of
+# the server's threads.
 PRELOADED = ["torch", "pytest", "preloaded"]
-THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # read by the libraries when the server loads them
+THREADS = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}  # read by the libraries when the server loads them
 
 _context = multiprocessing.get_context("forkserver")
 
 
 def start_rank(
-    function: str, *arguments: Any, environment: Mapping[str, str], log: Path, result: Path | None = None
+    function: str,
+    *arguments: Any,
+    environment: Mapping[str, str],
+    log: Path,
+    result: Path | None = None,
 ) -> ForkServerProcess:
-    """Call a function in a process of its own, one of a job or alone.
+    """Call a function in a new process, as a rank of a job or alone.
 
     Args:
         function: ``module.name``; the module may be one beside this file.
-        environment: variables for it, beside those of this process.
-        log: file that everything it prints is appended to.
-        result: file for what it returned, pickled.
+        environment: variables to add to those of this process.
+        log: file to which its output is appended.
+        result: file for its pickled return value.
 
     Returns:
-        The process, started.
+        The started process.
     """
     _start_server()
-    process = _context.Process(target=_rank, args=(function, arguments, {**os.environ, **THREADS, **environment}, log, result))
+    process = _context.Process(
+        target=_rank_main,
+        args=(function, arguments, {**os.environ, **THREADS, **environment}, log, result),
+    )
     process.start()
     return process
 
 
-def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path, timeout: float = 900) -> list[Any]:
-    """Call ``module.name(*arguments)`` in ``world`` ranks of one job.
+def run_ranks(
+    world_size: int, module: str, name: str, *arguments: Any, folder: Path, timeout: float = 900
+) -> list[Any]:
+    """Call ``module.name(*arguments)`` in ``world_size`` ranks of one job.
 
     Args:
-        module: beside this file.
-        folder: empty; holds results and logs.
-        timeout: seconds, after which all are killed.
+        module: module beside this file.
+        folder: empty folder for results and logs.
+        timeout: seconds after which all ranks are killed.
 
     Returns:
-        What each rank returned.
+        The return value of each rank.
     """
-    processes = start_job(world, f"{module}.{name}", *arguments, folder=folder)
+    processes = start_job(world_size, f"{module}.{name}", *arguments, folder=folder)
     end = time.monotonic() + timeout
     try:
         # a rank that failed leaves the others waiting for it
-        while None in (codes := [p.exitcode for p in processes]) and not any(codes) and time.monotonic() < end:
+        while (
+            None in (codes := [p.exitcode for p in processes])
+            and not any(codes)
+            and time.monotonic() < end
+        ):
             time.sleep(0.02)
     finally:
         for process in processes:
@@ -76,20 +94,31 @@ def run_ranks(world: int, module: str, name: str, *arguments: Any, folder: Path,
             process.join()
 
     for rank, code in enumerate(codes):
-        state = "did not end" if code is None else f"ended with {code}"
-        assert code == 0 or (code is None and any(codes)), f"rank {rank} {state}:\n" + (folder / f"log.{rank}").read_text()[-3000:]
-    return [pickle.loads((folder / f"result.{rank}").read_bytes()) for rank in range(world)]
+        ending = "did not end" if code is None else f"ended with {code}"
+        assert code == 0 or (code is None and any(codes)), (
+            f"rank {rank} {ending}:\n" + (folder / f"log.{rank}").read_text()[-3000:]
+        )
+    return [pickle.loads((folder / f"result.{rank}").read_bytes()) for rank in range(world_size)]
 
 
 def start_job(
-    world: int, function: str, *arguments: Any, folder: Path, environment: Mapping[str, str] | None = None
+    world_size: int,
+    function: str,
+    *arguments: Any,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> list[ForkServerProcess]:
-    """Start the ranks of a job that find each other, with logs and results in ``folder``."""
+    """Start the ranks of one job, with logs and results in ``folder``."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
 
-    job = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **(environment or {})}
+    job = {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        **(environment or {}),
+    }
     return [
         start_rank(
             function,
@@ -98,47 +127,65 @@ def start_job(
             log=folder / f"log.{rank}",
             result=folder / f"result.{rank}",
         )
-        for rank in range(world)
+        for rank in range(world_size)
     ]
 
 
-def chosen(request: pytest.FixtureRequest, cases: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a module's cases that its selected tests name in their parameter ``case``: a fixture need not run the others."""
-    tests = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+def selected_cases(request: pytest.FixtureRequest, cases: Mapping[str, Any]) -> dict[str, Any]:
+    """The cases of a module that its selected tests name in their parameter ``case``.
+
+    A fixture need not run the others.
+    """
+    tests = [
+        item
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
     names = {test.callspec.params.get("case") for test in tests}
     return {name: case for name, case in cases.items() if name in names}
 
 
-def in_rings(cases: Iterable[str], quick: Collection[str], slow: Collection[str]) -> list[Any]:
-    """Parameters of a test: all cases, those in ``slow`` with the mark of that name, those in neither with the mark `long`."""
+def mark_by_duration(
+    cases: Iterable[str], quick: Collection[str], slow: Collection[str]
+) -> list[Any]:
+    """Parameters of a test: all cases, with marks by their duration.
+
+    Those in ``quick`` have no mark, those in ``slow`` the mark `slow`, all others the mark `long`.
+    """
     cases = list(cases)
     assert {*quick, *slow} <= {*cases}, f"no such case: {({*quick, *slow}) - {*cases}}"
-    marks = {case: [] if case in quick else [pytest.mark.slow if case in slow else pytest.mark.long] for case in cases}
+    marks = {
+        case: [] if case in quick else [pytest.mark.slow if case in slow else pytest.mark.long]
+        for case in cases
+    }
     return [pytest.param(case, marks=marks[case]) for case in cases]
 
 
-def command(words: list[str]) -> None:
-    """What a rank of a job of `bitlm` does: the whole command, from its words to its exit code."""
+def run_command_line(words: list[str]) -> None:
+    """Run a `bitlm` command on a rank, from its words to its exit code."""
     from bitlm_dist.__main__ import main
 
     sys.argv = ["bitlm", *words]
     main()
 
 
-# --- the server ---------------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------
 
 
 def _start_server() -> None:
-    """Start the server unless it runs; the variables that libraries read once must be there by then."""
-    # A process that has asked for GPUs cannot use them once it is forked, and DeepSpeed asks while it is imported.
+    """Start the server unless it runs, with the variables that libraries read only once."""
+    # A process that has queried GPUs cannot use them after a fork, and importing DeepSpeed queries
+    # them.
     preloaded = PRELOADED if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else []
-    with _variables({**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}):
+    with _environment(
+        {**os.environ, **THREADS, "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])}
+    ):
         _context.set_forkserver_preload(preloaded)
         forkserver.ensure_running()
 
 
 @contextmanager
-def _variables(values: Mapping[str, str]):
+def _environment(values: Mapping[str, str]):
     old = dict(os.environ)
     os.environ.clear()
     os.environ.update(values)
@@ -149,15 +196,22 @@ def _variables(values: Mapping[str, str]):
         os.environ.update(old)
 
 
-def _rank(function: str, arguments: tuple[Any, ...], environment: Mapping[str, str], log: Path, result: Path | None) -> None:
-    die_with(os.getppid())
+def _rank_main(
+    function: str,
+    arguments: tuple[Any, ...],
+    environment: Mapping[str, str],
+    log: Path,
+    result: Path | None,
+) -> None:
+    die_with_parent(os.getppid())
     os.environ.clear()
     os.environ.update(environment)
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    _hide_deepspeed()
-    # a tracker of its own, as a process has: the server's would take what a killed rank leaves for its own
+    _forget_deepspeed_import()
+    # its own resource tracker, as every process has: the server's would adopt what a killed rank
+    # leaves behind
     tracker: Any = resource_tracker._resource_tracker
     tracker._fd = tracker._pid = None
 
@@ -169,12 +223,21 @@ def _rank(function: str, arguments: tuple[Any, ...], environment: Mapping[str, s
         torch.distributed.destroy_process_group()
 
 
-def _hide_deepspeed() -> None:
-    """Let DeepSpeed be imported again, at no cost, by whoever imports it: tests ask which ranks do."""
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] == "deepspeed"}
+def _forget_deepspeed_import() -> None:
+    """Make DeepSpeed look as if it were not imported; importing it again costs nothing.
+
+    Tests check which ranks import it.
+    """
+    hidden = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name.partition(".")[0] == "deepspeed"
+    }
 
     class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-        def find_spec(self, name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        def find_spec(
+            self, name: str, path: object = None, target: object = None
+        ) -> importlib.machinery.ModuleSpec | None:
             return importlib.machinery.ModuleSpec(name, self) if name in hidden else None
 
         def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:

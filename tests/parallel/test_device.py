@@ -1,4 +1,7 @@
-"""Each rank finds its own GPU, or says in one line why there is none; on a machine without one, torch.cuda is made to answer."""
+"""Each rank finds its own GPU, or says in one line why there is none.
+
+torch.cuda is replaced, so that the tests run on machines without GPUs.
+"""
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from bitlm_dist.parallel.device import find_device, set_cuda_environment, warnin
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """(visible to the process) -> CUDA that works and shows so many."""
+    """Function that pretends a working CUDA with some number of visible GPUs."""
 
     def make(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -21,7 +24,11 @@ def gpus(monkeypatch):
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """(GPUs of the machine, CUDA version of PyTorch's build or None, what the driver says) -> CUDA that does not work."""
+    """Function that pretends a CUDA that does not work.
+
+    It takes the number of GPUs of the machine, the CUDA version of PyTorch's build or None, and the
+    driver's error message.
+    """
 
     def make(count, build, said=""):
         def fail():
@@ -48,7 +55,11 @@ def machine(monkeypatch, tmp_path):
         ({"LOCAL_RANK": "3"}, 8, 3),
         # Slurm binds one GPU, or two, to each of four tasks
         ({"LOCAL_RANK": "3", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, 1, 0),
-        ({"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "8"}, 2, 0),
+        (
+            {"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "8"},
+            2,
+            0,
+        ),
         ({"LOCAL_RANK": "0", "SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_GPUS_ON_NODE": "4"}, 1, 0),
     ],
 )
@@ -60,12 +71,32 @@ def test_a_rank_has_a_gpu_of_its_own(environment, visible, index, gpus):
 @pytest.mark.parametrize(
     ("environment", "visible", "said"),
     [
-        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 4, "LOCAL_RANK=0 of 8 ranks on this node has no GPU of its own (4 visible)"),
-        ({"LOCAL_RANK": "7"}, 4, "LOCAL_RANK=7 of 8 ranks on this node has no GPU of its own (4 visible)"),
-        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"}, 1, "(1 visible; CUDA_VISIBLE_DEVICES=5)"),
+        (
+            {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"},
+            4,
+            "LOCAL_RANK=0 of 8 ranks on this node has no GPU of its own (4 visible)",
+        ),
+        (
+            {"LOCAL_RANK": "7"},
+            4,
+            "LOCAL_RANK=7 of 8 ranks on this node has no GPU of its own (4 visible)",
+        ),
+        (
+            {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "CUDA_VISIBLE_DEVICES": "5"},
+            1,
+            "(1 visible; CUDA_VISIBLE_DEVICES=5)",
+        ),
         # more tasks than GPUs, whether they are bound or not
-        ({"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}, 4, "of 8 ranks"),
-        ({"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"}, 1, "of 8 ranks"),
+        (
+            {"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"},
+            4,
+            "of 8 ranks",
+        ),
+        (
+            {"LOCAL_RANK": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_GPUS_ON_NODE": "4"},
+            1,
+            "of 8 ranks",
+        ),
         # one has failed, or half of them are hidden: they are not bound to tasks
         ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "8", "SLURM_GPUS_ON_NODE": "8"}, 7, "(7 visible)"),
         ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8", "SLURM_GPUS_ON_NODE": "8"}, 4, "(4 visible)"),
@@ -76,16 +107,26 @@ def test_ranks_without_a_gpu_are_refused(environment, visible, said, gpus):
     with pytest.raises(UserError) as error:
         find_device(environment)
     assert said in str(error.value)
-    assert str(error.value).endswith("start one rank for each GPU, or make more of them visible")
+    assert str(error.value).endswith("start one rank per GPU, or make more of them visible")
 
 
 def test_a_driver_too_old_for_the_build_is_an_error(machine):
-    said = "The NVIDIA driver on your system is too old (found version 12020). Please update your GPU driver by …"
+    said = (
+        "The NVIDIA driver on your system is too old (found version 12020). "
+        "Please update your GPU driver by …"
+    )
     machine(2, "13.0", said)
-    with pytest.raises(UserError, match=r"this machine's GPUs \(The NVIDIA driver .* \(found version 12020\)\): install"):
+
+    with pytest.raises(
+        UserError,
+        match=r"this machine's GPUs \(The NVIDIA driver .* \(found version 12020\)\): install",
+    ):
         find_device({})
+
     for hidden in ("", "-1"):
-        assert find_device({"CUDA_VISIBLE_DEVICES": hidden}) == torch.device("cpu"), "the user wants no GPU"
+        assert find_device({"CUDA_VISIBLE_DEVICES": hidden}) == torch.device("cpu"), (
+            "the user wants no GPU"
+        )
 
 
 def test_without_a_gpu_the_cpu_is_used(machine):
@@ -110,5 +151,7 @@ def test_what_cuda_reads_at_its_start_is_set_unless_the_user_did(tiny):
 
     assert after() == {}
     assert after("--parallel.tensor", "2") == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert after("--parallel.tensor", "2", CUDA_DEVICE_MAX_CONNECTIONS="8") == {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert after("--parallel.tensor", "2", CUDA_DEVICE_MAX_CONNECTIONS="8") == {
+        "CUDA_DEVICE_MAX_CONNECTIONS": "8"
+    }
     assert after("--training.deterministic", "true") == {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}

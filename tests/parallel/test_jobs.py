@@ -1,4 +1,4 @@
-"""Whole jobs of several processes: a run that changes its layout, and one of which a rank dies."""
+"""Jobs of several ranks: a run that changes its layout, and one in which a rank dies."""
 
 import json
 import time
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import chosen, in_rings, run_ranks, start_job
+from ranks import mark_by_duration, run_ranks, selected_cases, start_job
 
 from bitlm_dist.training.trainer import Trainer
-from bitlm_dist.training.weights import load_trained
+from bitlm_dist.training.weights import load_trained_model
 
 pytestmark = pytest.mark.distributed
 
@@ -18,12 +18,19 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-TP, SP = ["--parallel.tensor", "2"], ["--parallel.tensor", "2", "--parallel.sequence", "true"]
-PP, CP, DP, ONE = ["--parallel.pipeline", "2"], ["--parallel.context", "2"], [], []
-ZERO_1, ZERO_3 = ["--head.zero_stage", "1"], ["--head.zero_stage", "3"]
+TP = ["--parallel.tensor", "2"]
+SP = ["--parallel.tensor", "2", "--parallel.sequence", "true"]
+PP = ["--parallel.pipeline", "2"]
+CP = ["--parallel.context", "2"]
+DP = []
+ONE = []
+ZERO_1 = ["--head.zero_stage", "1"]
+ZERO_3 = ["--head.zero_stage", "3"]
 FSDP_2, FSDP_3 = (["--head.engine", "fsdp2", "--head.zero_stage", stage] for stage in "23")
-PIECES = ["--optimizer.sharded", "false", "--parallel.microbatch", "2"]
-MUON, ADAMW, BF16 = ["--optimizer.matrices", "muon"], ["--optimizer.matrices", "adamw"], ["--training.precision", "bf16"]
+PIECES = ["--optimizer.sharded", "false", "--parallel.micro_batch_size", "2"]
+MUON = ["--optimizer.matrix_optimizer", "muon"]
+ADAMW = ["--optimizer.matrix_optimizer", "adamw"]
+BF16 = ["--training.precision", "bf16"]
 # settings; ranks and layout that save after step 5, that load and go on to step 10
 CHANGES = {
     "TP2 to PP2": (MUON, (2, TP), (2, PP)),
@@ -44,15 +51,20 @@ CHANGES = {
     "bf16, CP2 to TP2 SP": ([*ADAMW, *BF16], (2, CP), (2, SP)),
     "bf16, FSDP2 to ZeRO 3": ([*ADAMW, *BF16], (2, FSDP_3), (2, ZERO_3)),
 }
-HALF, END = 5, 10
+HALF = 5
+END = 10
 # Between axes of parallelism, between engines of the head, and from many ranks to one.
 QUICK = {"TP2 to PP2", "ZeRO 3 to FSDP2", "PP2 DP2, ZeRO 3 to one"}
 
 
 @pytest.fixture(scope="module")
 def changed(prepared, tiny_file, tmp_path_factory, request):
-    """Every change of layout, in as few launches as it takes -> folder of runs, by the names of changes and settings."""
-    changes = chosen(request, CHANGES)
+    """Make every change of layout, in as few launches as possible.
+
+    Returns:
+        The folder of the runs, which are named by changes and settings.
+    """
+    changes = selected_cases(request, CHANGES)
     root = tmp_path_factory.mktemp("changes")
     common = [
         "--data.path",
@@ -67,13 +79,18 @@ def changed(prepared, tiny_file, tmp_path_factory, request):
 
     def jobs(ranks, half):
         return [
-            ([*common, *settings, *places[half][1], "--run.dir", str(root / name)], (HALF, END)[half])
+            (
+                [*common, *settings, *places[half][1], "--run.dir", str(root / name)],
+                (HALF, END)[half],
+            )
             for name, (settings, *places) in changes.items()
             if places[half][0] == ranks
         ]
 
     settings = {" ".join(settings): settings for settings, *_ in changes.values()}
-    wholes = [([*common, *words, "--run.dir", str(root / name)], END) for name, words in settings.items()]
+    wholes = [
+        ([*common, *words, "--run.dir", str(root / name)], END) for name, words in settings.items()
+    ]
     launches = [
         (1, [*wholes, *jobs(1, 0)]),
         (4, jobs(4, 0)),
@@ -81,6 +98,7 @@ def changed(prepared, tiny_file, tmp_path_factory, request):
         (4, jobs(4, 1)),
         (1, jobs(1, 1)),
     ]
+
     for number, (ranks, part) in enumerate(launches):
         folder = root / f"launch {number}"
         folder.mkdir()
@@ -89,19 +107,29 @@ def changed(prepared, tiny_file, tmp_path_factory, request):
     return root
 
 
-@pytest.mark.parametrize("case", in_rings(CHANGES, QUICK, CHANGES))
+@pytest.mark.parametrize("case", mark_by_duration(CHANGES, QUICK, CHANGES))
 def test_a_run_goes_on_under_another_layout(case, changed, tiny):
-    """The losses of one process that was never stopped, up to rounding; the moving average goes on too."""
+    """Losses equal those of one process that was never stopped, up to rounding.
+
+    The moving average continues, too.
+    """
     settings = CHANGES[case][0]
-    whole, run = changed / " ".join(settings), changed / case
+    whole = changed / " ".join(settings)
+    run = changed / case
     near, close = (1e-3, 2e-2) if "bf16" in settings else (1e-5, 1e-4)
-    found, expected = losses(run), losses(whole)
-    print(f"{case}: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.0e} relative")
+    found = losses(run)
+    expected = losses(whole)
+    print(
+        f"{case}: {max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)):.0e} relative"
+    )
+
     assert len(found) == END
     assert found == pytest.approx(expected, rel=near)
     for averaged in ("false", "true"):
-        words = [*settings, "--optimizer.ema", "0.5", "--evaluation.averaged", averaged]
-        (_, one, _), (_, model, step) = (load_trained(folder, tiny(*words)) for folder in (whole, run))
+        words = [*settings, "--optimizer.ema", "0.5", "--evaluation.use_ema", averaged]
+        (_, one, _), (_, model, step) = (
+            load_trained_model(folder, tiny(*words)) for folder in (whole, run)
+        )
         assert step == END
         for a, b in zip(one.parameters(), model.parameters(), strict=True):
             torch.testing.assert_close(b, a, rtol=0, atol=close)
@@ -116,6 +144,7 @@ def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_p
     whole.fit()
     whole.close()
     common = [*settings, "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
+
     (tmp_path / "ranks").mkdir()
     run_ranks(2, "parity", "fit_in_turn", str(tiny.file), [(common, 4)], folder=tmp_path / "ranks")
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
@@ -123,8 +152,15 @@ def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_p
 
 @pytest.mark.parametrize(("where", "ranks", "failed"), [("collective", 3, 1), ("head", 4, 3)])
 def test_a_rank_that_dies_is_named_once_and_ends_the_job(where, ranks, failed, tiny, tmp_path):
-    """The second is a rank of the sharded head: ranks of the first stage wait for its gradients."""
-    words = ["train", str(tiny.file), "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]
+    """In the second case it is a rank of the head, for whose gradients the first stage waits."""
+    words = [
+        "train",
+        str(tiny.file),
+        "--data.path",
+        str(tiny().data.path),
+        "--run.dir",
+        str(tmp_path / "run"),
+    ]
     words += ["--parallel.pipeline", "2"] if where == "head" else []
     (tmp_path / "ranks").mkdir()
     processes = start_job(ranks, "parity.fail", failed, where, words, folder=tmp_path / "ranks")
@@ -137,8 +173,11 @@ def test_a_rank_that_dies_is_named_once_and_ends_the_job(where, ranks, failed, t
             process.kill()
             process.join()
 
-    lines = [line for log in (tmp_path / "ranks").glob("log.*") for line in log.read_text().splitlines()]
+    lines = [
+        line for log in (tmp_path / "ranks").glob("log.*") for line in log.read_text().splitlines()
+    ]
     said = [line for line in lines if line.startswith("bitlm:")]
+
     assert len(said) == 1
     assert said[0].startswith(f"bitlm: rank {failed} on ")
     assert said[0].endswith("on fire")

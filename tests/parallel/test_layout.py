@@ -6,29 +6,46 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitlm_dist.config import ParallelConfig
-from bitlm_dist.config_loading import load
+from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
-from bitlm_dist.parallel.layout import Layout, check_batch, layout_of, split_layers, stages_of
+from bitlm_dist.parallel.layout import (
+    ParallelLayout,
+    build_layout,
+    local_model_chunks,
+    resolve_micro_batch_size,
+    split_layers,
+)
 
 SIZES = st.integers(1, 4)
 
 
 @given(SIZES, SIZES, SIZES, SIZES)
 def test_ranks_count_tensor_then_context_then_data_then_pipeline(tensor, context, data, pipeline):
-    expected = [(p, d, c, t) for p in range(pipeline) for d in range(data) for c in range(context) for t in range(tensor)]
+    expected = [
+        (p, d, c, t)
+        for p in range(pipeline)
+        for d in range(data)
+        for c in range(context)
+        for t in range(tensor)
+    ]
     sizes = {"tensor": tensor, "context": context, "data": data, "pipeline": pipeline}
-    layouts = [Layout(**sizes, rank=rank) for rank in range(tensor * context * data * pipeline)]
-    assert [(x.pipeline_rank, x.data_rank, x.context_rank, x.tensor_rank) for x in layouts] == expected
+    layouts = [
+        ParallelLayout(**sizes, rank=rank) for rank in range(tensor * context * data * pipeline)
+    ]
+    assert [
+        (x.pipeline_rank, x.data_rank, x.context_rank, x.tensor_rank) for x in layouts
+    ] == expected
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_context_ranks_hold_every_position_once_in_whole_blocks(context, pieces, block):
     length = 2 * context * pieces * block
-    layouts = [Layout(context=context, rank=rank) for rank in range(context)]
-    held = [layout.positions(length) for layout in layouts]
+    layouts = [ParallelLayout(context=context, rank=rank) for rank in range(context)]
+    held = [layout.local_positions(length) for layout in layouts]
     together = torch.cat(held)
+
     assert sorted(together.tolist()) == list(range(length))
-    assert torch.equal(together[layouts[0].places(length)], torch.arange(length))
+    assert torch.equal(together[layouts[0].gather_order(length)], torch.arange(length))
     for positions in held:
         assert (positions.unflatten(0, (-1, block))[:, 0] % block == 0).all()
         assert (positions.unflatten(0, (-1, block)).diff(dim=1) == 1).all()
@@ -37,7 +54,10 @@ def test_context_ranks_hold_every_position_once_in_whole_blocks(context, pieces,
 @pytest.mark.parametrize("context", [2, 3, 4])
 def test_causal_work_is_the_same_on_every_context_rank(context):
     length = 24 * context
-    work = {int((Layout(context=context, rank=rank).positions(length) + 1).sum()) for rank in range(context)}
+    work = {
+        int((ParallelLayout(context=context, rank=rank).local_positions(length) + 1).sum())
+        for rank in range(context)
+    }
     assert len(work) == 1
 
 
@@ -47,14 +67,20 @@ def test_stages_hold_every_layer_once_and_in_order(pipeline, virtual, more, weig
     counts = split_layers(layers, pipeline * virtual, weight)
     assert sum(counts) == layers
     assert min(counts) >= 1
+
     found = {}
     for rank in range(pipeline):
-        for stage in stages_of(counts, Layout(pipeline=pipeline, virtual=virtual, rank=rank)):
-            found[stage.chunk * pipeline + rank] = stage
-    assert [layer for number in sorted(found) for layer in found[number].layers] == list(range(layers))
-    assert [found[number].embeds for number in sorted(found)].count(True) == 1
-    assert found[0].embeds
-    assert found[len(found) - 1].predicts
+        for stage in local_model_chunks(
+            counts, ParallelLayout(pipeline=pipeline, virtual_pipeline=virtual, rank=rank)
+        ):
+            found[stage.vp_stage * pipeline + rank] = stage
+
+    assert [layer for number in sorted(found) for layer in found[number].layer_range] == list(
+        range(layers)
+    )
+    assert [found[number].is_first for number in sorted(found)].count(True) == 1
+    assert found[0].is_first
+    assert found[len(found) - 1].is_last
 
 
 def test_the_last_stage_has_room_for_the_head():
@@ -64,31 +90,56 @@ def test_the_last_stage_has_room_for_the_head():
 
 
 REFUSED = [
-    ({"tensor": 2}, 3, "3 processes were started, and parallel.tensor = 2 .* needs a multiple of 2: start 2 or 4, or change a key"),
-    ({"tensor": 2, "pipeline": 2}, 1, "1 process was started, .* needs a multiple of 4: start 4, or"),
-    ({"data": 3}, 1, "1 process was started, .* x parallel.data = 3 needs 3: start 3, or change a key"),
+    (
+        {"tensor": 2},
+        3,
+        "3 processes were started, and parallel.tensor = 2 .* needs a multiple of 2: "
+        "start 2 or 4, or change a key",
+    ),
+    (
+        {"tensor": 2, "pipeline": 2},
+        1,
+        "1 process was started, .* needs a multiple of 4: start 4, or",
+    ),
+    (
+        {"data": 3},
+        1,
+        "1 process was started, .* x parallel.data = 3 needs 3: start 3, or change a key",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("sizes", "world", "message"), REFUSED)
 def test_a_layout_that_does_not_fit_names_keys_and_what_would(sizes, world, message):
     with pytest.raises(UserError, match=message):
-        layout_of(ParallelConfig(**sizes), world, 0)
+        build_layout(ParallelConfig(**sizes), world, 0)
 
 
 @pytest.mark.parametrize(
     ("overrides", "layout", "message"),
     [
-        ([], Layout(data=3), "8 sequences, which 3 data-parallel ranks cannot share: try 2304"),
-        (["--parallel.microbatch", "3"], Layout(), "parallel.microbatch = 3 does not divide a rank's 8 sequences a step: try 2"),
         (
-            ["--parallel.microbatch", "8"],
-            Layout(pipeline=2, virtual=2),
-            "a multiple of parallel.pipeline = 2 microbatches a step, not 1: change",
+            [],
+            ParallelLayout(data=3),
+            "8 sequences, which 3 data-parallel ranks cannot share: try 2304",
+        ),
+        (
+            ["--parallel.micro_batch_size", "3"],
+            ParallelLayout(),
+            "parallel.micro_batch_size = 3 does not divide the 8 sequences per step of a "
+            "data-parallel rank: try 2",
+        ),
+        (
+            ["--parallel.micro_batch_size", "8"],
+            ParallelLayout(pipeline=2, virtual_pipeline=2),
+            "a multiple of parallel.pipeline = 2 microbatches per step, not 1: change",
         ),
     ],
 )
 def test_a_batch_that_cannot_be_shared_names_what_could(overrides, layout, message):
-    config = load(None, ["--data.sequence_length", "256", "--training.global_batch_tokens", "2048", *overrides]).config
+    config = load_config(
+        None,
+        ["--data.sequence_length", "256", "--training.global_batch_tokens", "2048", *overrides],
+    ).config
     with pytest.raises(UserError, match=message):
-        check_batch(config, layout)
+        resolve_micro_batch_size(config, layout)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from ranks import chosen, in_rings, run_ranks
+from ranks import mark_by_duration, run_ranks, selected_cases
 
 pytestmark = pytest.mark.distributed
-ADAMW = ["--optimizer.matrices", "adamw", "--optimizer.weight_decay", "0.1"]
+ADAMW = ["--optimizer.matrix_optimizer", "adamw", "--optimizer.weight_decay", "0.1"]
 SP = ["--parallel.tensor", "2", "--parallel.sequence", "true"]
 TWO = {
     "TP2": ["--parallel.tensor", "2"],
@@ -13,11 +13,21 @@ TWO = {
     "PP2": ["--parallel.pipeline", "2"],
     "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
     "CP2": ["--parallel.context", "2"],
-    "CP2, positions reset": ["--parallel.context", "2", "--model.backbone.rope_reset", "true"],  # one process: not reset
+    "CP2, positions reset": [
+        "--parallel.context",
+        "2",
+        "--model.backbone.rope_reset",
+        "true",
+    ],  # one process: not reset
     "DP2": [],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
-    "TP2+SP, recomputing layers": [*SP, "--parallel.recompute", "full"],
-    "PP2, recomputing attention": ["--parallel.pipeline", "2", "--parallel.recompute", "selective"],
+    "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
+    "PP2, recomputing attention": [
+        "--parallel.pipeline",
+        "2",
+        "--parallel.activation_checkpointing",
+        "selective",
+    ],
 }
 EIGHT = {
     "TP2 PP2 DP2": ["--parallel.tensor", "2", "--parallel.pipeline", "2"],
@@ -31,11 +41,15 @@ ROUNDED = {"bf16 Muon": BF16, "bf16 AdamW": [*BF16, *ADAMW]}
 
 
 def cases_of(layouts, kinds=KINDS):
-    return {f"{name}, {kind}": [*words, *more] for name, words in layouts.items() for kind, more in kinds.items()}
+    return {
+        f"{name}, {kind}": [*words, *more]
+        for name, words in layouts.items()
+        for kind, more in kinds.items()
+    }
 
 
 SOFTMAX = ["--model.output", "softmax", "--model.block_size", "1"]
-TIED = ["--model.tied", "true"]
+TIED = ["--model.tie_embeddings", "true"]
 BASELINE = {
     "TP2, softmax": [*SP[:2], *SOFTMAX],
     "TP2+SP, softmax": [*SP, *SOFTMAX],
@@ -45,13 +59,18 @@ BASELINE = {
     "CP2, softmax": ["--parallel.context", "2", *SOFTMAX],
 }
 ONE = {**KINDS, **ROUNDED, "softmax": SOFTMAX, "tied": [*SOFTMAX, *TIED]}
-TWO_CASES = {**cases_of(TWO), **BASELINE, **cases_of({name: TWO[name] for name in ("TP2+SP", "PP2", "CP2", "DP2")}, ROUNDED)}
+TWO_CASES = {
+    **cases_of(TWO),
+    **BASELINE,
+    **cases_of({name: TWO[name] for name in ("TP2+SP", "PP2", "CP2", "DP2")}, ROUNDED),
+}
 
 
 EIGHT_CASES = cases_of(EIGHT)
 # Each axis of parallelism, each optimizer and each output of the model once.
 QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, softmax"}
-# With them every layout once, and with each optimizer the layouts that own parts of its state: data ranks and pipeline stages.
+# With the quick ones, every layout once, and with each optimizer the layouts that shard its state:
+# data-parallel ranks and pipeline stages.
 SLOW = {
     *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, positions reset, AdamW"),
     *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
@@ -66,27 +85,48 @@ SLOW = {
 def found(tmp_path_factory, request):
     """Every case on its number of ranks, and its optimizer and precision on one."""
     folder = tmp_path_factory.mktemp
-    two, eight = chosen(request, TWO_CASES), chosen(request, EIGHT_CASES)
+    two = selected_cases(request, TWO_CASES)
+    eight = selected_cases(request, EIGHT_CASES)
     kinds = {"Muon", *(case.rpartition(", ")[2] for case in [*two, *eight])}
-    one = run_ranks(1, "parity", "train_all", {kind: ONE[kind] for kind in ONE if kind in kinds}, folder=folder("one"))[0]
+    one = run_ranks(
+        1,
+        "parity",
+        "train_all",
+        {kind: ONE[kind] for kind in ONE if kind in kinds},
+        folder=folder("one"),
+    )[0]
+
     jobs = [(2, two), (8, eight)]
-    many = [run_ranks(size, "parity", "train_all", cases, folder=folder(str(size))) for size, cases in jobs if cases]
+    many = [
+        run_ranks(size, "parity", "train_all", cases, folder=folder(str(size)))
+        for size, cases in jobs
+        if cases
+    ]
     return one, {case: seen for ranks in many for case, seen in ranks[0].items()}, many
 
 
-@pytest.mark.parametrize("case", in_rings([*TWO_CASES, *EIGHT_CASES], QUICK, SLOW))
+@pytest.mark.parametrize("case", mark_by_duration([*TWO_CASES, *EIGHT_CASES], QUICK, SLOW))
 def test_a_layout_trains_what_one_process_trains(case, found):
     one, many, ranks = found
     losses, parameters, held = many[case]
     expected_losses, expected, _ = one[case.rpartition(", ")[2]]
-    near = (2e-2, 2e-2, 2e-2) if "bf16" in case else (1e-5, 1e-4, 1e-4)  # of losses, norms, parameters
+    # tolerances of losses, norms, parameters
+    near = (2e-2, 2e-2, 2e-2) if "bf16" in case else (1e-5, 1e-4, 1e-4)
+
     for (loss, norm), (expected_loss, expected_norm) in zip(losses, expected_losses, strict=True):
         assert loss == pytest.approx(expected_loss, rel=near[0])
         assert norm == pytest.approx(expected_norm, rel=near[1])
     assert parameters.keys() == expected.keys()
-    worst = max((parameters[name].float() - expected[name].float()).abs().max().item() for name in expected)
+
+    worst = max(
+        (parameters[name].float() - expected[name].float()).abs().max().item() for name in expected
+    )
     loss_error = max(abs(a - b) / b for (a, _), (b, _) in zip(losses, expected_losses, strict=True))
-    print(f"{case} | {loss_error:.0e} | {worst:.0e} | " + " | ".join(f"{size / 2**10:.0f}" for size in held))
+    print(
+        f"{case} | {loss_error:.0e} | {worst:.0e} | "
+        + " | ".join(f"{size / 2**10:.0f}" for size in held)
+    )
+
     assert worst < near[2]
     for rank in next(job for job in ranks if case in job[0]):
         assert rank[case][0] == losses, "all ranks report the same"
@@ -99,17 +139,20 @@ def test_training_moved_the_parameters(found):
     assert torch.linalg.vector_norm(one[1]["head.context_out.weight"]) > 0
 
 
-BLOCK = ["--model.attention", "block", "--diffusion.next_token", "0"]
+BLOCK = ["--model.attention", "block", "--diffusion.next_token_loss_weight", "0"]
 MASKS = {"CP2": ["--parallel.context", "2"], "TP2+SP": SP}
 
 
 def test_gradients_are_zero_exactly_where_the_mask_forbids_them(tmp_path):
     """Documents of 20, 24 and 20 tokens; blocks of four, seen whole or causally."""
     cases = {
-        f"{name} {kind}": [*words, *more] for name, words in MASKS.items() for kind, more in (("causal", []), ("block", BLOCK))
+        f"{name} {kind}": [*words, *more]
+        for name, words in MASKS.items()
+        for kind, more in (("causal", []), ("block", BLOCK))
     }
     queries = [0, 5, 19, 20, 38, 43, 63]
     found = run_ranks(2, "parity", "reach_all", cases, queries, folder=tmp_path)[0]
+
     for case, reached in found.items():
         for query in queries:
             first = max(start for start in (0, 20, 44) if start <= query)

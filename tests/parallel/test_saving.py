@@ -4,6 +4,7 @@ import pytest
 from ranks import run_ranks
 
 from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint.steps import folder_of
 
 RANKS = 3
 pytestmark = pytest.mark.distributed
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    root, folder = tmp_path_factory.mktemp("run") / "checkpoints", tmp_path_factory.mktemp("ranks")
+    root = tmp_path_factory.mktemp("run") / "checkpoints"
+    folder = tmp_path_factory.mktemp("ranks")
     root.mkdir()
     return root, run_ranks(RANKS, "saving", "together", str(root), folder=folder)
 
@@ -34,7 +36,10 @@ def test_each_rank_reads_back_what_it_holds(found):
 
 
 def test_ranks_write_about_as_much_each(found):
-    sizes = [(store.folder_of(found[0], 1) / store.file_of(rank)).stat().st_size for rank in range(RANKS)]
+    sizes = [
+        (folder_of(found[0], 1) / store.rank_file_name(rank)).stat().st_size
+        for rank in range(RANKS)
+    ]
     assert max(sizes) < 2 * min(sizes)
 
 

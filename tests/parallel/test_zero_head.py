@@ -1,21 +1,39 @@
-"""The head sharded by ZeRO or FSDP2 trains what one process trains; shards are shares; other stages know nothing of it."""
+"""The head sharded by ZeRO or FSDP2 trains to the same weights as in one process.
+
+Its memory is divided over the ranks, and other pipeline stages never meet the engine.
+"""
 
 import importlib.metadata
 
 import pytest
-from ranks import chosen, in_rings, run_ranks
+from ranks import mark_by_duration, run_ranks, selected_cases
 
-from bitlm_dist.config_loading import load
+from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
-from bitlm_dist.parallel.layout import Layout
-from bitlm_dist.training.sharded_head import check_engine
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.training.sharded_head import check_head_engine
 
 pytestmark = pytest.mark.distributed
-# AdamW divides by the root of a mean square: where a gradient is rounding alone, so is its update, of the size of lr.
-COMMON = ["--optimizer.lr", "5e-4", "--optimizer.clip_norm", "0.3", "--optimizer.weight_decay", "0.1"]
+
+# AdamW normalises gradients: one that is mere rounding error gives an arbitrary update of size lr.
+COMMON = [
+    "--optimizer.adamw_lr",
+    "5e-4",
+    "--optimizer.max_grad_norm",
+    "0.3",
+    "--optimizer.weight_decay",
+    "0.1",
+]
 # every part by a rule of its own
-COMMON += ["--optimizer.head.lr_scale", "0.8", "--optimizer.head.weight_decay", "0.3", "--optimizer.input.lr_scale", "0.5"]
-KINDS = {"AdamW": ["--optimizer.matrices", "adamw"], "Muon": []}
+COMMON += [
+    "--optimizer.head.lr_scale",
+    "0.8",
+    "--optimizer.head.weight_decay",
+    "0.3",
+    "--optimizer.input.lr_scale",
+    "0.5",
+]
+KINDS = {"AdamW": ["--optimizer.matrix_optimizer", "adamw"], "Muon": []}
 TWO = {"DP2": []}
 STAGES = {
     "PP2 DP2": ["--parallel.pipeline", "2"],
@@ -29,7 +47,10 @@ def stage(number, *more):
 
 ENGINES = {f"ZeRO {number}": stage(number) for number in range(4)}
 ENGINES |= {f"FSDP2 {number}": stage(number, "--head.engine", "fsdp2") for number in (2, 3)}
-ENGINES |= {f"ZeRO {number}, offloaded": stage(number, "--head.offload", what) for number, what in ((2, "optimizer"), (3, "all"))}
+ENGINES |= {
+    f"ZeRO {number}, offloaded": stage(number, "--head.offload", what)
+    for number, what in ((2, "optimizer"), (3, "all"))
+}
 
 
 def cases_of(layouts, engines, kinds=KINDS):
@@ -41,64 +62,105 @@ def cases_of(layouts, engines, kinds=KINDS):
     }
 
 
-ZERO = {name: words for name, words in ENGINES.items() if name[-1].isdigit() and name.startswith("ZeRO")}
+ZERO = {
+    name: words for name, words in ENGINES.items() if name[-1].isdigit() and name.startswith("ZeRO")
+}
 TWO_CASES = cases_of(TWO, ENGINES)
 INTERLEAVED = ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"]
 STAGES_CASES = {
     **cases_of(STAGES, ZERO, {"AdamW": KINDS["AdamW"]}),
-    **cases_of(STAGES, {name: ZERO[name] for name in ("ZeRO 2", "ZeRO 3")}, {"Muon": KINDS["Muon"]}),
+    **cases_of(
+        STAGES, {name: ZERO[name] for name in ("ZeRO 2", "ZeRO 3")}, {"Muon": KINDS["Muon"]}
+    ),
 }
-STAGES_CASES |= cases_of({"PP2 VPP2 DP2": INTERLEAVED}, {"ZeRO 3": ZERO["ZeRO 3"]}, {"AdamW": KINDS["AdamW"]})
-FOUR_CASES = cases_of({"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]})
+STAGES_CASES |= cases_of(
+    {"PP2 VPP2 DP2": INTERLEAVED}, {"ZeRO 3": ZERO["ZeRO 3"]}, {"AdamW": KINDS["AdamW"]}
+)
+FOUR_CASES = cases_of(
+    {"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]}
+)
 
 
 LOOKS = {name: words for name, words in ENGINES.items() if name[-1].isdigit()}
 BF16 = ["--training.precision", "bf16"]
-MICRO = ["--parallel.microbatch", "2", "--optimizer.matrices", "adamw"]
-LOOKS = {f"{name} {kind}": [*words, *more] for name, words in LOOKS.items() for kind, more in (("fp32", []), ("bf16", BF16))}
+MICRO = ["--parallel.micro_batch_size", "2", "--optimizer.matrix_optimizer", "adamw"]
+LOOKS = {
+    f"{name} {kind}": [*words, *more]
+    for name, words in LOOKS.items()
+    for kind, more in (("fp32", []), ("bf16", BF16))
+}
 del LOOKS["ZeRO 0 bf16"], LOOKS["ZeRO 1 bf16"]
 LOOK_TWO = {f"2 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
-LOOK_STAGES = {f"PP2 DP2 | {name}": [*words, *STAGES["PP2 DP2"]] for name, words in LOOKS.items() if name.startswith("ZeRO")}
+LOOK_STAGES = {
+    f"PP2 DP2 | {name}": [*words, *STAGES["PP2 DP2"]]
+    for name, words in LOOKS.items()
+    if name.startswith("ZeRO")
+}
 LOOK_FOUR = {f"4 ranks | {name}": [*words, *MICRO] for name, words in LOOKS.items()}
 
 
 STAGED = "PP2 DP2, ZeRO 3, AdamW"
-# Each engine that splits, each optimizer, and pipeline stages once; what a rank holds in both precisions.
+# Each sharding engine, each optimizer and pipeline stages once; memory per rank in both precisions.
 QUICK = {"DP2, ZeRO 2, AdamW", "DP2, ZeRO 3, Muon", "DP2, FSDP2 2, AdamW", STAGED}
 QUICK_LOOKS = {"2 ranks | ZeRO 2 bf16", "2 ranks | ZeRO 3 fp32"}
-# With them every engine meets each optimizer, and so does every layout but the interleaved one, which is there for its schedule.
+# With the quick ones, every engine meets each optimizer, and so does every layout except the
+# interleaved one, which is there for its schedule.
 SLOW = {
-    *(f"DP2, {case}" for case in ("ZeRO 0, AdamW", "ZeRO 0, Muon", "ZeRO 1, Muon", "FSDP2 2, Muon", "FSDP2 3, AdamW")),
+    *(
+        f"DP2, {case}"
+        for case in (
+            "ZeRO 0, AdamW",
+            "ZeRO 0, Muon",
+            "ZeRO 1, Muon",
+            "FSDP2 2, Muon",
+            "FSDP2 3, AdamW",
+        )
+    ),
     *(f"DP2, ZeRO {number}, offloaded, {kind}" for number in (2, 3) for kind in KINDS),
-    *("PP2 DP2, ZeRO 1, AdamW", "PP2 DP2, ZeRO 2, Muon", "TP2 PP2, ZeRO 2, AdamW", "TP2 PP2, ZeRO 3, Muon"),
+    *(
+        "PP2 DP2, ZeRO 1, AdamW",
+        "PP2 DP2, ZeRO 2, Muon",
+        "TP2 PP2, ZeRO 2, AdamW",
+        "TP2 PP2, ZeRO 3, Muon",
+    ),
     *("PP2 VPP2 DP2, ZeRO 3, AdamW", "DP4, FSDP2 3, Muon"),
 }
-# With the quick ones: every engine in each precision, and either number of ranks and pipeline stages in each precision.
+# With the quick ones, in each precision every engine, both numbers of ranks, and pipeline stages.
 SLOW_LOOKS = {
-    *(f"2 ranks | {case}" for case in ("ZeRO 0 fp32", "ZeRO 1 fp32", "ZeRO 2 fp32", "FSDP2 2 bf16", "FSDP2 3 fp32")),
-    *(f"4 ranks | {case}" for case in ("ZeRO 2 bf16", "ZeRO 3 fp32", "FSDP2 2 fp32", "FSDP2 3 bf16")),
+    *(
+        f"2 ranks | {case}"
+        for case in ("ZeRO 0 fp32", "ZeRO 1 fp32", "ZeRO 2 fp32", "FSDP2 2 bf16", "FSDP2 3 fp32")
+    ),
+    *(
+        f"4 ranks | {case}"
+        for case in ("ZeRO 2 bf16", "ZeRO 3 fp32", "FSDP2 2 fp32", "FSDP2 3 bf16")
+    ),
     *("PP2 DP2 | ZeRO 1 fp32", "PP2 DP2 | ZeRO 3 bf16"),
 }
 TRAINED = {**TWO_CASES, **STAGES_CASES, **FOUR_CASES}
 LOOKED_AT = {**LOOK_TWO, **LOOK_STAGES, **LOOK_FOUR}
-by_look = pytest.mark.parametrize("case", in_rings(LOOKED_AT, QUICK_LOOKS, SLOW_LOOKS))
+by_look = pytest.mark.parametrize("case", mark_by_duration(LOOKED_AT, QUICK_LOOKS, SLOW_LOOKS))
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, request):
-    """What every rank of the jobs saw, by the name of the job.
+    """Reports of all ranks, by the name of the job.
 
-    A rank that entered a collective which the others don't know of would wait for ever: the time limit says so.
+    A rank that entered a collective without the others would hang until the time limit.
     """
-    kinds = {case.rpartition(", ")[2] for case in chosen(request, TRAINED)}
+    kinds = {case.rpartition(", ")[2] for case in selected_cases(request, TRAINED)}
     jobs = {
         "one": (1, {kind: [*COMMON, *KINDS[kind]] for kind in kinds}, {}),
-        "two": (2, chosen(request, TWO_CASES), chosen(request, LOOK_TWO)),
-        "stages": (4, chosen(request, STAGES_CASES), chosen(request, LOOK_STAGES)),
-        "four": (4, chosen(request, FOUR_CASES), chosen(request, LOOK_FOUR)),  # a process can have one world of DeepSpeed
+        "two": (2, selected_cases(request, TWO_CASES), selected_cases(request, LOOK_TWO)),
+        "stages": (4, selected_cases(request, STAGES_CASES), selected_cases(request, LOOK_STAGES)),
+        # not one job with the stages: a process can have one world of DeepSpeed
+        "four": (4, selected_cases(request, FOUR_CASES), selected_cases(request, LOOK_FOUR)),
     }
+
     return {
-        name: run_ranks(ranks, "zero", "run", trained, looked_at, folder=tmp_path_factory.mktemp(name))
+        name: run_ranks(
+            ranks, "zero", "run", trained, looked_at, folder=tmp_path_factory.mktemp(name)
+        )
         for name, (ranks, trained, looked_at) in jobs.items()
         if trained or looked_at
     }
@@ -112,18 +174,19 @@ def found(ran):
 
 @pytest.fixture
 def looks(ran, case):
-    """What every rank saw of a case."""
+    """Reports of all ranks on a case."""
     ranks = next(ranks for ranks in ran.values() if case in ranks[0])
     return [rank[case] for rank in ranks]
 
 
-@pytest.mark.parametrize("case", in_rings(TRAINED, QUICK, SLOW))
+@pytest.mark.parametrize("case", mark_by_duration(TRAINED, QUICK, SLOW))
 def test_a_sharded_head_trains_what_one_process_trains(case, found):
     one, many = found
     losses, parameters = many[case]
     expected_losses, expected = one[case.rpartition(", ")[2]]
     loss_error = max(abs(a - b) / b for (a, _), (b, _) in zip(losses, expected_losses, strict=True))
     norm_error = max(abs(a - b) / b for (_, a), (_, b) in zip(losses, expected_losses, strict=True))
+
     assert parameters.keys() == expected.keys()
     worst = max((parameters[name] - expected[name]).abs().max().item() for name in expected)
     print(f"{case.replace(', ', ' | ')} | {loss_error:.0e} | {norm_error:.0e} | {worst:.0e}")
@@ -142,9 +205,12 @@ def test_every_block_is_denoised_once(case, looks):
 @by_look
 def test_a_norm_that_is_not_finite_skips_both_optimizers_on_all_ranks(case, looks):
     assert all(rank["skipped"] for rank in looks)
-    for rank in looks:  # the next step is as if the skipped one had not been: nothing of its gradients is left
+
+    # the next step is as if there had been no skipped one, so no gradient is left of it
+    for rank in looks:
         assert rank["went on"] == pytest.approx(rank["expected"], rel=1e-6)
         assert rank["went on"] == looks[0]["went on"]
+
     assert any(rank["moved"] for rank in looks)
     assert all(rank["poisoned"] == (True, True) for rank in looks)
 
@@ -159,17 +225,28 @@ def test_the_whole_head_writes_the_same_on_every_rank(case, looks):
 
 @by_look
 def test_the_partition_is_real(case, looks):
-    """Bytes a number of the head: stage 1 splits AdamW's two and the fp32 weights, stage 2 gradients too, stage 3 weights too."""
+    """Bytes per element of the head, by ZeRO stage.
+
+    Stage 1 shards AdamW's two moments and the fp32 weights, stage 2 also gradients, stage 3 also
+    weights.
+    """
     held = [rank["bytes"] for rank in looks if rank["bytes"]]
-    group, number = len(held), held[0]["numbers"]
-    weights, gradients, state = (max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state"))
+    group = len(held)
+    number = held[0]["numbers"]
+    weights, gradients, state = (
+        max(rank[part] for rank in held) / number for part in ("weights", "gradients", "state")
+    )
     print(f"{case} | {group} | {weights:.2f} | {gradients:.2f} | {state:.2f}")
     _, name, stage, precision = case.rsplit(" ", 3)
+
     if stage == "0":
         return
-    level, zero, width = int(stage), name == "ZeRO", 2 if precision == "bf16" and name == "ZeRO" else 4
+    level = int(stage)
+    zero = name == "ZeRO"
+    width = 2 if precision == "bf16" and name == "ZeRO" else 4
     slack = 1.05 if zero else 1.1  # padding; FSDP2 deals whole rows
     small = 0.15 * width if zero else 0.0  # small tensors, which ZeRO-3 leaves whole
+
     assert weights <= (width / group * slack + small if level == 3 or not zero else width)
     # ZeRO-2 in fp32 keeps a tensor that lies on two ranks whole on both until the update
     split = level == 3 or not zero or (level == 2 and precision == "bf16")
@@ -179,31 +256,51 @@ def test_the_partition_is_real(case, looks):
 
 @pytest.mark.parametrize("case", [STAGED])
 def test_no_rank_of_another_stage_knows_of_deepspeed(case, ran):
-    """With the head on the ranks of the last stage the others never import it, and it never addresses the whole job."""
+    """Only ranks of the last stage import DeepSpeed, and it never communicates with the others."""
     assert [rank["met"][case] for rank in ran["stages"]] == [False, False, True, True]
     assert all(rank["world calls"] == [] for ranks in ran.values() for rank in ranks)
 
 
 def test_another_version_of_deepspeed_is_refused(monkeypatch):
-    config, two = load(None, []).config, Layout(data=2)
-    check_engine(config, two)
+    config = load_config(None, []).config
+    two = ParallelLayout(data=2)
+    check_head_engine(config, two)
     found = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else found(name))
-    with pytest.raises(UserError, match=r"head.engine = deepspeed: DeepSpeed 0.18.2 is installed, tested is 0.19.8"):
-        check_engine(config, two)
-    check_engine(config, Layout())  # nothing to shard
-    check_engine(load(None, ["--head.engine", "fsdp2"]).config, two)
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.18.2" if name == "deepspeed" else found(name)
+    )
+
+    with pytest.raises(
+        UserError,
+        match=r"head.engine = deepspeed: DeepSpeed 0.18.2 is installed, but tested is 0.19.8",
+    ):
+        check_head_engine(config, two)
+
+    check_head_engine(config, ParallelLayout())  # nothing to shard
+    check_head_engine(load_config(None, ["--head.engine", "fsdp2"]).config, two)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--head.engine", "fsdp2", "--head.zero_stage", "1"], r"head.zero_stage = 1: head.engine = fsdp2 has stages 2 and 3 only"),
-        (["--training.precision", "bf16", "--head.zero_stage", "1"], r"head.zero_stage = 1 would add up gradients"),
-        (["--head.engine", "replicated", "--head.offload", "optimizer"], r"head.offload = optimizer needs head.engine = deepspeed"),
-        (["--head.offload", "all"], r"head.offload = all needs head.zero_stage of at least 3, not 2"),
+        (
+            ["--head.engine", "fsdp2", "--head.zero_stage", "1"],
+            r"head.zero_stage = 1: head.engine = fsdp2 has stages 2 and 3 only",
+        ),
+        (
+            ["--training.precision", "bf16", "--head.zero_stage", "1"],
+            r"head.zero_stage = 1 would add up gradients",
+        ),
+        (
+            ["--head.engine", "replicated", "--head.offload", "optimizer"],
+            r"head.offload = optimizer needs head.engine = deepspeed",
+        ),
+        (
+            ["--head.offload", "all"],
+            r"head.offload = all needs head.zero_stage of at least 3, not 2",
+        ),
     ],
 )
 def test_what_an_engine_lacks_is_one_line(words, message):
     with pytest.raises(UserError, match=message):
-        load(None, words)
+        load_config(None, words)

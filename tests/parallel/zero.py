@@ -1,4 +1,4 @@
-"""What the ranks of test_zero_head.py do: train with a sharded head and look at it from inside."""
+"""Rank code of test_zero_head.py: train with a sharded head and inspect it."""
 
 import os
 import sys
@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parity import SEQUENCES, TINY, V, batch_of, done, train
+from parity import NUM_SEQUENCES, TINY, V, make_batch, reset_process_groups, train
 
-from bitlm_dist.codes import BitCodes, natural
+from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.config import SamplingConfig
-from bitlm_dist.config_loading import load
+from bitlm_dist.config_loading import load_config
 from bitlm_dist.inference.generate import generate_blocks
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.language_model import target_mask
+from bitlm_dist.model.language_model import loss_mask
 from bitlm_dist.parallel.fsdp_head import FsdpHead
-from bitlm_dist.parallel.layout import layout_of
+from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.sharded_head import ShardedHead
 
@@ -23,98 +23,142 @@ WORLD_CALLS: list[str] = []  # collectives of the whole job that DeepSpeed enter
 
 
 def watch_collectives() -> None:
-    """Note every collective of torch.distributed that code of DeepSpeed calls for the whole job."""
-    for name in ("barrier", "broadcast", "all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "new_group"):
+    """Record every collective of torch.distributed that DeepSpeed calls on the default group."""
+    for name in (
+        "barrier",
+        "broadcast",
+        "all_reduce",
+        "all_gather",
+        "all_gather_object",
+        "broadcast_object_list",
+        "new_group",
+    ):
         plain = getattr(dist, name)
 
         def noted(*args: Any, _plain: Any = plain, _name: str = name, **named: Any) -> Any:
             caller = sys._getframe(1).f_code.co_filename
-            whole = named.get("group") in (None, dist.group.WORLD) and not any(isinstance(a, dist.ProcessGroup) for a in args)
-            if f"{os.sep}deepspeed{os.sep}" in caller and whole:
+            is_whole_job = named.get("group") in (None, dist.group.WORLD) and not any(
+                isinstance(a, dist.ProcessGroup) for a in args
+            )
+            if f"{os.sep}deepspeed{os.sep}" in caller and is_whole_job:
                 WORLD_CALLS.append(_name)
             return _plain(*args, **named)
 
         setattr(dist, name, noted)
 
 
-def engine_of(overrides: list[str]) -> Engine:
-    config = load(None, [*TINY, *overrides]).config
-    layout = layout_of(config.parallel, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
-    return Engine(config, BitCodes(natural(V), 9), eos=1, layout=layout)
+def build_engine(overrides: list[str]) -> Engine:
+    config = load_config(None, [*TINY, *overrides]).config
+    layout = build_layout(config.parallel, int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
+    return Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout)
 
 
-def steps(engine: Engine, first: int, count: int) -> list[tuple[float, float, bool]]:
-    share, found = SEQUENCES // engine.layout.data, []
-    for step in range(first, first + count):
-        update = engine.step(batch_of(step, engine.layout.data_rank * share, share), step)
-        found.append((float(update.loss), update.norm, update.made))
+def train_steps(engine: Engine, first: int, num_steps: int) -> list[tuple[float, float, bool]]:
+    num_local_sequences = NUM_SEQUENCES // engine.layout.data
+    found = []
+    for step in range(first, first + num_steps):
+        update = engine.train_step(
+            make_batch(step, engine.layout.data_rank * num_local_sequences, num_local_sequences),
+            step,
+        )
+        found.append((float(update.loss), update.grad_norm, update.applied))
+
     return found
 
 
 def run(parity: dict[str, list[str]], inside: dict[str, list[str]]) -> dict[str, Any]:
-    """Losses and parameters of some cases, what :func:`look` sees of others, and whether this rank met DeepSpeed in each."""
+    """Run all cases.
+
+    Returns:
+        Losses and parameters of the cases in ``parity``, the report of :func:`inspect_engine` on
+        those in ``inside``, and whether this rank imported DeepSpeed in each.
+    """
     watch_collectives()
     found: dict[str, Any] = {"met": {}}
     for case, overrides in {**parity, **inside}.items():
-        found[case] = train(overrides)[:2] if case in parity else look(overrides)
+        found[case] = train(overrides)[:2] if case in parity else inspect_engine(overrides)
         found["met"][case] = "deepspeed" in sys.modules
-        done()
+        reset_process_groups()
     return {**found, "world calls": WORLD_CALLS}
 
 
-def look(overrides: list[str]) -> dict[str, Any]:
-    """Bytes of the head on this rank, blocks that it denoised, and what a step does whose norm is not finite."""
-    engine = engine_of(overrides)
-    head = engine.head
+def inspect_engine(overrides: list[str]) -> dict[str, Any]:
+    """Report the bytes of the head on this rank and the blocks that it denoised.
+
+    The report also tells the effect of a step whose gradient norm is not finite.
+    """
+    engine = build_engine(overrides)
+    head = engine.sharded_head
     assert isinstance(head, ShardedHead)
+
     found: dict[str, Any] = {"blocks": count_blocks(engine), "bytes": bytes_of(engine)}
-    saved = [{n: [s.tensor.clone() for s in t.slices] for n, t in part.items()} for part in (engine.weights(), engine.state())]
-    found["expected"] = steps(engine, 3, 1)[0]
-    live = engine.weights(), engine.state()
+    saved = [
+        {n: [s.tensor.clone() for s in t.shards] for n, t in part.items()}
+        for part in (engine.model_state_dict(), engine.optimizer_state_dict())
+    ]
+    found["expected"] = train_steps(engine, 3, 1)[0]
+    live = engine.model_state_dict(), engine.optimizer_state_dict()
+
     for tensors, old in zip(live, saved, strict=True):
         for name, tensor in tensors.items():
-            for piece, value in zip(tensor.slices, old[name], strict=True):
+            for piece, value in zip(tensor.shards, old[name], strict=True):
                 piece.tensor.copy_(value)
-    engine.restore(live[1])
-    before = head.consolidated()
-    plain, engine.optimizers.squares = engine.optimizers.squares, lambda: float("nan")  # type: ignore[method-assign]
-    skipped = steps(engine, 2, 1)
-    engine.optimizers.squares = plain  # type: ignore[method-assign]
-    found["skipped"] = not skipped[0][2] and all(torch.equal(before[n], t) for n, t in head.consolidated().items())
-    found["went on"] = steps(engine, 3, 1)[0]
-    found["moved"] = any(not torch.equal(before[n], t) for n, t in head.consolidated().items())
-    found["poisoned"] = poisoned(engine)
-    found["written"] = written(engine)
+
+    engine.load_state_dict(live[1])
+    before = head.full_state_dict()
+    plain = engine.optimizers.grad_norm_squared
+    engine.optimizers.grad_norm_squared = lambda: float("nan")  # type: ignore[method-assign]
+    skipped = train_steps(engine, 2, 1)
+    engine.optimizers.grad_norm_squared = plain  # type: ignore[method-assign]
+    found["skipped"] = not skipped[0][2] and all(
+        torch.equal(before[n], t) for n, t in head.full_state_dict().items()
+    )
+
+    found["went on"] = train_steps(engine, 3, 1)[0]
+    found["moved"] = any(not torch.equal(before[n], t) for n, t in head.full_state_dict().items())
+    found["poisoned"] = step_with_nan_loss(engine)
+    found["written"] = generate(engine)
     return found
 
 
-def written(engine: Engine) -> list[list[int]]:
-    """Blocks that a rank with the whole model writes, its head put together for that."""
-    if engine.layout.model > 1:
+def generate(engine: Engine) -> list[list[int]]:
+    """Blocks sampled by a rank with the full model, for which its head is gathered."""
+    if engine.layout.model_parallel_size > 1:
         return []
-    with engine.evaluating() as model:
+    with engine.full_model_in_eval_mode() as model:
         sampling = SamplingConfig(sampler="ode", steps=2)
-        return list(generate_blocks(model, [5, 6], bos=0, blocks=2, sampling=sampling, seed=3, cached=False))
+        return list(
+            generate_blocks(
+                model, [5, 6], bos=0, num_blocks=2, sampling=sampling, seed=3, use_cache=False
+            )
+        )
 
 
-def poisoned(engine: Engine) -> tuple[bool, bool]:
-    """A loss that is not a number: whether nothing moved, and whether the next step was made."""
-    assert engine.head is not None
-    model, before = engine.chunks[-1], engine.head.consolidated()
-    if isinstance(model, BitLM) and model.place.stage.predicts:
+def step_with_nan_loss(engine: Engine) -> tuple[bool, bool]:
+    """Take a step whose loss is NaN.
+
+    Returns:
+        Whether no weight changed, and whether the next step was applied.
+    """
+    assert engine.sharded_head is not None
+    model = engine.chunks[-1]
+    before = engine.sharded_head.full_state_dict()
+    if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last:
         plain = model.head_loss
         model.head_loss = lambda *arguments: plain(*arguments) * float("nan")
-    made = steps(engine, 4, 1)[0][2]
-    if isinstance(model, BitLM) and model.place.stage.predicts:
+
+    made = train_steps(engine, 4, 1)[0][2]
+    if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last:
         model.head_loss = plain
-    same = all(torch.equal(before[n], t) for n, t in engine.head.consolidated().items())
-    return same and not made, steps(engine, 5, 1)[0][2]
+    same = all(torch.equal(before[n], t) for n, t in engine.sharded_head.full_state_dict().items())
+    return same and not made, train_steps(engine, 5, 1)[0][2]
 
 
 def count_blocks(engine: Engine) -> tuple[int, int]:
     """Blocks that this rank denoised in a step, and target blocks of the whole batch."""
-    model, seen = engine.chunks[-1], []
-    if model.place.stage.predicts:
+    model = engine.chunks[-1]
+    seen = []
+    if model.pipeline_stage.model_chunk.is_last:
         assert isinstance(model, BitLM)
         plain = model.head_loss
 
@@ -123,34 +167,44 @@ def count_blocks(engine: Engine) -> tuple[int, int]:
             return plain(context, *rest)
 
         model.head_loss = counted
-    steps(engine, 0, 1)
-    whole = target_mask(batch_of(0, 0, SEQUENCES), model.block_size, model.eos)
-    return sum(seen), int(whole.unflatten(1, (-1, model.block_size)).any(-1).sum())
+
+    train_steps(engine, 0, 1)
+    full_mask = loss_mask(make_batch(0, 0, NUM_SEQUENCES), model.block_size, model.eos)
+    return sum(seen), int(full_mask.unflatten(1, (-1, model.block_size)).any(-1).sum())
 
 
 def bytes_of(engine: Engine) -> dict[str, int] | None:
-    """Bytes of the head's weights, gradients (between two microbatches), and optimizer state with fp32 weights of its own."""
-    assert engine.head is not None
-    inside: Any = engine.head.engine
-    if inside is None:
-        steps(engine, 1, 1)
-        return None
-    grads: list[int] = []
-    plain = inside.begin
+    """Bytes of the head on this rank: weights, gradients and optimizer state.
 
-    def measured(last: bool) -> None:
-        if last:
+    Gradients are measured between two microbatches. Optimizer state includes separate fp32 weights.
+    """
+    assert engine.sharded_head is not None
+    inside: Any = engine.sharded_head.engine
+    if inside is None:
+        train_steps(engine, 1, 1)
+        return None
+
+    grads: list[int] = []
+    plain = inside.start_microbatch
+
+    def measured(is_last: bool) -> None:
+        if is_last:
             parts = _gradients(inside)
             grads.append(sum(g.numel() * g.element_size() for g in parts))
-        plain(last)
+        plain(is_last)
 
-    inside.begin = measured
-    steps(engine, 1, 1)
-    inside.begin = plain
+    inside.start_microbatch = measured
+    train_steps(engine, 1, 1)
+    inside.start_microbatch = plain
     parameters = [*engine.chunks[-1].head.parameters()]  # type: ignore[union-attr]
     local = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for p in parameters]
     local = [p.to_local() if hasattr(p, "to_local") else p for p in local]
-    state = [value for _, slots in engine.head._parts() for value in slots.values()]
+    state = [
+        value
+        for _, slots in engine.sharded_head._partitions_with_state()
+        for value in slots.values()
+    ]
+
     masters = [p.flat for p in inside.partitions()]
     separate = {p.untyped_storage().data_ptr() for p in local}
     state += [flat for flat in masters if flat.untyped_storage().data_ptr() not in separate]
@@ -158,18 +212,21 @@ def bytes_of(engine: Engine) -> dict[str, int] | None:
         "weights": sum(p.numel() * p.element_size() for p in local),
         "gradients": grads[0],
         "state": sum(t.numel() * t.element_size() for t in state),
-        "numbers": sum(piece.shape.numel() for p in inside.partitions() for piece in p.pieces),
+        "numbers": sum(
+            piece.shape.numel() for p in inside.partitions() for piece in p.param_ranges
+        ),
     }
 
 
 def _gradients(inside: Any) -> list[torch.Tensor]:
-    """What an engine holds of the microbatches so far."""
+    """Gradients that an engine has accumulated over the microbatches so far."""
     if isinstance(inside, FsdpHead):
-        return [p.grad.to_local() for p in inside._named.values() if p.grad is not None]
-    held = [getattr(p, name, None) for p in inside._names for name in ("grad", "grad_accum")]
-    if inside.stage == 2:
+        return [p.grad.to_local() for p in inside._parameters.values() if p.grad is not None]
+    grads = [getattr(p, name, None) for p in inside._names for name in ("grad", "grad_accum")]
+    if inside.zero_stage == 2:
         for kept in (inside._zero.averaged_gradients, inside._zero.all_grad_tensors):
-            held += [g for part in kept.values() for g in part or ()]
-    if inside.stage == 3:
-        held.append(inside._zero.grad_partitions_flat_buffer)
-    return [*{g.data_ptr(): g for g in held if g is not None}.values()]
+            grads += [g for part in kept.values() for g in part or ()]
+
+    if inside.zero_stage == 3:
+        grads.append(inside._zero.grad_partitions_flat_buffer)
+    return [*{g.data_ptr(): g for g in grads if g is not None}.values()]

@@ -1,7 +1,8 @@
-"""Runs cases on fake GPUs: `python fake_ranks.py CASES.json FOLDER`. Each is forked from a process that has imported everything.
+"""Run cases on fake GPUs: `python fake_ranks.py CASES.json FOLDER`.
 
-A case is a name, a function of this file and its arguments; what it returned is pickled to FOLDER/NAME.pickle, and what it printed
-is in FOLDER/NAME.log.
+A case is a name, a function of this file and its arguments. Its result is pickled to
+FOLDER/NAME.pickle, its output goes to FOLDER/NAME.log. Each case is forked from a process that has
+imported everything.
 """
 
 import gc
@@ -22,66 +23,83 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
+from bitlm_dist.config_loading import load_config
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-
-from bitlm_dist.config_loading import load
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.fake_cuda import fake_gpu
 from bitlm_dist.planning.step_trace import StepTrace
-from bitlm_dist.planning.trace import trace_steps, traced
+from bitlm_dist.planning.trace import trace_rank, trace_steps
 
 VOCABULARY = 300
 
 
 def steps(
-    words: list[str], config: str | None, world: int, rank: int, vocabulary: int = VOCABULARY, count: int = 2
+    words: list[str],
+    config: str | None,
+    world: int,
+    rank: int,
+    vocabulary: int = VOCABULARY,
+    count: int = 2,
 ) -> dict[str, Any]:
-    """Training steps; the second is like all that follow."""
-    loaded = load(Path(config) if config else None, words).config
+    """Trace training steps; all steps after the second are like it."""
+    loaded = load_config(Path(config) if config else None, words).config
     return summary(trace_steps(loaded, world, rank, vocabulary, count))
 
 
 def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:
-    """`bitlm` with some words, from its command line down."""
+    """Trace a `bitlm` command, including its command line."""
     from bitlm_dist.__main__ import main
 
     sys.argv = ["bitlm", *words]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-    # Ids that are copied back are zeros, and the token of that id has no bytes.
+
+    # ids that are copied to the host are zeros, and the real token 0 has no bytes
     ones = np.ones(VOCABULARY, dtype=np.int64)
     lengths = mock.patch.object(Tokenizer, "byte_lengths", ByteLengths(ones, ones))
-    with lengths, traced(world, rank, build_fake=False) as tracer, pytest.raises(SystemExit) as ended:
+    with (
+        lengths,
+        trace_rank(world, rank, build_fake=False) as tracer,
+        pytest.raises(SystemExit) as ended,
+    ):
         main()
         assert not dist.is_initialized(), "the process group was left to itself"
     assert not ended.value.code, f"exit code {ended.value.code}"
-    return summary(tracer.found)
+    return summary(tracer.trace)
 
 
-def summary(found: StepTrace) -> dict[str, Any]:
-    """What tests compare, in plain values: without numbers of lines, which every change moves."""
-    waits = {phase: Counter({f"{p.file} {p.function}: {p.reason}": 0 for p in counted}) for phase, counted in found.waits.items()}
-    for phase, counted in found.waits.items():
+def summary(trace: StepTrace) -> dict[str, Any]:
+    """Plain values for the tests to compare; without line numbers, which every edit changes."""
+    waits = {
+        phase: Counter({f"{p.file} {p.function}: {p.reason}": 0 for p in counted})
+        for phase, counted in trace.waits.items()
+    }
+    for phase, counted in trace.waits.items():
         for p, count in counted.items():
             waits[phase][f"{p.file} {p.function}: {p.reason}"] += count
     return {
         "waits": {phase: dict(sorted(counted.items())) for phase, counted in waits.items()},
         "collectives": {
             phase: dict(sorted(Counter(f"{c.operator} over {c.group}" for c in sent).items()))
-            for phase, sent in found.collectives.items()
+            for phase, sent in trace.collectives.items()
         },
-        "sent": {phase: [tuple(asdict(c).values()) for c in sent] for phase, sent in found.collectives.items()},
-        "static": dict(found.static_bytes),
-        "peak": dict(found.peak_bytes),
-        "flops": dict(found.flops),
-        "parameters": found.parameters,
-        "buffers": found.buffers,
+        "sent": {
+            phase: [tuple(asdict(c).values()) for c in sent]
+            for phase, sent in trace.collectives.items()
+        },
+        "static": dict(trace.static_bytes),
+        "peak": dict(trace.peak_bytes),
+        "flops": dict(trace.flops),
+        "parameters": trace.parameter_shapes,
+        "buffers": trace.buffer_bytes,
     }
 
 
 def main() -> None:
-    """Run the cases, as many at a time as there are cores."""
-    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    """Run the cases, one per core at a time."""
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    folder = Path(sys.argv[2])
     _import_all()
     running: set[int] = set()
     for case in cases:
@@ -96,7 +114,7 @@ def main() -> None:
 
 
 def _import_all() -> None:
-    """Megatron-core and DeepSpeed ask while they are imported whether there is CUDA."""
+    """Import everything with a fake GPU: Megatron-core and DeepSpeed look for CUDA on import."""
     torch.set_num_threads(1)
     with fake_gpu(1, 0):
         import deepspeed
@@ -104,13 +122,15 @@ def _import_all() -> None:
         from torch.distributed import checkpoint, fsdp  # noqa: F401
 
         import bitlm_dist.cli
-        import bitlm_dist.display
+        import bitlm_dist.cli.progress
         import bitlm_dist.training.trainer  # noqa: F401
 
         deepspeed.get_accelerator()
         mesh.device()
     gc.collect()
-    gc.freeze()  # a trace collects often, and need not look at all of this each time
+
+    # a trace runs the garbage collector often; it need not scan all of this each time
+    gc.freeze()
 
 
 def _run(case: dict[str, Any], folder: Path) -> None:

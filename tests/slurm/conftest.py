@@ -7,16 +7,20 @@ from .cluster import Cluster, install
 
 @pytest.fixture(scope="session")
 def make_cluster(tmp_path_factory):
-    """(arguments) -> a cluster that is not started yet; skips where none can be, or fails if BITLM_SLURM=require."""
+    """Function that builds a cluster, not started yet.
+
+    Skips the test if no cluster can be started here, or fails it if BITLM_SLURM=require.
+    """
     if reason := install():
         (pytest.fail if os.environ.get("BITLM_SLURM") == "require" else pytest.skip)(reason)
-    # a folder of pytest's: it removes the folders of earlier runs, also of killed ones
+
+    # pytest removes its folders of earlier runs, also of killed ones
     return lambda **arguments: Cluster(folder=tmp_path_factory.mktemp("slurm"), **arguments)
 
 
 @pytest.fixture(scope="session")
 def cluster(make_cluster):
-    """The cluster of the session: four nodes."""
+    """Started cluster of four nodes, shared by the session."""
     cluster = make_cluster()
     cluster.start()
     yield cluster
@@ -25,7 +29,7 @@ def cluster(make_cluster):
 
 @pytest.fixture(autouse=True)
 def tidy(request):
-    """After each test nothing is in the queue and all nodes are idle."""
+    """Empty the queue and wait until all nodes are idle after each test."""
     yield
     if "cluster" in request.fixturenames:
         request.getfixturevalue("cluster").clear()

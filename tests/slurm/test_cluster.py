@@ -1,4 +1,4 @@
-"""The cluster that other tests run on does what a cluster does."""
+"""The test cluster behaves like a real cluster."""
 
 import os
 import signal
@@ -13,10 +13,14 @@ import pytest
 from .cluster import free_ports
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-# Each task waits for the others on the first node, found by its name; all print what all sent.
+
+# the tasks meet on the first node, found by its name; each prints the names that all have sent
 MEET = """
 import os, socket, sys
-rank, size, host, port = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"]), sys.argv[1], int(sys.argv[2])
+rank = int(os.environ["SLURM_PROCID"])
+size = int(os.environ["SLURM_NTASKS"])
+host = sys.argv[1]
+port = int(sys.argv[2])
 name = os.environ["SLURMD_NODENAME"]
 assert socket.gethostname() == name
 if rank == 0:
@@ -43,7 +47,7 @@ from cluster import Cluster
 cluster = Cluster(nodes=1, folder=Path(sys.argv[1]))
 cluster.start()
 cluster.submit("sleep 1000", output="/dev/null")
-print(cluster.state, flush=True)
+print(cluster.state_dir, flush=True)
 time.sleep(1000)
 """
 
@@ -56,7 +60,7 @@ def until(condition, timeout=30):
 
 
 def processes_of(folder) -> list[str]:
-    """Command lines that name the folder, or whose environment does: daemons and tasks."""
+    """Command lines of daemons and tasks: those that name the folder, also in their environment."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -70,21 +74,31 @@ def processes_of(folder) -> list[str]:
 
 @pytest.fixture
 def output(tmp_path):
-    """Where a job writes."""
+    """Output file of a job."""
     return tmp_path / "output"
 
 
 def test_four_nodes_are_idle(cluster):
-    assert cluster.run("sinfo", "--noheader", "--partition=main", "--format=%D %t %N").split() == ["4", "idle", "n[0-3]"]
+    assert cluster.run("sinfo", "--noheader", "--partition=main", "--format=%D %t %N").split() == [
+        "4",
+        "idle",
+        "n[0-3]",
+    ]
     assert cluster.run("sinfo", "--noheader", "--format=%P").split() == ["main*", "high"]
 
 
 def test_job_over_four_nodes(cluster, output):
-    job = cluster.submit("srun hostname", "--nodes=4", "--job-name=a name with = in it", output=output)
+    job = cluster.submit(
+        "srun hostname", "--nodes=4", "--job-name=a name with = in it", output=output
+    )
     assert cluster.wait(job) == "COMPLETED"
     assert sorted(output.read_text().split()) == cluster.names
     shown = cluster.show(job)
-    assert (shown["JobName"], shown["NumNodes"], shown["StdOut"]) == ("a name with = in it", "4", str(output))
+    assert (shown["JobName"], shown["NumNodes"], shown["StdOut"]) == (
+        "a name with = in it",
+        "4",
+        str(output),
+    )
 
 
 def test_srun_from_outside(cluster):
@@ -93,7 +107,8 @@ def test_srun_from_outside(cluster):
 
 def test_nodes_meet_by_name(cluster, output, tmp_path):
     (tmp_path / "meet.py").write_text(MEET)
-    script = f'srun {sys.executable} -S {tmp_path}/meet.py "$(scontrol show hostnames | head -n 1)" {free_ports(1)[0]}'
+    first_node = "$(scontrol show hostnames | head -n 1)"
+    script = f'srun {sys.executable} -S {tmp_path}/meet.py "{first_node}" {free_ports(1)[0]}'
     cluster.wait(cluster.submit(script, "--nodes=4", output=output))
     assert output.read_text().splitlines() == 4 * ["met n0 n1 n2 n3"]
 
@@ -110,7 +125,9 @@ def test_a_dead_task_fails_its_job(cluster, output):
 
 
 def test_signal_reaches_the_batch_shell(cluster, output):
-    job = cluster.submit("trap 'echo trapped' USR2; echo ready; sleep 1000 & wait; echo on", output=output)
+    job = cluster.submit(
+        "trap 'echo trapped' USR2; echo ready; sleep 1000 & wait; echo on", output=output
+    )
     until(lambda: output.exists() and "ready" in output.read_text())
     cluster.run("scancel", "--batch", "--signal=USR2", job)
     cluster.wait(job)
@@ -126,20 +143,29 @@ def test_wait_says_what_a_job_does_at_its_timeout(cluster, output):
 def test_idle_resumes_nodes(cluster):
     cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
     cluster.kill_node(3)
-    cluster.idle()
-    assert cluster.run("sinfo", "--noheader", "--partition=main", "--format=%D %t").split() == ["4", "idle"]
+    cluster.wait_until_idle()
+    assert cluster.run("sinfo", "--noheader", "--partition=main", "--format=%D %t").split() == [
+        "4",
+        "idle",
+    ]
 
 
 def test_a_second_cluster_with_gpus_beside_leaves_nothing(cluster, make_cluster, output):
     hosts = Path("/etc/hosts").read_text()
     second = make_cluster(nodes=2, gpus_per_node=4)
     second.start()
-    state = second.state
+    state = second.state_dir
     try:
-        job = second.submit("srun bash -c 'echo $CUDA_VISIBLE_DEVICES; sleep 1000 & disown; sleep 1000'", "--gpus=4", output=output)
+        job = second.submit(
+            "srun bash -c 'echo $CUDA_VISIBLE_DEVICES; sleep 1000 & disown; sleep 1000'",
+            "--gpus=4",
+            output=output,
+        )
         until(lambda: output.exists() and output.read_text().strip() == "0,1,2,3")
         assert job not in cluster.run("squeue")
-        text = second.run("sbatch", "--test-only", "--gpus-per-node=5", script="#!/bin/bash\n", check=False)
+        text = second.run(
+            "sbatch", "--test-only", "--gpus-per-node=5", script="#!/bin/bash\n", check=False
+        )
         assert "Requested node configuration is not available" in text
         assert len(processes_of(state)) > 8
     finally:
@@ -148,7 +174,7 @@ def test_a_second_cluster_with_gpus_beside_leaves_nothing(cluster, make_cluster,
     assert not state.exists()
     assert Path("/etc/hosts").read_text() == hosts
     second.stop()  # once more is fine
-    cluster.idle(timeout=5)
+    cluster.wait_until_idle(timeout=5)
 
 
 def test_a_failed_start_leaves_nothing(make_cluster):

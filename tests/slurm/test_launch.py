@@ -1,4 +1,6 @@
-"""Whole runs on a real Slurm: `bitlm launch slurm`, as a user calls it, and what a cluster does to jobs."""
+"""Complete runs on a real Slurm: `bitlm launch slurm` as a user calls it, with time limits,
+signals, preemption and failing nodes.
+"""
 
 import io
 import json
@@ -13,39 +15,51 @@ from unittest import mock
 
 import pytest
 import torch
-from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import BAD_NODES, DIVERGED, DONE, FAILED, HUNG, LOST, REFUSED, STOPPED
 
 from bitlm_dist.__main__ import main
-from bitlm_dist.checkpoint import store
-from bitlm_dist.config_loading import load
+from bitlm_dist.checkpoint.steps import complete_steps
+from bitlm_dist.config_loading import load_config
+from bitlm_dist.launch import attempts
+from bitlm_dist.launch.attempts import (
+    BAD_NODES,
+    DIVERGED,
+    DONE,
+    FAILED,
+    HUNG,
+    LOST,
+    REFUSED,
+    STOPPED,
+)
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.slurm
 SIGNAL_LEAD = 25
 CLUSTER = """
 python: {python}
-signal_lead: {lead}
+signal_before_timeout: {lead}
 save_seconds: 5
 max_restarts: 2
-pause: 2
+restart_backoff: 2
 env: {{OMP_NUM_THREADS: "1"}}
 preflight: {{enabled: {preflight}, disk_gb: 0.01, gemm: 0, bandwidth: 0, seconds: 15}}
-watch: {{beat: 0.5, frozen: 6, stalled: 100, start: 100}}
+watch: {{heartbeat_interval: 0.5, heartbeat_timeout: 6, step_timeout: 100, startup_timeout: 100}}
 """
 
 
 class Launcher:
-    """The command `bitlm launch` against a cluster, and the run that it starts."""
+    """The command `bitlm launch` on a test cluster, and the run that it starts."""
 
     def __init__(self, cluster, folder: Path, data: Path) -> None:
-        self.cluster, self.folder, self.run = cluster, folder, folder / "run"
+        self.cluster = cluster
+        self.folder = folder
+        self.run = folder / "run"
         self._data = data
         self.job = ""
 
     def ask(self, *words, code=0, **environment):
-        """What the command says; it runs in this process, as only its jobs need processes of their own."""
-        said, argv = io.StringIO(), ["bitlm", "launch", *map(str, words)]
+        """Run the command in this process, as only its jobs need other ones; return its output."""
+        said = io.StringIO()
+        argv = ["bitlm", "launch", *map(str, words)]
         environment = {**self.cluster.environment, "COLUMNS": "200", **environment}
         with (
             redirect_stdout(said),
@@ -64,7 +78,11 @@ class Launcher:
 
     def file(self, preflight=False, more=""):
         file = self.folder / "cluster.yaml"
-        settings = {"python": sys.executable, "lead": SIGNAL_LEAD, "preflight": str(preflight).lower()}
+        settings = {
+            "python": sys.executable,
+            "lead": SIGNAL_LEAD,
+            "preflight": str(preflight).lower(),
+        }
         file.write_text(CLUSTER.format(**settings) + more)
         return file
 
@@ -76,7 +94,7 @@ class Launcher:
         self.job = _job_in(self.ask("resume", self.run))
 
     def until(self, what, seconds=400):
-        """Wait for ``what()`` -> it."""
+        """Wait until ``what()`` is true, and return it."""
         end = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < end, self.story()
@@ -90,12 +108,19 @@ class Launcher:
             raise AssertionError(f"{error}\n{self.story()}") from None
 
     def story(self):
-        logs = [*(self.run / "launch").glob("job-*.log"), *(self.run / "launch").glob("attempts/*/logs/rank-0.log")]
+        logs = [
+            *(self.run / "launch").glob("job-*.log"),
+            *(self.run / "launch").glob("attempts/*/logs/rank-0.log"),
+        ]
         return "\n".join(f"--- {log}\n{log.read_text()[-1500:]}" for log in logs)
 
     def steps(self):
         file = self.run / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")] if file.is_file() else []
+        return (
+            [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+            if file.is_file()
+            else []
+        )
 
     def steps_done(self):
         return len(self.steps())
@@ -107,15 +132,18 @@ class Launcher:
         return self.until(lambda: len(self.steps()) >= step)
 
     def saved_after(self, step):
-        """Until an attempt that began there has saved: it trains, whatever steps an attempt before it had reached."""
-        self.until(lambda: max(store.complete_steps(self.run / "checkpoints"), default=0) > step)
+        """Wait for a save after ``step``: the attempt that began there trains.
+
+        The metrics do not tell, as the attempt before it may have reached later steps.
+        """
+        self.until(lambda: max(complete_steps(self.run / "checkpoints"), default=0) > step)
 
     def signal(self):
-        """What Slurm does before the time limit, at once."""
+        """Send the signal that Slurm sends before the time limit."""
         self.cluster.run("scancel", "--batch", "--signal=USR2", self.job)
 
     def let_time_run_out(self):
-        """Have the time limit come as soon as the controller can notice, which looks every 30 s."""
+        """Move the time limit as close as possible: the controller looks every 30 s."""
         end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + SIGNAL_LEAD + 31))
         self.cluster.run("scontrol", "update", f"JobId={self.job}", f"EndTime={end}")
 
@@ -129,14 +157,19 @@ class Launcher:
         return "".join(log.read_text() for log in sorted((self.run / "launch").glob("job-*.log")))
 
     def whole(self, *overrides, until=None):
-        """Losses of a run that nothing disturbs, to a step, in this process."""
+        """Losses of an undisturbed run in this process, until a step."""
         words = [*self.words(*overrides), "--run.dir", self.folder / "whole"]
-        torch.set_num_threads(1)  # as the job: sums of other parts are other sums
-        trainer = Trainer(load(Path(words[0]), list(map(str, words[1:]))).config)
+
+        # as in the job: the number of threads changes the order of sums
+        torch.set_num_threads(1)
+        trainer = Trainer(load_config(Path(words[0]), list(map(str, words[1:]))).config)
         trainer.fit(until)
         trainer.close()
         torch.set_num_threads(os.cpu_count() or 1)
-        return [json.loads(line)["loss"] for line in (self.folder / "whole" / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line)["loss"]
+            for line in (self.folder / "whole" / "metrics.jsonl").read_text().splitlines()
+        ]
 
 
 def _job_in(said):
@@ -149,21 +182,40 @@ def launcher(cluster, tmp_path, sample_data):
 
 
 def losses(launcher, count):
-    assert [entry["step"] for entry in launcher.steps()] == list(range(1, count + 1)), "each step once"
+    assert [entry["step"] for entry in launcher.steps()] == list(range(1, count + 1)), (
+        "each step once"
+    )
     return [entry["loss"] for entry in launcher.steps()]
 
 
 @pytest.mark.parametrize("nodes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_nodes_train_what_one_process_trains(nodes, launcher):
-    words = ("--training.steps", "12", "--checkpoint.every_steps", "5", "--training.global_batch_tokens", "1024")
+    words = (
+        "--training.steps",
+        "12",
+        "--checkpoint.every_steps",
+        "5",
+        "--training.global_batch_tokens",
+        "1024",
+    )
     launcher.submit(nodes, *words, preflight=True)
     launcher.finish()
     assert losses(launcher, 12) == pytest.approx(launcher.whole(*words), rel=1e-5)
     (only,) = launcher.attempts()
-    assert (only.outcome, only.nodes, only.job) == (DONE, tuple(launcher.cluster.names[:nodes]), launcher.job)
-    measured = [json.loads(file.read_text()) for file in (launcher.run / "launch/attempts/0001/nodes").glob("n?.json")]
+    assert (only.outcome, only.nodes, only.job) == (
+        DONE,
+        tuple(launcher.cluster.names[:nodes]),
+        launcher.job,
+    )
+    measured = [
+        json.loads(file.read_text())
+        for file in (launcher.run / "launch/attempts/0001/nodes").glob("n?.json")
+    ]
     assert len(measured) == nodes
-    assert all(node["error"] == "" and node["clock"] and node["bandwidth"] and node["gemm"] for node in measured)
+    assert all(
+        node["error"] == "" and node["clock"] and node["bandwidth"] and node["gemm"]
+        for node in measured
+    )
     assert len(list((launcher.run / "launch/attempts/0001/logs").iterdir())) == nodes
     status = json.loads(launcher.ask("status", launcher.run, "--json"))
     assert (status["state"], status["step"], status["checkpoint"]) == ("COMPLETED", 12, 12)
@@ -171,16 +223,21 @@ def test_several_nodes_train_what_one_process_trains(nodes, launcher):
     assert json.loads((launcher.run / "launch" / "code.json").read_text())["version"]
 
 
-@pytest.mark.parametrize("limits", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "limits", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.long)]
+)
 def test_the_time_limit_is_met_and_no_step_is_lost(limits, launcher):
-    words = ("--training.steps", "100000", "--checkpoint.every_steps", "0")  # it must not end before its time does
+    # it must not end before its time limit
+    words = ("--training.steps", "100000", "--checkpoint.every_steps", "0")
     launcher.submit(1, *words)
     for stopped in range(limits):
         launcher.begun(stopped + 1)
         launcher.at_step(launcher.steps_done() + 5)
         launcher.let_time_run_out()
         launcher.until(lambda before=stopped: launcher.times_stopped() > before)
-        launcher.cluster.run("scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10")  # minutes
+        launcher.cluster.run(
+            "scontrol", "update", f"JobId={launcher.job}", "TimeLimit=10"
+        )  # minutes
     launcher.begun(limits + 1)
     launcher.at_step(launcher.steps_done() + 3)
     launcher.ask("cancel", launcher.run)
@@ -195,14 +252,23 @@ def test_the_time_limit_is_met_and_no_step_is_lost(limits, launcher):
 
 @pytest.mark.slow
 def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launcher):
-    words = ("--training.steps", "30", "--checkpoint.every_steps", "1", "--evaluation.every_steps", "10")
-    words = (*words, "--evaluation.sequences", "16", "--evaluation.strata", "2")
+    words = (
+        "--training.steps",
+        "30",
+        "--checkpoint.every_steps",
+        "1",
+        "--evaluation.every_steps",
+        "10",
+    )
+    words = (*words, "--evaluation.num_sequences", "16", "--evaluation.num_noise_levels", "2")
     launcher.submit(1, *words)
     launcher.begun(1)
     launcher.signal()  # in the first second: nothing listens yet but the batch script
     launcher.begun(2)
     launcher.at_step(3)
-    launcher.until(lambda: list((launcher.run / "checkpoints").glob(".step-*.partial")))  # during a save
+
+    # during a save
+    launcher.until(lambda: list((launcher.run / "checkpoints").glob(".step-*.partial")))
     launcher.signal()
     launcher.begun(3)
     launcher.at_step(10)
@@ -215,7 +281,13 @@ def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launch
     launcher.resume()
     launcher.begun(5)
     launcher.at_step(launcher.attempts()[-1].checkpoint + 2)
-    other = launcher.cluster.submit("sleep 2", "--partition=high", "--nodes=4", "--exclusive", output=launcher.folder / "high.log")
+    other = launcher.cluster.submit(
+        "sleep 2",
+        "--partition=high",
+        "--nodes=4",
+        "--exclusive",
+        output=launcher.folder / "high.log",
+    )
     launcher.cluster.wait(other)
     launcher.finish()
     found = launcher.attempts()
@@ -241,7 +313,9 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     launcher.saved_after(launcher.attempts()[-1].checkpoint)
     print(f"trains again {time.monotonic() - noticed:.0f} s after Slurm noticed")
     *lost, again = launcher.attempts()
-    assert {a.outcome for a in lost} <= {FAILED, LOST}, "the other rank may notice before Slurm does"
+    assert {a.outcome for a in lost} <= {FAILED, LOST}, (
+        "the other rank may notice before Slurm does"
+    )
     assert nodes[1] not in again.nodes
     node = again.nodes[1]
     (process,) = launcher.cluster.pids(launcher.job)[node]
@@ -258,11 +332,21 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_is_given_up_at_once(launcher):
-    words = ("--optimizer.lr", "1e30", "--training.steps", "60", "--checkpoint.every_steps", "0")
+    words = (
+        "--optimizer.adamw_lr",
+        "1e30",
+        "--training.steps",
+        "60",
+        "--checkpoint.every_steps",
+        "0",
+    )
     launcher.submit(1, *words, "--max-restarts", "1")
     launcher.finish("FAILED")
     assert [a.outcome for a in launcher.attempts()] == [DIVERGED]
-    assert "loss or gradient norm was not finite in 20 steps in a row, up to step" in launcher.log().splitlines()[-1]
+    assert (
+        "loss or gradient norm was not finite in 20 steps in a row, up to step"
+        in launcher.log().splitlines()[-1]
+    )
     assert launcher.cluster.show(launcher.job)["Restarts"] == "0"
 
 
@@ -270,8 +354,14 @@ def test_what_cannot_work_is_refused_before_the_queue(launcher):
     options = ("--cluster", launcher.file(), "--time", "0:10:00")
     for words, message in (
         (("--partition", "nowhere"), "invalid partition specified"),
-        (("--nodes", "8", "--training.global_batch_tokens", "2048"), "Requested node configuration is not available"),
-        (("--time", "0:01:25"), "leaves nothing to train in: it must be above signal_lead"),
+        (
+            ("--nodes", "8", "--training.global_batch_tokens", "2048"),
+            "Requested node configuration is not available",
+        ),
+        (
+            ("--time", "0:01:25"),
+            "leaves no time to train: it must be above signal_before_timeout",
+        ),
     ):
         said = launcher.ask("slurm", *launcher.words(), *options, *words, code=2)
         assert message in said
@@ -288,8 +378,8 @@ def test_what_cannot_work_is_refused_before_the_queue(launcher):
 
 @contextmanager
 def hidden_from(name, launcher):
-    """A node does not see the run folder."""
-    inside = ["nsenter", "-t", str(launcher.cluster.slurmd(name)), "-m"]
+    """Hide the run folder from a node."""
+    inside = ["nsenter", "-t", str(launcher.cluster.slurmd_pid(name)), "-m"]
     subprocess.run([*inside, "mount", "-t", "tmpfs", "none", str(launcher.folder)], check=True)
     try:
         yield
@@ -304,8 +394,10 @@ def test_a_broken_node_is_named_and_left_out_from_then_on(launcher):
         launcher.submit(3, *words, preflight=True)
         launcher.finish()
     (first,) = [attempt for attempt in launcher.attempts() if attempt.number == 1]
-    assert (first.outcome, first.reason) == (BAD_NODES, "n1: said nothing within 15 s")
-    launcher.job = launcher.until(lambda: (launcher.run / "launch" / "jobs").read_text().split()[1:])[0]
+    assert (first.outcome, first.reason) == (BAD_NODES, "n1: no measurements within 15 s")
+    launcher.job = launcher.until(
+        lambda: (launcher.run / "launch" / "jobs").read_text().split()[1:]
+    )[0]
     assert launcher.cluster.show(launcher.job)["ExcNodeList"] == "n1"
     assert "n1" in json.loads(launcher.ask("status", launcher.run, "--json"))["excluded"]
     launcher.finish()
@@ -319,4 +411,7 @@ def test_a_run_folder_that_is_not_shared_ends_the_job(launcher):
         launcher.finish("FAILED")
     (only,) = launcher.attempts()
     assert only.outcome == REFUSED
-    assert f"{launcher.run}/launch/attempts/0001 is not there on n1: choose a run.dir" in launcher.log()
+    assert (
+        f"{launcher.run}/launch/attempts/0001 is not there on n1: choose a run.dir"
+        in launcher.log()
+    )

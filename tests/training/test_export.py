@@ -4,11 +4,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from bitlm_dist.config_loading import read_run
+from bitlm_dist.config_loading import load_run_config
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.export import export, import_
+from bitlm_dist.training.export import export_checkpoint, import_checkpoint
 from bitlm_dist.training.trainer import Trainer
-from bitlm_dist.training.weights import load_trained, model_tensors
+from bitlm_dist.training.weights import load_trained_model, model_state_dict
 
 pytestmark = pytest.mark.integration
 
@@ -26,69 +26,91 @@ def newest(run):
 
 
 def weights_of(run, *words):
-    _, model, step = load_trained(run, read_run(run, list(words)))
-    return {name: part.tensor.clone() for name, part in model_tensors([model]).items()}, step
+    _, model, step = load_trained_model(run, load_run_config(run, list(words)))
+    return {name: part.full.clone() for name, part in model_state_dict([model]).items()}, step
 
 
 @pytest.mark.parametrize("file_bytes", [10**9, 20_000])
 @pytest.mark.parametrize("averaged", [False, True])
 def test_out_and_back(run, tmp_path, file_bytes, averaged):
-    expected, _ = weights_of(run, "--evaluation.averaged", str(averaged).lower())
-    size = export(newest(run), tmp_path / "out", averaged, file_bytes)
+    expected, _ = weights_of(run, "--evaluation.use_ema", str(averaged).lower())
+    size = export_checkpoint(newest(run), tmp_path / "out", averaged, file_bytes)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert sum(file.stat().st_size for file in files) == size
-    found, weight_map = {}, {}
+
+    found = {}
+    weight_map = {}
     for file in files:
         part = load_file(file)
         assert file.stat().st_size < file_bytes + 1000 or len(part) == 1
         found |= part
         weight_map |= dict.fromkeys(part, file.name)
+
     if file_bytes < 10**6:
         assert len(files) > 3
-        assert json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"] == weight_map
+        assert (
+            json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())[
+                "weight_map"
+            ]
+            == weight_map
+        )
     else:
         assert [file.name for file in files] == ["model.safetensors"]
+
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    import_(tmp_path / "out", tmp_path / "back")
+    import_checkpoint(tmp_path / "out", tmp_path / "back")
     again, step = weights_of(tmp_path / "back")
+
     assert step == 3
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
-    assert read_run(tmp_path / "back").run.dir == tmp_path / "back"
+    assert load_run_config(tmp_path / "back").run.dir == tmp_path / "back"
     assert not list(tmp_path.glob(".*"))
 
 
 def test_imported_weights_are_not_taken_for_a_run_to_go_on_with(run, tiny, tmp_path):
-    export(newest(run), tmp_path / "out")
-    import_(tmp_path / "out", tmp_path / "back")
-    with pytest.raises(UserError, match="was imported and holds weights alone: it can be evaluated and written with"):
+    export_checkpoint(newest(run), tmp_path / "out")
+    import_checkpoint(tmp_path / "out", tmp_path / "back")
+    with pytest.raises(
+        UserError,
+        match="was imported and holds weights alone: it can be evaluated and generated from",
+    ):
         Trainer(tiny("--optimizer.ema", "0.5", "--run.dir", str(tmp_path / "back")))
 
 
 def test_bad_input_is_named_and_nothing_is_left(run, tiny, tmp_path):
-    export(newest(run), tmp_path / "out")
+    export_checkpoint(newest(run), tmp_path / "out")
     for refused, message in (
-        (lambda: export(newest(run), tmp_path / "out"), "out exists: name a folder that does not"),
-        (lambda: import_(tmp_path / "out", run), "run exists"),
-        (lambda: import_(run, tmp_path / "back"), "run is no exported folder: export.json cannot be read"),
+        (
+            lambda: export_checkpoint(newest(run), tmp_path / "out"),
+            "out exists: name a folder that does not",
+        ),
+        (lambda: import_checkpoint(tmp_path / "out", run), "run exists"),
+        (
+            lambda: import_checkpoint(run, tmp_path / "back"),
+            "run is not an exported folder: export.json cannot be read",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             refused()
+
     weights = tmp_path / "out" / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + b"!")
     with pytest.raises(UserError, match="model.safetensors is damaged: export again"):
-        import_(tmp_path / "out", tmp_path / "back")
+        import_checkpoint(tmp_path / "out", tmp_path / "back")
     weights.unlink()
     with pytest.raises(UserError, match="model.safetensors is missing"):
-        import_(tmp_path / "out", tmp_path / "back")
+        import_checkpoint(tmp_path / "out", tmp_path / "back")
+
     record = tmp_path / "out" / "export.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "format": 9}))
     with pytest.raises(UserError, match="has export format 9, this version reads up to 1: upgrade"):
-        import_(tmp_path / "out", tmp_path / "back")
+        import_checkpoint(tmp_path / "out", tmp_path / "back")
+
     assert not (tmp_path / "back").exists()
     other = Trainer(tiny("--run.dir", str(tmp_path / "plain")))
     other.fit(until=1)
     other.close()
     with pytest.raises(UserError, match="holds no moving average: export without --averaged"):
-        export(newest(tmp_path / "plain"), tmp_path / "averaged", averaged=True)
+        export_checkpoint(newest(tmp_path / "plain"), tmp_path / "averaged", use_ema=True)

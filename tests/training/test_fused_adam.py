@@ -1,4 +1,7 @@
-"""Neither Transformer Engine nor NVIDIA apex runs without a GPU: a stand-in with their interface counts steps in its groups."""
+"""Fused AdamW by a stand-in with the interface of Transformer Engine and NVIDIA apex.
+
+Neither of them runs without a GPU. The stand-in counts steps per parameter group, as they do.
+"""
 
 import sys
 import types
@@ -14,11 +17,13 @@ from bitlm_dist.training.optimizer import Optimizers
 
 
 class GroupCounting(torch.optim.Optimizer):
-    """AdamW by its formula (Loshchilov & Hutter, 2019), with apex's arguments and its count of steps."""
+    """AdamW by its formula (Loshchilov & Hutter, 2019), with apex's arguments and step count."""
 
     def __init__(self, params, lr, betas, eps, weight_decay=0.0, adam_w_mode=False):
         assert adam_w_mode
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
 
     @torch.no_grad()
     def step(self):
@@ -28,7 +33,9 @@ class GroupCounting(torch.optim.Optimizer):
             for p in group["params"]:
                 state = self.state[p]
                 if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+
                 state["exp_avg"].lerp_(p.grad, 1 - first)
                 state["exp_avg_sq"].lerp_(p.grad.square(), 1 - second)
                 mean = state["exp_avg"] / (1 - first ** group["step"])
@@ -50,31 +57,45 @@ def on_gpu(monkeypatch):
 
 
 def test_the_fastest_implementation_that_is_there_is_taken(on_gpu, monkeypatch):
-    apex, engine = types.ModuleType("apex.optimizers"), types.ModuleType("transformer_engine.pytorch.optimizers")
+    apex = types.ModuleType("apex.optimizers")
+    engine = types.ModuleType("transformer_engine.pytorch.optimizers")
     on_gpu(apex)  # another project's apex: no FusedAdam
-    assert fused_adam.find("auto")[0] == "torch"
+    assert fused_adam.select_adamw("auto")[0] == "torch"
+
     apex.FusedAdam = engine.FusedAdam = GroupCounting
-    assert fused_adam.find("auto")[0] == "apex"
-    assert fused_adam.find("torch")[0] == "torch"
+    assert fused_adam.select_adamw("auto")[0] == "apex"
+    assert fused_adam.select_adamw("torch")[0] == "torch"
+
     monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", types.ModuleType("transformer_engine.pytorch"))
+    monkeypatch.setitem(
+        sys.modules, "transformer_engine.pytorch", types.ModuleType("transformer_engine.pytorch")
+    )
     monkeypatch.setitem(sys.modules, "transformer_engine.pytorch.optimizers", engine)
-    assert fused_adam.find("auto")[0] == "transformer_engine"
+
+    assert fused_adam.select_adamw("auto")[0] == "transformer_engine"
     monkeypatch.setattr(mesh, "device", lambda: torch.device("cpu"))
-    assert fused_adam.find("auto")[0] == "torch"
+    assert fused_adam.select_adamw("auto")[0] == "torch"
 
 
 def test_one_that_was_built_for_another_cuda_is_left_out_and_said(on_gpu, monkeypatch, caplog):
     broken = mock.Mock(side_effect=OSError("libcudart.so.12: cannot open\n shared object file"))
     monkeypatch.setattr(fused_adam.importlib, "import_module", broken)
-    assert fused_adam.find("auto")[0] == "torch"
-    said = "AdamW of transformer_engine is not used: OSError: libcudart.so.12: cannot open shared object file"
+    assert fused_adam.select_adamw("auto")[0] == "torch"
+
+    said = (
+        "AdamW of transformer_engine is not used: "
+        "OSError: libcudart.so.12: cannot open shared object file"
+    )
+
     assert said in caplog.messages
 
 
 def test_a_run_may_change_the_implementation_at_a_checkpoint(on_gpu, seed):
-    """Two steps with the stand-in, saved, two with torch's, saved, two with the stand-in again: all as torch alone."""
-    config = OptimizerConfig(matrices="adamw", weight_decay=0.1, lr=1e-2)
+    """Two steps each with the stand-in, torch's and the stand-in again equal six with torch's.
+
+    The state is saved and loaded at each change.
+    """
+    config = OptimizerConfig(matrix_optimizer="adamw", weight_decay=0.1, adamw_lr=1e-2)
     start = {"a": torch.randn(6, 5), "b": torch.randn(7)}
     grads = [{n: torch.randn_like(x) for n, x in start.items()} for _ in range(6)]
 
@@ -86,22 +107,30 @@ def test_a_run_may_change_the_implementation_at_a_checkpoint(on_gpu, seed):
         for grad in steps:
             for name, parameter in named.items():
                 parameter.grad = grad[name].clone()
-            optimizers.step(1.0)
+            optimizers.clip_and_step(1.0)
         return named
 
     apex = types.ModuleType("apex.optimizers")
     apex.FusedAdam = GroupCounting
     on_gpu(apex)
-    expected, values, saved = take(*optimizers_of(start, "torch"), grads), start, None
+    expected = take(*optimizers_of(start, "torch"), grads)
+    values = start
+    saved = None
+
     for number, choice in enumerate(("auto", "torch", "auto")):
         named, optimizers = optimizers_of(values, choice)
         if saved is not None:
-            state = optimizers.state()
+            state = optimizers.state_dict()
             assert state.keys() == saved.keys()
             for name, tensor in state.items():
-                tensor.tensor.copy_(saved[name])
-            optimizers.restore(state)
-        values = {n: p.detach().clone() for n, p in take(named, optimizers, grads[2 * number : 2 * number + 2]).items()}
-        saved = {name: part.tensor.clone() for name, part in optimizers.state().items()}
+                tensor.full.copy_(saved[name])
+            optimizers.load_state_dict(state)
+
+        values = {
+            n: p.detach().clone()
+            for n, p in take(named, optimizers, grads[2 * number : 2 * number + 2]).items()
+        }
+        saved = {name: part.full.clone() for name, part in optimizers.state_dict().items()}
+
     for name, parameter in expected.items():
         torch.testing.assert_close(values[name], parameter.detach(), rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Curves over restarts: each step stands once in metrics.jsonl, in TensorBoard and at Weights & Biases."""
+"""Curves over restarts: metrics.jsonl, TensorBoard and Weights & Biases have each step once."""
 
 import json
 import struct
@@ -9,25 +9,28 @@ from collections import Counter
 
 import pytest
 
-from bitlm_dist.checkpoint.saver import Saved
+from bitlm_dist.checkpoint.saver import SaveStats
 from bitlm_dist.errors import UserError
 from bitlm_dist.training import metrics, wandb_log
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.run_folder import RunFolder
 from bitlm_dist.training.trainer import Trainer
 
-KILLED, SAVED, END = 9, 4, 12  # the first process is killed after step 9, the second begins at 5 and ends with 12
+# The first process is killed after step 9. The second resumes from step 4 and ends with step 12.
+KILLED = 9
+SAVED = 4
+END = 12
 
 
 def write(log, first, last, evaluations=()):
-    """Steps, evaluations, and a save after step ``SAVED``."""
+    """Write steps, evaluations, and a save after step ``SAVED``."""
     for step in range(first, last + 1):
         log.write({"step": step, "loss": 1.0 / step, "predicted_tokens": None})
         if step in evaluations:
             log.write_evaluation({"step": step}, {"bits_per_byte": 2.0 / step, "tokens": 7})
         if step == SAVED:
             log.flush()
-            log.write_save(Saved(step, 0.1, 0.2, 3, 3))
+            log.write_save(SaveStats(step, 0.1, 0.2, 3, 3))
 
 
 def on_board(folder, name):
@@ -47,15 +50,18 @@ def test_tensorboard_shows_each_step_once_after_a_kill(tiny, tmp_path):
     log = MetricsLog(tmp_path, config, step=SAVED)
     write(log, SAVED + 1, END, evaluations=(8, 12))
     log.close()
+
     assert on_board(tmp_path, "loss") == list(range(1, END + 1))
     assert on_board(tmp_path, "validation/bits_per_byte") == [4, 8, 12]
     assert on_board(tmp_path, "checkpoint/bytes") == [SAVED]
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, END + 1))
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == list(range(1, END + 1))
 
 
 @pytest.mark.integration
 def test_what_a_checkpoint_covers_is_in_tensorboard_s_file_before_it(tiny, tmp_path):
-    """Else a kill would lose steps for good: the resumed run repeats only those after the checkpoint."""
+    """Else a kill would lose steps: the resumed run repeats only those after the checkpoint."""
     trainer = Trainer(tiny("--logging.tensorboard", "true", "--checkpoint.every_steps", "3"))
     seen = {}
 
@@ -69,10 +75,11 @@ def test_what_a_checkpoint_covers_is_in_tensorboard_s_file_before_it(tiny, tmp_p
 
 
 class FakeRun:
-    """What the package knows of a run on its server: rows by step, of which a process may go on filling its last one."""
+    """A run on W&B's server: rows by step, of which only the last one is open."""
 
     def __init__(self, rows):
-        self.rows, self.fails = rows, False
+        self.rows = rows
+        self.fails = False
         self.step = max(rows, default=-1) + 1
 
     def log(self, values, step):
@@ -90,7 +97,7 @@ class FakeRun:
 
 @pytest.fixture
 def server(monkeypatch):
-    """In place of the package: what `init` was called with, and the rows of every run by id."""
+    """A fake wandb package: the arguments of its `init` calls, and the rows of every run by id."""
     found = types.SimpleNamespace(calls=[], runs={}, error=None, last=None)
 
     def init(**settings):
@@ -105,11 +112,12 @@ def server(monkeypatch):
 
 
 def restart(folder, config):
-    """A process that is killed after step 9, one that is killed after step 6, and one that ends."""
+    """Run three processes: killed after step 9, killed after step 6, and one that ends."""
     log = MetricsLog(folder, config, step=0)
     write(log, 1, KILLED, evaluations=(7,))
     if log._wandb._run is not None:
         log._wandb.close()  # the package sends what it was given, even if its process is killed
+
     for last in (6, END):
         RunFolder(folder).drop_metrics_after(SAVED)
         log = MetricsLog(folder, config, step=SAVED)
@@ -122,66 +130,102 @@ def test_restarts_are_one_wandb_run_with_each_step_once(tiny, tmp_path, server):
     folder.mkdir()
     config = tiny("--logging.wandb_project", "p", "--logging.wandb_tags", "[a, m=4]")
     restart(folder, config)
-    assert {call["id"] for call in server.calls} == {json.loads((folder / wandb_log.WANDB).read_text())["id"]}
+    assert {call["id"] for call in server.calls} == {
+        json.loads((folder / wandb_log.WANDB).read_text())["id"]
+    }
     assert len(server.calls) == 3
+
     for call in server.calls:
-        assert (call["project"], call["name"], call["tags"], call["resume"]) == ("p", "my-run", ["a", "m=4"], "allow")
+        assert (call["project"], call["name"], call["tags"], call["resume"]) == (
+            "p",
+            "my-run",
+            ["a", "m=4"],
+            "allow",
+        )
         assert call["config"]["model"]["block_size"] == 4
+
     (rows,) = server.runs.values()
-    assert {step: row["loss"] for step, row in rows.items()} == {step: 1.0 / step for step in range(1, END + 1)}
-    assert {step: row["validation/bits_per_byte"] for step, row in rows.items() if "validation/bits_per_byte" in row} == {
+    assert {step: row["loss"] for step, row in rows.items()} == {
+        step: 1.0 / step for step in range(1, END + 1)
+    }
+    assert {
+        step: row["validation/bits_per_byte"]
+        for step, row in rows.items()
+        if "validation/bits_per_byte" in row
+    } == {
         7: 2.0 / 7,
         KILLED + 1: 2.0 / 8,
         12: 2.0 / 12,
-    }, "the first process had no time for the evaluation of step 8, whose row is closed: the next one takes it"
+    }, (
+        "the first process was killed before the evaluation of step 8, whose row is closed: "
+        "the next row takes it"
+    )
     assert [step for step, row in rows.items() if "checkpoint/bytes" in row] == [SAVED]
 
 
-def test_wandb_that_does_not_start_is_refused_the_first_time_and_no_obstacle_later(tiny, tmp_path, server, capsys):
+def test_wandb_that_does_not_start_is_refused_the_first_time_and_no_obstacle_later(
+    tiny, tmp_path, server, capsys
+):
     config = tiny("--logging.wandb_project", "p", "--logging.wandb_name", "other name")
     server.error = RuntimeError("api_key not\nconfigured")
-    with pytest.raises(UserError, match=r"logging.wandb_project = p: W&B does not start \(api_key not configured\): "):
+    with pytest.raises(
+        UserError,
+        match=r"logging.wandb_project = p: W&B does not start \(api_key not configured\): ",
+    ):
         write(MetricsLog(tmp_path, config, step=0), 1, 1)
+
     assert not (tmp_path / wandb_log.WANDB).exists()
     (tmp_path / "metrics.jsonl").unlink()
     server.error = None
     log = MetricsLog(tmp_path, config, step=0)
     assert len(server.calls) == 1, "nothing is begun before there is something to send"
+
     write(log, 1, 1)
     assert server.calls[-1]["name"] == "other name"
+
     server.last.fails = True
     write(log, 2, 3)
     log.close()
+
     server.error = RuntimeError("no network")
     log = MetricsLog(tmp_path, config, step=3)
     write(log, 4, 5)
     log.close()
+
     said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
     assert said == [
         "bitlm: W&B takes no more metrics (the network is down); training goes on without it",
-        "bitlm: W&B does not start (no network); training goes on without it, and the next start of the run tries again",
+        "bitlm: W&B does not start (no network); training goes on without it, "
+        "and the next start of the run tries again",
     ]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_missing_package_is_said_before_anything_is_written(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(wandb_log, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"logging.wandb_project needs the package wandb: pip install 'bitlm-dist\[wandb\]'"):
+    with pytest.raises(
+        UserError,
+        match=r"logging.wandb_project needs the package wandb: pip install 'bitlm-dist\[wandb\]'",
+    ):
         Trainer(tiny("--logging.wandb_project", "p"))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_record_is_named(tiny, tmp_path):
     (tmp_path / "wandb.json").write_text('{"id": "x"')
-    with pytest.raises(UserError, match=r"wandb.json is damaged: remove it, and the run goes on as a new one"):
+    with pytest.raises(
+        UserError, match=r"wandb.json is damaged: remove it, and the run goes on as a new run"
+    ):
         RunFolder(tmp_path).drop_metrics_after(0)
 
 
 def records(file):
-    """What the package wrote while it was offline: a log of LevelDB's format, of protocol buffers."""
+    """Yield the records of an offline run's file: protocol buffers in LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, part = file.read_bytes(), 7, b""  # after the header
+    data = file.read_bytes()
+    at = 7  # after the header
+    part = b""
     while at < len(data):
         if 32768 - at % 32768 < 7:  # too little of the block is left for a record
             at += 32768 - at % 32768
@@ -207,28 +251,45 @@ def test_the_real_package_offline(tiny, tmp_path, monkeypatch):
     restart(folder, config)
     files = list((folder / "wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 3
-    end, steps, losses, runs = time.monotonic() + 60, Counter(), {}, []
+
+    end = time.monotonic() + 60
     for file in files:  # the package's own process goes on writing for a moment
         while not any(record.WhichOneof("record_type") == "exit" for record in records(file)):
             assert time.monotonic() < end
             time.sleep(0.05)
+
+    steps = Counter()
+    losses = {}
+    runs = []
     for record in (record for file in files for record in records(file)):
         if record.WhichOneof("record_type") == "run":
             runs.append(record.run)
         elif record.WhichOneof("record_type") == "history":
-            row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            row = {
+                item.key or item.nested_key[0]: json.loads(item.value_json)
+                for item in record.history.item
+            }
             if "loss" in row:
                 steps[row["_step"]] += 1
                 losses[row["_step"]] = row["loss"]
+
     saved = json.loads((folder / wandb_log.WANDB).read_text())["id"]
     assert {run.run_id for run in runs} == {saved}
+
     for run in runs:
         assert (run.display_name, run.project, sorted(run.tags)) == ("my-run", "p", ["a", "b"])
-        sent = {update.key or update.nested_key[0]: update.value_json for update in run.config.update}
+        sent = {
+            update.key or update.nested_key[0]: update.value_json for update in run.config.update
+        }
         assert json.loads(sent["model"])["block_size"] == 4
+
     assert steps == Counter(range(1, END + 1)), "each step once over all files"
     assert losses == pytest.approx({step: 1.0 / step for step in range(1, END + 1)})
 
 
 def test_files_that_are_dropped_from_are_those_that_are_written():
-    assert (metrics.METRICS, metrics.EVALUATIONS, metrics.SAVES) == ("metrics.jsonl", "evaluations.jsonl", "saves.jsonl")
+    assert (metrics.METRICS, metrics.EVALUATIONS, metrics.SAVES) == (
+        "metrics.jsonl",
+        "evaluations.jsonl",
+        "saves.jsonl",
+    )

@@ -2,22 +2,24 @@ import pytest
 import torch
 
 from bitlm_dist.config import OptimizerConfig
-from bitlm_dist.parallel.layout import ALONE
+from bitlm_dist.parallel.layout import SINGLE_PROCESS
 from bitlm_dist.training.muon import Muon, orthogonalize
-from bitlm_dist.training.optimizer import Optimizers, is_inner_matrix, schedule_factor
+from bitlm_dist.training.optimizer import Optimizers, is_inner_matrix, lr_multiplier_at
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape, seed):
-    # five iterations lift a singular value about 3.4^5 times, so the smallest must not be next to nothing
+    # Five iterations raise a small singular value by a factor of about 3.4^5, so the smallest one
+    # must not be close to zero.
     u, _, v = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
     matrix = u @ torch.diag(torch.rand(8, dtype=torch.float64) * 0.9 + 0.1) @ v
     out = orthogonalize(matrix.unsqueeze(0), COEFFICIENTS, 5, 1e-7)[0]
     values = torch.linalg.svdvals(out)
     assert values.min() > 0.4
     assert values.max() < 1.3
+
     inner = u.T @ out @ v.T
     torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-4)
 
@@ -28,7 +30,11 @@ def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
     settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
     named = {str(i): p for i, p in enumerate(ours)}
     groups = [{"names": [*named], "params": [*named.values()]}]
-    pairs = ((ours, Muon(groups, ALONE, **settings)), (theirs, torch.optim.Muon(theirs, **settings)))
+    pairs = (
+        (ours, Muon(groups, SINGLE_PROCESS, **settings)),
+        (theirs, torch.optim.Muon(theirs, **settings)),
+    )
+
     for step in range(5):
         torch.manual_seed(step)
         grads = [torch.randn_like(x) for x in start]
@@ -36,6 +42,7 @@ def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
             for parameter, grad in zip(parameters, grads, strict=True):
                 parameter.grad = grad.clone()
             optimizer.step()
+
     for a, b, x in zip(ours, theirs, start, strict=True):
         moved = (b - x).norm()
         assert (a - b).norm() < 0.02 * moved
@@ -45,26 +52,35 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     model = tiny_model()
     muon = {n for n, p in model.named_parameters() if is_inner_matrix(n, p)}
     assert {n.split(".")[0] for n in muon} == {"backbone", "head"}
-    assert len(muon) == 2 * 4 + 2 * 4 + 4  # qkv, projection, two of the MLP; the same in each head block; one map a place
+    # Four per layer (qkv, projection, two of the MLP), four per head block, one lookahead matrix
+    # per position.
+    assert len(muon) == 2 * 4 + 2 * 4 + 4
+
     optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig())
-    slots = {n.rpartition(".")[2] for n in optimizers.state() if n.rpartition(".")[0] in muon}
+    slots = {n.rpartition(".")[2] for n in optimizers.state_dict() if n.rpartition(".")[0] in muon}
     assert slots == {"momentum_buffer"}
-    assert len(optimizers.state()) == len(muon) + 3 * (sum(1 for _ in model.parameters()) - len(muon))
+    assert len(optimizers.state_dict()) == len(muon) + 3 * (
+        sum(1 for _ in model.parameters()) - len(muon)
+    )
 
 
 @pytest.mark.parametrize("matrices", ["muon", "adamw"])
 def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
-    """A thousand updates, each too small to move a bf16 weight, add up to those of fp32."""
-    config = OptimizerConfig(lr=1e-5, muon_lr=1e-5, matrices=matrices)
-    exact = {"backbone.layers.0.w": torch.nn.Parameter(torch.randn(16, 16).bfloat16().float().sign())}
+    """A thousand updates, each too small to change a bf16 weight, add up as in fp32."""
+    config = OptimizerConfig(adamw_lr=1e-5, muon_lr=1e-5, matrix_optimizer=matrices)
+    exact = {
+        "backbone.layers.0.w": torch.nn.Parameter(torch.randn(16, 16).bfloat16().float().sign())
+    }
     rounded = {name: torch.nn.Parameter(p.detach().bfloat16()) for name, p in exact.items()}
     grad = torch.randn(16, 16).bfloat16()
     sides = [(Optimizers(named, config), next(iter(named.values()))) for named in (exact, rounded)]
+
     for _ in range(1000):
         for optimizers, parameter in sides:
             parameter.grad = grad.to(parameter.dtype)
-            optimizers.step(1.0)
-    master = sides[1][0].state()["backbone.layers.0.w.master"].tensor
+            optimizers.clip_and_step(1.0)
+
+    master = sides[1][0].state_dict()["backbone.layers.0.w.master"].full
     torch.testing.assert_close(master, sides[0][1].detach(), rtol=0, atol=1e-6)
     assert torch.equal(sides[1][1], master.bfloat16())
     assert not torch.equal(master.bfloat16(), master.sign().bfloat16()), "the weights moved"
@@ -72,14 +88,23 @@ def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
 
 def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
     model = tiny_model()
-    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig(clip_norm=0.5, matrices="adamw"))
+    optimizers = Optimizers(
+        dict(model.named_parameters()), OptimizerConfig(max_grad_norm=0.5, matrix_optimizer="adamw")
+    )
+
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
-    norm, updated = optimizers.step(1.0)
+    norm, updated = optimizers.clip_and_step(1.0)
     assert updated
     assert norm == pytest.approx(expected, rel=1e-5)
-    first = torch.cat([v.tensor.flatten() for n, v in optimizers.state().items() if n.endswith("exp_avg")]) / 0.1
+
+    first = (
+        torch.cat(
+            [v.full.flatten() for n, v in optimizers.state_dict().items() if n.endswith("exp_avg")]
+        )
+        / 0.1
+    )
     assert first.norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
@@ -89,37 +114,53 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
-    assert optimizers.step(1.0)[1] is False
+
+    assert optimizers.clip_and_step(1.0)[1] is False
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_components_have_rules_of_their_own(tiny_model):
-    """SGD-like first step of AdamW: every number moves by its learning rate, and decays by its own rule."""
+    """AdamW's first step is SGD-like: every element moves by its learning rate, and decays."""
     named = dict(tiny_model().named_parameters())
     head = {"lr_scale": 0.5, "weight_decay": 0.0}
-    config = OptimizerConfig(lr=0.1, matrices="adamw", weight_decay=0.2, clip_norm=0, head=head, input={"lr_scale": 2.0})
+    config = OptimizerConfig(
+        adamw_lr=0.1,
+        matrix_optimizer="adamw",
+        weight_decay=0.2,
+        max_grad_norm=0,
+        head=head,
+        input={"lr_scale": 2.0},
+    )
     optimizers = Optimizers(named, config)
     before = {n: p.detach().clone() for n, p in named.items()}
+
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizers.step(1.0)
+    optimizers.clip_and_step(1.0)
     for name, parameter in named.items():
-        scale, decay = {"head": (0.5, 0.0), "embedding": (2.0, 0.2), "backbone": (1.0, 0.2)}[name.split(".")[0]]
+        scale, decay = {"head": (0.5, 0.0), "embedding": (2.0, 0.2), "backbone": (1.0, 0.2)}[
+            name.split(".")[0]
+        ]
         kept = 1 - 0.1 * scale * decay if parameter.dim() > 1 else 1
-        torch.testing.assert_close(parameter.detach(), before[name] * kept - 0.1 * scale, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            parameter.detach(), before[name] * kept - 0.1 * scale, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_follows_the_fp32_weights(dtype, seed):
     named = {"head.w": torch.nn.Parameter(torch.randn(4, 4).to(dtype))}
-    optimizers = Optimizers(named, OptimizerConfig(ema=0.9, matrices="adamw"))
+    optimizers = Optimizers(named, OptimizerConfig(ema=0.9, matrix_optimizer="adamw"))
     expected = named["head.w"].detach().double()
     for _ in range(5):
         named["head.w"].grad = torch.randn(4, 4).to(dtype)
-        optimizers.step(1.0)
-        state = {n: part.tensor for n, part in optimizers.state().items()}
-        expected = 0.9 * expected + 0.1 * state.get("head.w.master", named["head.w"].detach()).double()
+        optimizers.clip_and_step(1.0)
+        state = {n: part.full for n, part in optimizers.state_dict().items()}
+        expected = (
+            0.9 * expected + 0.1 * state.get("head.w.master", named["head.w"].detach()).double()
+        )
+
     torch.testing.assert_close(state["head.w.ema"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -132,6 +173,6 @@ def test_the_average_follows_the_fp32_weights(dtype, seed):
     ],
 )
 def test_schedule(schedule, expected):
-    config = OptimizerConfig(schedule=schedule, warmup_steps=2, final_lr=0.1)
-    factors = [schedule_factor(config, step, 6) for step in range(6)]
+    config = OptimizerConfig(schedule=schedule, warmup_steps=2, min_lr_ratio=0.1)
+    factors = [lr_multiplier_at(config, step, 6) for step in range(6)]
     assert factors == pytest.approx(expected, abs=1e-4)

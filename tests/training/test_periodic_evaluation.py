@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint.steps import complete_steps, folder_of
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
 
@@ -10,10 +10,11 @@ pytestmark = pytest.mark.integration
 
 
 class Evaluation:
-    """Returns a report, or fails in the calls that are named, counted from 1."""
+    """An evaluation that returns a report, or fails in the given calls (1-based)."""
 
     def __init__(self, *failing):
-        self.calls, self.failing = 0, failing
+        self.calls = 0
+        self.failing = failing
 
     def __call__(self, model):
         self.calls += 1
@@ -31,15 +32,32 @@ def test_a_failed_evaluation_is_reported_and_counted_and_training_goes_on(tiny, 
     evaluation = Evaluation(1, 2, 4)
     trainer = Trainer(tiny("--evaluation.every_steps", "1"))
     trainer.fit(evaluate=evaluation)
-    assert trainer.done
+    assert trainer.is_done
     trainer.close()
+
     run = tmp_path / "run"
     assert [line["step"] for line in lines(run / "evaluations.jsonl")] == [3, 5, 6]
-    assert [line["evaluation_failures"] for line in lines(run / "metrics.jsonl")] == [0, 1, 2, 2, 3, 3]
-    assert json.loads((store.folder_of(run / "checkpoints", 6) / "state.json").read_text())["evaluation_failures"] == 3
+    assert [line["evaluation_failures"] for line in lines(run / "metrics.jsonl")] == [
+        0,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert (
+        json.loads((folder_of(run / "checkpoints", 6) / "state.json").read_text())[
+            "evaluation_failures"
+        ]
+        == 3
+    )
+
     said = capsys.readouterr().err
     assert said.count("Traceback (most recent call last)") == 3
-    assert "bitlm: the evaluation of step 2 failed on rank 0: ValueError: nothing to evaluate\n" in said
+    assert (
+        "bitlm: the evaluation of step 2 failed on rank 0: ValueError: nothing to evaluate\n"
+        in said
+    )
     assert "bitlm: training goes on; 3 failures in a row end the run, this was number 2" in said
     assert said.count("this was number 1") == 2, "a success begins the count anew"
 
@@ -47,36 +65,63 @@ def test_a_failed_evaluation_is_reported_and_counted_and_training_goes_on(tiny, 
 def test_the_third_failure_in_a_row_ends_a_run_which_is_saved_first(tiny, tmp_path):
     evaluation = Evaluation(2, 3, 4)
     trainer = Trainer(tiny("--evaluation.every_steps", "1"))
-    with pytest.raises(UserError, match=r"3 evaluations in a row failed, the last at step 4, .*set evaluation.every_steps = 0"):
+    message = "failed, the last at step 4, .*set evaluation.every_steps = 0"
+    with pytest.raises(UserError, match=f"3 evaluations in a row {message}"):
         trainer.fit(evaluate=evaluation)
     trainer.close()
-    assert store.complete_steps(tmp_path / "run" / "checkpoints") == [4]
+    assert complete_steps(tmp_path / "run" / "checkpoints") == [4]
+
     again = Trainer(tiny("--evaluation.every_steps", "1"))
     again.fit(evaluate=evaluation)
-    assert again.done
+    assert again.is_done
     again.close()
+
     found = lines(tmp_path / "run" / "evaluations.jsonl")
-    assert [line["step"] for line in found] == [1, 4, 5, 6], "the resumed run makes the one that failed last"
+    assert [line["step"] for line in found] == [1, 4, 5, 6], (
+        "the resumed run makes the one that failed last"
+    )
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["evaluation_failures"] == 3
 
 
 @pytest.mark.distributed
-def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(tiny, tiny_file, prepared, tmp_path):
+def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(
+    tiny, tiny_file, prepared, tmp_path
+):
     from ranks import run_ranks
 
-    words = ["--data.path", str(prepared), "--run.dir", str(tmp_path / "run"), "--evaluation.every_steps", "2"]
+    words = [
+        "--data.path",
+        str(prepared),
+        "--run.dir",
+        str(tmp_path / "run"),
+        "--evaluation.every_steps",
+        "2",
+    ]
     folder = tmp_path / "job"
     folder.mkdir()
-    found = run_ranks(2, "evaluating", "one_rank_fails", str(tiny_file), words, folder=folder, timeout=120)
+    found = run_ranks(
+        2, "evaluating", "one_rank_fails", str(tiny_file), words, folder=folder, timeout=120
+    )
+
     assert found == [(6, 1, 6), (6, 1, 6)], "all steps, one failure, the last evaluation"
     assert [line["step"] for line in lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 6]
-    assert "the evaluation of step 4 failed on rank 1: ValueError: only here" in (folder / "log.1").read_text()
-    assert "training goes on; 3 failures in a row end the run, this was number 1" in (folder / "log.0").read_text()
+    assert (
+        "the evaluation of step 4 failed on rank 1: ValueError: only here"
+        in (folder / "log.1").read_text()
+    )
+    assert (
+        "training goes on; 3 failures in a row end the run, this was number 1"
+        in (folder / "log.0").read_text()
+    )
 
-    # What a step counts is that of all ranks.
+    # The counts of a step are those of all ranks.
     alone = Trainer(tiny("--run.dir", str(tmp_path / "alone")))
     alone.fit()
     alone.close()
+
     names = ("predicted_tokens", "text_bytes", "epochs")
-    counts = [[[line[name] for name in names] for line in lines(tmp_path / run / "metrics.jsonl")] for run in ("run", "alone")]
+    counts = [
+        [[line[name] for name in names] for line in lines(tmp_path / run / "metrics.jsonl")]
+        for run in ("run", "alone")
+    ]
     assert counts[0] == counts[1]

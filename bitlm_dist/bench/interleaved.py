@@ -1,0 +1,206 @@
+"""Interleaved timing of several variants, each in its own child process.
+
+Separate processes keep peak memory apart and prevent one variant from inheriting another's warm
+caches. The variants take turns, repeat by repeat, so that background load affects all of them
+equally.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple
+
+import torch
+
+from bitlm_dist.errors import UserError, filter_third_party_warnings
+from bitlm_dist.parallel import mesh
+
+
+class BenchRunner(ABC):
+    """One variant, ready to run."""
+
+    def prepare(self) -> None:  # noqa: B027 - most have nothing to do
+        """Run before every repeat, timed separately, e.g. to process a prompt."""
+
+    @abstractmethod
+    def __call__(self) -> int:
+        """Run one repeat and return its number of tokens."""
+
+    def close(self) -> None:  # noqa: B027 - most hold nothing
+        """Release files and threads after the last repeat."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Function and arguments that build a runner in the child process.
+
+    ``build`` must be a function at module level, so that it can be pickled.
+    """
+
+    build: Callable[..., BenchRunner]
+    args: tuple[Any, ...]
+
+
+class Repeat(NamedTuple):
+    """Measurements of one repeat."""
+
+    tokens: int
+    seconds: float
+    cpu_seconds: float
+    prepare_seconds: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measurements of one variant.
+
+    Attributes:
+        tokens_per_second: of each repeat.
+        cpu_seconds_per_token: mean over the repeats.
+        prepare_seconds: median duration of :meth:`BenchRunner.prepare`.
+        peak_bytes: peak memory of the process (CPU) or of the device (CUDA).
+    """
+
+    tokens_per_second: list[float]
+    cpu_seconds_per_token: float
+    prepare_seconds: float
+    peak_bytes: int
+
+    @property
+    def median(self) -> float:
+        """Median tokens per second."""
+        return statistics.median(self.tokens_per_second)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Tokens per second of the slowest and the fastest repeat."""
+        return min(self.tokens_per_second), max(self.tokens_per_second)
+
+
+def time_interleaved(
+    variants: Mapping[str, Variant], *, repeats: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time every variant ``repeats`` times, in turn, after ``warmup`` repeats that do not count.
+
+    Raises:
+        UserError: a variant failed; names it and its error.
+    """
+    # a forked child could not use CUDA, and would share the parent's memory
+    context = multiprocessing.get_context("spawn")
+    children: dict[str, tuple[Any, Connection]] = {}
+
+    try:
+        for name, variant in variants.items():
+            parent_end, child_end = context.Pipe()
+            process = context.Process(target=_serve, args=(child_end, variant), daemon=True)
+            process.start()
+
+            # otherwise the death of the child would not end the pipe
+            child_end.close()
+            children[name] = (process, parent_end)
+            _receive(name, parent_end)  # the runner is built
+
+        # one repeat of each variant per round
+        repeats_by_name: dict[str, list[Repeat]] = {name: [] for name in variants}
+        for _ in range(warmup + repeats):
+            for name, (_, connection) in children.items():
+                connection.send("run")
+                repeats_by_name[name].append(_receive(name, connection))
+
+        return {
+            name: _summarize(repeats_by_name[name][warmup:], _request(name, pipe, "memory"))
+            for name, (_, pipe) in children.items()
+        }
+    finally:
+        for process, connection in children.values():
+            connection.close()
+            # a child that hangs does not notice that the pipe is closed
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+
+
+def _summarize(measured: Sequence[Repeat], peak: int) -> Timing:
+    return Timing(
+        tokens_per_second=[repeat.tokens / repeat.seconds for repeat in measured],
+        cpu_seconds_per_token=sum(repeat.cpu_seconds for repeat in measured)
+        / sum(repeat.tokens for repeat in measured),
+        prepare_seconds=statistics.median(repeat.prepare_seconds for repeat in measured),
+        peak_bytes=peak,
+    )
+
+
+def _request(name: str, connection: Connection, what: str) -> Any:
+    connection.send(what)
+    return _receive(name, connection)
+
+
+def _receive(name: str, connection: Connection) -> Any:
+    """Receive a child's answer; raise a UserError if it failed or was killed."""
+    try:
+        answer = connection.recv()
+    except EOFError:
+        raise UserError(
+            f"{name} was killed, most likely for want of memory: use a smaller model or batch"
+        ) from None
+
+    # a string is an error message
+    if isinstance(answer, str):
+        raise UserError(f"{name} failed: {answer}")
+    return answer
+
+
+def _serve(connection: Connection, variant: Variant) -> None:
+    """Child process: build the runner, then answer requests until the parent hangs up."""
+    filter_third_party_warnings()
+    runner = None
+
+    try:
+        runner = variant.build(*variant.args)
+        connection.send(True)
+        while True:
+            if connection.recv() == "memory":
+                connection.send(_peak_bytes())
+            else:
+                connection.send(_time_repeat(runner))
+    except EOFError:
+        return
+    except Exception as error:
+        # one line, as the parent raises it as a UserError
+        connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+    finally:
+        if runner is not None:
+            runner.close()
+
+
+def _time_repeat(runner: BenchRunner) -> Repeat:
+    # work that is still queued on the device must count for neither side
+    entered = _synchronized_time()
+    runner.prepare()
+
+    began = _synchronized_time()
+    cpu_began = time.process_time()
+    tokens = runner()
+    ended = _synchronized_time()
+
+    return Repeat(tokens, ended - began, time.process_time() - cpu_began, began - entered)
+
+
+def _synchronized_time() -> float:
+    """Time in seconds, after the device has finished all queued work."""
+    if mesh.device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _peak_bytes() -> int:
+    if mesh.device().type == "cuda":
+        return torch.cuda.max_memory_allocated()
+
+    # ru_maxrss is in KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,44 @@
+"""The command `bitlm`.
+
+Heavy imports are deferred until a command runs, so that --help and usage errors are immediate.
+"""
+
+import typer
+
+from bitlm_dist.cli.bench import bench
+from bitlm_dist.cli.checkpoint import checkpoint_app
+from bitlm_dist.cli.compare import compare_command
+from bitlm_dist.cli.config import config_command
+from bitlm_dist.cli.console import OVERRIDES
+from bitlm_dist.cli.data import data_app
+from bitlm_dist.cli.evaluate import eval_command
+from bitlm_dist.cli.generate import generate_command
+from bitlm_dist.cli.launch import launch_app
+from bitlm_dist.cli.prep import prep_command
+from bitlm_dist.cli.train import train_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pretrain language models that write a block of tokens at once, as bits, by diffusion.",
+)
+app.add_typer(bench, name="bench")
+app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(data_app, name="data")
+app.add_typer(launch_app, name="launch")
+
+app.command("prep")(prep_command)
+app.command("train", context_settings=OVERRIDES)(train_command)
+app.command("eval", context_settings=OVERRIDES)(eval_command)
+app.command("compare")(compare_command)
+app.command("generate", context_settings=OVERRIDES)(generate_command)
+app.command("config")(config_command)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Print versions, the device, and the backends found."""
+    from bitlm_dist.cli.doctor import print_findings
+
+    print_findings()

@@ -1,0 +1,135 @@
+"""The command `bitlm config`: a reference of all config keys, made from their fields."""
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from bitlm_dist.cli.console import print_table
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import flatten, load_config
+
+INTRODUCTION = """# Config keys
+
+Every key of a config, as `bitlm config --docs` prints them. A YAML file nests them (`model:` →
+`block_size: 4`) or spells them with dots; the command line takes `--model.block_size 4`. The field
+defaults are the preset `default`; *paper* is the value of `preset: paper` where it differs.
+"""
+
+
+class KeyReference(NamedTuple):
+    """One row of the reference."""
+
+    key: str
+    type: str
+    default: str
+    paper: str
+    help: str
+
+
+def config_command(
+    docs: Annotated[
+        bool, typer.Option("--docs", help="Print docs/config.md instead of a table.")
+    ] = False,
+) -> None:
+    """List every config key with its default and help text."""
+    references = list(key_references())
+    if docs:
+        print(markdown(references))
+        return
+
+    rows = ((r.key, r.default, r.help) for r in references)
+    print_table("", ("key", "default", "help"), rows)
+
+
+def key_references() -> Iterator[KeyReference]:
+    """Yield every key in the order of the fields."""
+    paper = dict(flatten(load_config(None, ["--preset", "paper"]).config.model_dump(mode="json")))
+    for key, field in _leaves(Config, ""):
+        default = _as_yaml(field.get_default(call_default_factory=True))
+        paper_value = _as_yaml(paper[key])
+        help_text = " ".join((field.description or "").split())
+        differs = paper_value != default and key != "preset"
+        yield KeyReference(
+            key, _type_text(field), default, paper_value if differs else "", help_text
+        )
+
+
+def markdown(references: list[KeyReference]) -> str:
+    """Format docs/config.md: one table per section."""
+    lines = [INTRODUCTION]
+    section = ""
+    for reference in references:
+        name, _, key = reference.key.rpartition(".")
+        if name != section or len(lines) == 1:
+            section = name
+            title = f"## {section}" if section else "## Top level"
+            lines += ["", title, "", "| key | type | default | paper | |", "|---|---|---|---|---|"]
+        cells = (
+            f"`{key}`",
+            reference.type,
+            f"`{reference.default}`",
+            f"`{reference.paper}`" if reference.paper else "",
+            reference.help,
+        )
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+    return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from _leaves(annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def _as_yaml(value: Any) -> str:
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _type_text(field: FieldInfo) -> str:
+    """Describe the type of a field in the words of a YAML file, with its limits."""
+    text = _annotation_text(field.annotation)
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    limits = [
+        f"{sign} {getattr(mark, name):g}"
+        for mark in field.metadata
+        for name, sign in signs.items()
+        if getattr(mark, name, None) is not None
+    ]
+    return f"{text}, {', '.join(limits)}" if limits else text
+
+
+def _annotation_text(annotation: Any) -> str:
+    origin = get_origin(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(annotation))
+    if origin is Annotated:
+        return _annotation_text(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        inner = [_annotation_text(a) for a in get_args(annotation) if a is not types.NoneType]
+        optional = types.NoneType in get_args(annotation)
+        return " or ".join([*inner, "null"] if optional else inner)
+    if origin is tuple:
+        first, *rest = get_args(annotation)
+        if rest == [...]:
+            return f"list of {_annotation_text(first)}"
+        return f"[{', '.join(_annotation_text(a) for a in (first, *rest))}]"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "{" + ", ".join(annotation.model_fields) + "}"
+
+    names = {str: "text", bool: "true or false", int: "integer", float: "number", Path: "path"}
+    return names[annotation]

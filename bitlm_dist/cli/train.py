@@ -1,0 +1,212 @@
+"""The command `bitlm train`."""
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bitlm_dist import config_loading
+from bitlm_dist.cli.console import (
+    ConfigWords,
+    console,
+    load_config_from_words,
+    print_line,
+    print_table,
+)
+from bitlm_dist.cli.evaluate import open_evaluator
+from bitlm_dist.config import Config, warnings_of
+from bitlm_dist.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from bitlm_dist.cpu_contention import CpuContention
+    from bitlm_dist.launch.heartbeat import Heartbeat
+    from bitlm_dist.parallel.layout import ParallelLayout
+    from bitlm_dist.training.trainer import Trainer
+
+
+def train_command(
+    words: ConfigWords = None,
+    resume: Annotated[
+        bool, typer.Option(help="Resume from the latest checkpoint of the run folder, if any.")
+    ] = True,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the parameter counts of the model and exit."),
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every value and its source, and exit.")
+    ] = False,
+) -> None:
+    """Start or resume a training run.
+
+    Every config key can be overridden: --training.steps 500 --model.block_size=8.
+    """
+    loaded = load_config_from_words(words or [])
+    if print_config:
+        values = dict(config_loading.flatten(loaded.config.model_dump(mode="json")))
+        print_table(
+            "",
+            ("key", "value", "from"),
+            ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()),
+        )
+        return
+    if dry_run:
+        _dry_run(loaded.config)
+        return
+
+    from bitlm_dist.cpu_contention import CpuContention
+    from bitlm_dist.launch.heartbeat import Heartbeat
+    from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
+
+    ranks = read_rank_info(os.environ)
+    busy_cores = CpuContention()
+    if ranks.world_size > 1:
+        export_rank_info(ranks, os.environ)
+
+    # The heart beats before the slow imports, so that a rank that hangs in them is noticed.
+    with Heartbeat.from_environment(os.environ, ranks.rank, ranks.world_size) as heartbeat:
+        from bitlm_dist.parallel.layout import build_layout
+
+        layout = build_layout(loaded.config.parallel, ranks.world_size, ranks.rank)
+        _train(loaded.config, resume, layout, heartbeat, busy_cores)
+
+
+def _train(
+    config: Config,
+    resume: bool,
+    layout: "ParallelLayout",
+    heartbeat: "Heartbeat",
+    busy_cores: "CpuContention",
+) -> None:
+    """Train on this rank; rank 0 prints and reports the outcome to the launcher."""
+    from bitlm_dist.cli.progress import training_progress
+    from bitlm_dist.launch import attempts
+    from bitlm_dist.training.trainer import Trainer
+
+    trainer = Trainer(config, resume, layout)
+    heartbeat.track_steps(lambda: trainer.step)
+    is_rank_zero = layout.rank == 0
+    start_step = trainer.step
+    num_steps = config.training.steps
+
+    # Starting a finished run again is no error: a launcher may do so.
+    if trainer.is_done:
+        trainer.close()
+        trainer.raise_if_diverged()
+        if is_rank_zero:
+            print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
+            attempts.report_outcome(os.environ, attempts.DONE, start_step, "")
+        return
+
+    if is_rank_zero:
+        _print_start(trainer, config, busy_cores)
+    if trainer.device.type == "cuda":
+        _print_device(trainer.device, layout.rank)
+
+    # Entered first, the trainer is closed last, after the progress bar.
+    with ExitStack() as stack:
+        stack.callback(trainer.close)
+        evaluator = (
+            stack.enter_context(
+                open_evaluator(config, is_training=True, print_warning=is_rank_zero)
+            )
+            if config.evaluation.every_steps
+            else None
+        )
+        observe = (
+            stack.enter_context(training_progress(console, start_step, num_steps))
+            if is_rank_zero
+            else None
+        )
+        trainer.fit(observe=observe, evaluate=evaluator)
+
+    if is_rank_zero:
+        outcome = attempts.DONE if trainer.is_done else attempts.STOPPED
+        attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
+        _print_end(trainer)
+
+
+def _print_start(trainer: "Trainer", config: Config, busy_cores: "CpuContention") -> None:
+    """Print the facts about the run, and warnings."""
+    import torch
+
+    from bitlm_dist.parallel.device import warning_of_unused_gpus
+
+    print_line(
+        f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, "
+        f"step {trainer.step} of {config.training.steps}; attention by {trainer.attention_backend}"
+    )
+    print_line(trainer.dataset.summary())
+    print_line(_format_epochs(trainer.epochs_at_end(), config))
+
+    if trainer.device.type == "cpu":
+        for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
+            if warning:
+                print_line(f"warning: {warning}")
+    for warning in warnings_of(config):
+        print_line(f"warning: {warning}")
+
+
+def _print_device(device: "torch.device", rank: int) -> None:
+    """Print the GPU of a rank."""
+    import torch
+
+    name = torch.cuda.get_device_name(device)
+    print_line(f"rank {rank} on {socket.gethostname()}: {device}, {name}")
+
+
+def _print_end(trainer: "Trainer") -> None:
+    """Print the loss chart of a finished run, or how to continue one that was stopped."""
+    from bitlm_dist.cli.progress import loss_chart
+
+    if trainer.is_done:
+        print_line(loss_chart(trainer.folder.losses()))
+    if trainer.stopped_by:
+        where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
+        print_line(f"{trainer.stopped_by}: {where}; the same command goes on from there")
+
+
+def _format_epochs(epochs: Mapping[str, float], config: Config) -> str:
+    """Format how often the run will read each of its sources."""
+    assert config.data.path is not None
+    # the keys are "epochs/NAME" for several sources, "epochs" for data.path alone
+    labelled = (
+        (key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items()
+    )
+    return f"{config.training.steps:,} steps are " + ", ".join(
+        f"{number:.3g} epochs of {name}" for name, number in labelled
+    )
+
+
+def _dry_run(config: Config) -> None:
+    """Build the model on the meta device and print its parameter counts."""
+    from bitlm_dist.codes import num_bits_needed
+    from bitlm_dist.data.manifest import read_manifest
+    from bitlm_dist.model.build import build_meta_model
+
+    if config.data.path is not None and (config.model.bits is None or config.data.path.exists()):
+        vocabulary = int(read_manifest(config.data.path)["vocabulary"])
+    elif config.model.bits is not None:
+        vocabulary = 2**config.model.bits
+    else:
+        raise UserError("--dry-run needs model.bits, or data.path to ask the tokenizer")
+
+    bits = config.model.bits or num_bits_needed(vocabulary)
+    model = build_meta_model(config, vocabulary, bits)
+    counts = {
+        name: sum(p.numel() for p in part.parameters()) for name, part in model.components().items()
+    }
+    # a tied table belongs to two components but counts once
+    counts["total"] = sum(p.numel() for p in model.parameters())
+
+    title = (
+        f"parameters, {bits} bits per token"
+        if config.model.output == "bits"
+        else f"parameters, {vocabulary:,} tokens"
+    )
+    print_table(title, ("part", "parameters"), ((n, f"{c:,}") for n, c in counts.items()))

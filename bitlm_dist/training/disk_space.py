@@ -1,0 +1,79 @@
+"""Check before the first step of a run that the disk has room for its checkpoints."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import Tensor
+
+from bitlm_dist.checkpoint import store
+from bitlm_dist.checkpoint.steps import complete_steps
+from bitlm_dist.config import CheckpointConfig, Config
+from bitlm_dist.disks import format_bytes, free_bytes
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.optimizer import is_inner_matrix
+
+FP32_BYTES = 4
+BF16_BYTES = 2
+
+
+def estimate_checkpoint_bytes(
+    config: Config, num_parameters: int, named_parameters: Iterable[tuple[str, Tensor]]
+) -> int:
+    """Estimate the size of a checkpoint: the weights and their optimizer state.
+
+    Args:
+        config: the checked config.
+        num_parameters: parameters of the full model.
+        named_parameters: this rank's parameters. Their fraction of Muon matrices is taken for that
+            of the full model.
+    """
+    sizes = [(tensor.numel(), is_inner_matrix(name, tensor)) for name, tensor in named_parameters]
+    num_local = sum(size for size, _ in sizes)
+    num_muon = sum(
+        size for size, inner in sizes if inner and config.optimizer.matrix_optimizer == "muon"
+    )
+
+    # bf16 weights come with their fp32 master weights
+    bytes_per_parameter = (
+        BF16_BYTES + FP32_BYTES if config.training.precision == "bf16" else FP32_BYTES
+    )
+    bytes_per_parameter += FP32_BYTES if config.optimizer.ema else 0
+
+    moments = FP32_BYTES * (2 * num_local - num_muon)  # Muon keeps one moment, AdamW two
+    return num_parameters * bytes_per_parameter + moments * num_parameters // max(1, num_local)
+
+
+def check_disk_space(root: Path, checkpoint_bytes: int, config: CheckpointConfig) -> str:
+    """Compare the space that the run's checkpoints will need with the free space.
+
+    Args:
+        root: the folder of the checkpoints; need not exist.
+        checkpoint_bytes: bytes per checkpoint.
+        config: how many checkpoints are kept.
+
+    Returns:
+        A warning if there is room for the next checkpoint, but not for all that will be kept.
+        Empty if there is room for all.
+
+    Raises:
+        UserError: there is no room for the next checkpoint.
+    """
+    free = free_bytes(root.resolve()) + store.stale_bytes(root)
+    advice = "make room, or set checkpoint.dir to a folder on another disk"
+    if free < checkpoint_bytes:
+        raise UserError(
+            f"{root} has no room for a checkpoint, which takes about "
+            f"{format_bytes(checkpoint_bytes)}: {format_bytes(free)} are free: {advice}"
+        )
+
+    # beside these, one waits for the step that tells its health, while another is being written
+    num_kept = config.keep + 1
+    num_missing = max(1, num_kept + 1 - len(complete_steps(root)))
+    if free >= num_missing * checkpoint_bytes:
+        return ""
+
+    return (
+        f"{root} has {format_bytes(free)} free, and up to {num_missing} more checkpoints of about "
+        f"{format_bytes(checkpoint_bytes)} each will be kept there at once "
+        f"(checkpoint.keep = {config.keep}): {advice}"
+    )

@@ -1,0 +1,70 @@
+import pytest
+
+from bitlm_dist.checkpoint.steps import MANIFEST
+from bitlm_dist.config_loading import load_config
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from bitlm_dist.training.trainer import Trainer
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--training.precision", "fp32"),
+        pytest.param(
+            ("--training.precision", "bf16", "--optimizer.ema", "0.9"), marks=pytest.mark.slow
+        ),
+        pytest.param(("--optimizer.matrix_optimizer", "adamw"), marks=pytest.mark.slow),
+        pytest.param(("--model.output", "softmax"), marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_the_estimate_is_what_a_checkpoint_takes(tiny, tmp_path, words):
+    trainer = Trainer(tiny(*words, "--training.steps", "1"))
+    named = [pair for chunk in trainer.engine.chunks for pair in chunk.named_parameters()]
+    estimate = estimate_checkpoint_bytes(trainer.config, trainer.engine.num_parameters, named)
+    trainer.fit()
+    trainer.close()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    assert estimate <= size <= estimate * 1.02 + 50_000, (
+        "headers and step counts are small beside it"
+    )
+
+
+def test_room_is_known_before_the_first_step(tiny, small_disk, capsys):
+    run = small_disk / "run"
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(4 * 2**20 - 200_000))
+    with pytest.raises(
+        UserError,
+        match=r"checkpoints has no room for a checkpoint, which takes about .* KiB: "
+        r"1.* KiB are free",
+    ):
+        Trainer(tiny("--run.dir", str(run)))
+
+    assert [path.name for path in run.iterdir()] == ["run.lock"]
+    filler.unlink()
+    trainer = Trainer(tiny("--run.dir", str(run), "--checkpoint.keep", "50"))
+    assert "52 more checkpoints of about" in capsys.readouterr().err
+    trainer.close()
+
+
+def test_what_is_there_and_what_a_kill_left_count(small_disk):
+    config = load_config(None, ["--checkpoint.keep", "1"]).config.checkpoint
+    root = small_disk / "checkpoints"
+    for step in (1, 2):
+        folder = root / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / MANIFEST).write_text("{}")
+
+    building = root / ".step-00000003.partial"
+    building.mkdir()
+    (building / "rank-00000.safetensors").write_bytes(bytes(3 * 2**20))
+    assert check_disk_space(root, 3 * 2**20, config) == "", (
+        "the next save removes what a killed process left"
+    )
+
+    with pytest.raises(UserError, match="which takes about 5 MiB"):
+        check_disk_space(root, 5 * 2**20, config)

@@ -44,10 +44,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell bitlm_dist kernels data_prep launch configs docs *.md
-	@# the type checker knows no package-dir map: show it the layout that is installed
-	@rm -rf build/typed && mkdir -p build/typed && cp -r bitlm_dist build/typed/
-	@cp -r kernels data_prep launch build/typed/bitlm_dist/
-	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml bitlm_dist
+	$(BIN)/mypy bitlm_dist
 
 # Three rings of tests, each about ten times as dear as the one before; what is longer still is test-long
 PYTEST := $(BIN)/python -m pytest

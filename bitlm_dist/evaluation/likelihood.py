@@ -16,18 +16,13 @@ from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.diffusion.likelihood import (
-    NelboEstimate,
-    autoregressive_nll,
-    estimate_nelbo,
     noise_level_times,
 )
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.evaluation.brier import brier_scores
 from bitlm_dist.inference.generate import sample_block, sample_next_block
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import Conditioning
-from bitlm_dist.model.language_model import Batch, LanguageModel, Targets
-from bitlm_dist.model.softmax_lm import SoftmaxLM
+from bitlm_dist.model.language_model import Batch, LanguageModel, Targets, TargetScores
 
 BATCH_SIZE = 16  # sequences
 SHUFFLE_EVERY = 4  # batches; the context-shuffle delta is far larger than its error
@@ -56,23 +51,6 @@ class EvaluationReport:
     accuracy_by_time: dict[str, float]
 
 
-@dataclass(frozen=True)
-class _BatchScores:
-    """Scores of a batch.
-
-    Attributes:
-        nats: nats of the predicted tokens, [T].
-        shuffled_context_nats: the same, given the context of another block, [T].
-        autoregressive_nats: the same by the chain rule, [T].
-        bit_accuracy: fraction of correct bits by stratum, [S].
-    """
-
-    nats: Tensor
-    shuffled_context_nats: Tensor | None = None
-    autoregressive_nats: Tensor | None = None
-    bit_accuracy: Tensor | None = None
-
-
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
@@ -90,8 +68,7 @@ def evaluate(
         sampling: how to sample those blocks.
     """
     device = next(model.parameters()).device
-    score = _score_softmax if isinstance(model, SoftmaxLM) else _score_bits
-    scores: list[_BatchScores] = []
+    scores: list[TargetScores] = []
     sequences: list[Tensor] = []
     ids: list[Tensor] = []
     samples = _Samples(config.num_sampled_blocks)
@@ -101,15 +78,19 @@ def evaluate(
     # summed on the device, because reading it per batch would wait for the GPU
     extra_bytes = torch.zeros((), dtype=torch.int64, device=device)
 
-    for batch_index, batch in enumerate(
-        dataset.epoch_batches(BATCH_SIZE, config.num_sequences, device)
-    ):
+    batches = dataset.epoch_batches(BATCH_SIZE, config.num_sequences, device)
+    for batch_index, batch in enumerate(batches):
         targets = model.targets(batch, model.hidden_states(batch.tokens, batch.document_ids))
         if not len(targets.block_index):
             continue  # only padding
 
         scores.append(
-            score(model, targets, config.num_noise_levels, batch_index % SHUFFLE_EVERY == 0)
+            model.score_targets(
+                targets,
+                num_noise_levels=config.num_noise_levels,
+                seed=EVALUATION_SEED,
+                shuffle_context=batch_index % SHUFFLE_EVERY == 0,
+            )
         )
         sequences.append(
             targets.sequence_index.unsqueeze(1).expand_as(targets.valid)[targets.valid]
@@ -127,7 +108,7 @@ def evaluate(
         _concat_on_cpu(ids),
         byte_lengths.inside,
         int(extra_bytes),
-        exact=isinstance(model, SoftmaxLM),
+        exact=model.has_exact_likelihood,
         brier=samples.brier(),
         invalid_rate=_mean(samples.has_invalid_code),
     )
@@ -184,69 +165,6 @@ def _mean(batches: list[Tensor]) -> float | None:
     return float(values.mean()) if values.numel() else None
 
 
-def _noise_key(targets: Targets) -> NoiseKey:
-    return NoiseKey(EVALUATION_SEED, targets.sequence_index, targets.block_index)
-
-
-def _estimate_nelbo(
-    model: BitLM, clean: Tensor, conditioning: Conditioning, targets: Targets, num_noise_levels: int
-) -> NelboEstimate:
-    return estimate_nelbo(
-        model.head.denoisers(conditioning),
-        clean,
-        num_noise_levels=num_noise_levels,
-        noise_key=_noise_key(targets),
-        valid=targets.valid,
-    )
-
-
-def _score_bits(
-    model: LanguageModel, targets: Targets, num_noise_levels: int, shuffle: bool
-) -> _BatchScores:
-    """Score with the bound and, if the model has one, the chain rule."""
-    assert isinstance(model, BitLM)
-    head = model.head
-    valid = targets.valid
-    clean = model.codes.ids_to_bits(targets.tokens)
-    conditioning = head.condition(targets.context_hidden)
-    result = _estimate_nelbo(model, clean, conditioning, targets, num_noise_levels)
-
-    # A model that uses its context must do worse with the context of another block.
-    shuffled_context_nats = autoregressive_nats = None
-    if shuffle and len(clean) > 1:  # a single block has no other context to borrow
-        other_conditioning = head.condition(targets.context_hidden.roll(len(clean) // 2, 0))
-        shuffled_context_nats = _estimate_nelbo(
-            model, clean, other_conditioning, targets, num_noise_levels
-        ).nelbo[valid]
-
-    if head.has_autoregressive_pass:
-        autoregressive_nats = -head.output.log_prob(
-            head.autoregressive_logits(clean, conditioning), clean
-        )[valid]
-    # Without that pass, only per-token noise or one-token blocks give the denoiser a chain rule.
-    elif model.config.diffusion.per_token_noise_prob > 0 or model.block_size == 1:
-        autoregressive_nats = autoregressive_nll(
-            lambda z, t: head(z, t, conditioning), head.output, clean, _noise_key(targets)
-        )[valid]
-
-    return _BatchScores(
-        result.nelbo[valid], shuffled_context_nats, autoregressive_nats, result.bit_accuracy
-    )
-
-
-def _score_softmax(
-    model: LanguageModel, targets: Targets, num_noise_levels: int, shuffle: bool
-) -> _BatchScores:
-    """Score with the exact likelihood."""
-    assert isinstance(model, SoftmaxLM)
-    hidden = targets.context_hidden[targets.valid]
-    tokens = targets.tokens[targets.valid]
-    shuffled_context_nats = (
-        model.nll(hidden.roll(len(hidden) // 2, 0), tokens) if shuffle and len(tokens) > 1 else None
-    )
-    return _BatchScores(model.nll(hidden, tokens), shuffled_context_nats)
-
-
 def _sample_twice(
     model: LanguageModel, targets: Targets, max_blocks: int, sampling: SamplingConfig
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -293,7 +211,7 @@ def _has_invalid_code(
 
 
 def _build_report(
-    scores: list[_BatchScores],
+    scores: list[TargetScores],
     sequence: Tensor,
     ids: Tensor,
     byte_lengths: NDArray[np.int64],
@@ -350,7 +268,7 @@ def _build_report(
     )
 
 
-def _accuracy_by_time(scores: list[_BatchScores]) -> dict[str, float]:
+def _accuracy_by_time(scores: list[TargetScores]) -> dict[str, float]:
     """Bit accuracy at the time of each stratum, from noisy to clean.
 
     It is a mean over all predicted tokens, so larger batches weigh more.

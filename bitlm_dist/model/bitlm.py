@@ -14,12 +14,20 @@ from typing_extensions import override
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
+from bitlm_dist.diffusion.likelihood import NelboEstimate, autoregressive_nll, estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
-from bitlm_dist.model.head import DiffusionHead
+from bitlm_dist.model.head import Conditioning, DiffusionHead
 from bitlm_dist.model.head_loss import HeadLoss, has_next_token_loss
 from bitlm_dist.model.initialization import seeded_init
-from bitlm_dist.model.language_model import Batch, LanguageModel, PipelineStage, loss_mask
+from bitlm_dist.model.language_model import (
+    Batch,
+    LanguageModel,
+    PipelineStage,
+    Targets,
+    TargetScores,
+    loss_mask,
+)
 
 
 class BitLM(LanguageModel):
@@ -126,3 +134,49 @@ class BitLM(LanguageModel):
             noise.BIT_FLIP_STREAM, self.codes.num_bits
         )
         return torch.where(u[:, 1:] < max_flip_prob * u[:, :1, :1], -1.0, 1.0)
+
+    @override
+    def head_parameters(self) -> list[nn.Parameter]:
+        return list(self.head.parameters()) if self.pipeline_stage.model_chunk.is_last else []
+
+    @override
+    def score_targets(
+        self, targets: Targets, *, num_noise_levels: int, seed: int, shuffle_context: bool
+    ) -> TargetScores:
+        """Score with the bound and, if the head has one, the chain rule."""
+        head = self.head
+        valid = targets.valid
+        clean = self.codes.ids_to_bits(targets.tokens)
+        noise_key = NoiseKey(seed, targets.sequence_index, targets.block_index)
+
+        def bound(conditioning: Conditioning) -> NelboEstimate:
+            return estimate_nelbo(
+                head.denoisers(conditioning),
+                clean,
+                num_noise_levels=num_noise_levels,
+                noise_key=noise_key,
+                valid=valid,
+            )
+
+        conditioning = head.condition(targets.context_hidden)
+        result = bound(conditioning)
+
+        # A model that uses its context must do worse with the context of another block.
+        shuffled_context_nats = autoregressive_nats = None
+        if shuffle_context and len(clean) > 1:  # a single block has no other context to borrow
+            other_context = targets.context_hidden.roll(len(clean) // 2, 0)
+            shuffled_context_nats = bound(head.condition(other_context)).nelbo[valid]
+
+        if head.has_autoregressive_pass:
+            autoregressive_nats = -head.output.log_prob(
+                head.autoregressive_logits(clean, conditioning), clean
+            )[valid]
+        # Else only per-token noise or one-token blocks give the denoiser a chain rule.
+        elif self.config.diffusion.per_token_noise_prob > 0 or self.block_size == 1:
+            autoregressive_nats = autoregressive_nll(
+                lambda z, t: head(z, t, conditioning), head.output, clean, noise_key
+            )[valid]
+
+        return TargetScores(
+            result.nelbo[valid], shuffled_context_nats, autoregressive_nats, result.bit_accuracy
+        )

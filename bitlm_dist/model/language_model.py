@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +80,16 @@ class Targets:
     teacher_tokens: Tensor | None = None  # [R, V, M], a teacher's samples in place of the tokens
 
 
+@dataclass(frozen=True)
+class TargetScores:
+    """Scores of the T predicted tokens of some target blocks."""
+
+    nats: Tensor  # [T]
+    shuffled_context_nats: Tensor | None = None  # [T], the same, given the context of another block
+    autoregressive_nats: Tensor | None = None  # [T], the same by the chain rule
+    bit_accuracy: Tensor | None = None  # [S], by stratum of the noise level
+
+
 def loss_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
     """Mask of the tokens that carry loss, [B, S] bool.
 
@@ -103,6 +114,8 @@ class LanguageModel(nn.Module, ABC):
         eos: id of the token that ends a document.
         pipeline_stage: the layout and the stage to build; None: the full model on one process.
     """
+
+    has_exact_likelihood: ClassVar[bool] = False  # False: the scores are upper bounds
 
     def __init__(self, config: Config, eos: int, pipeline_stage: PipelineStage | None) -> None:
         super().__init__()
@@ -160,6 +173,22 @@ class LanguageModel(nn.Module, ABC):
     @abstractmethod
     def components(self) -> dict[str, nn.Module]:
         """Components of the model by their names in reports."""
+
+    @abstractmethod
+    def score_targets(
+        self, targets: Targets, *, num_noise_levels: int, seed: int, shuffle_context: bool
+    ) -> TargetScores:
+        """Score the predicted tokens of target blocks, in nats; only where one process holds all.
+
+        Args:
+            num_noise_levels: strata of the noise level of a bound.
+            seed: seed of the bound's noise.
+            shuffle_context: also score each block given the context of another one.
+        """
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the diffusion head, if this stage has one."""
+        return []
 
     def input_sign_flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Signs that multiply the input bits during training, or None."""

@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bitlm_dist.config import Config
-from bitlm_dist.model.language_model import Batch, LanguageModel, PipelineStage
+from bitlm_dist.model.language_model import (
+    Batch,
+    LanguageModel,
+    PipelineStage,
+    Targets,
+    TargetScores,
+)
 from bitlm_dist.model.vocab_parallel_table import VocabParallelTable
 
 MAX_LOGITS_PER_CHUNK = 2**27  # elements of a chunk of logits, where no gradient is needed
@@ -32,6 +38,8 @@ class SoftmaxLM(LanguageModel):
         eos: id of the token that ends a document.
         pipeline_stage: the part of the model to build; None: the full model.
     """
+
+    has_exact_likelihood = True
 
     def __init__(
         self, config: Config, vocab_size: int, eos: int, pipeline_stage: PipelineStage | None = None
@@ -143,6 +151,19 @@ class SoftmaxLM(LanguageModel):
         return torch.cat(
             [F.cross_entropy(self.output.logits(h).float(), y, reduction="none") for h, y in chunks]
         )
+
+    @override
+    def score_targets(
+        self, targets: Targets, *, num_noise_levels: int, seed: int, shuffle_context: bool
+    ) -> TargetScores:
+        """Score with the exact likelihood; nothing is sampled."""
+        hidden = targets.context_hidden[targets.valid]
+        tokens = targets.tokens[targets.valid]
+
+        shuffled_context_nats = None
+        if shuffle_context and len(tokens) > 1:
+            shuffled_context_nats = self.nll(hidden.roll(len(hidden) // 2, 0), tokens)
+        return TargetScores(self.nll(hidden, tokens), shuffled_context_nats)
 
     @torch.no_grad()
     def sample_tokens(self, hidden: Tensor, u: Tensor, temperature: float) -> Tensor:

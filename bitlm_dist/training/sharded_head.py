@@ -85,11 +85,7 @@ def check_head_engine(config: Config, layout: ParallelLayout) -> None:
 @contextmanager
 def excluded_from_ddp(model: LanguageModel) -> Iterator[None]:
     """Context in which Megatron's DDP and optimizers do not see the head's parameters."""
-    parameters = (
-        list(model.head.parameters())
-        if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last
-        else []
-    )
+    parameters = model.head_parameters()
 
     # Megatron wraps whatever requires a gradient.
     for parameter in parameters:

@@ -174,9 +174,7 @@ class Tree:
     def __init__(self, folder):
         self.root = folder / "tree"
         self._seconds = int(time.time())
-        shutil.copytree(ROOT, self.root, ignore=NOT_COPIED)
-        for name in PACKAGE_FOLDERS:
-            (self.root / PACKAGE / name).symlink_to(Path("..") / name)
+        shutil.copytree(ROOT, self.root, ignore=NOT_COPIED, symlinks=True)
 
     def plant(self, mutant):
         """Apply a mutant. Returns the error of its patch, or an empty string."""

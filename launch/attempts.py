@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,6 @@ LAUNCH = "launch"
 CANCELLED_FILE = "cancelled"
 ATTEMPT_VARIABLE = "BITLM_ATTEMPT"  # environment variable with the attempt's folder, for the ranks
 
-# outcomes of an attempt
-DONE = "done"  # all steps were taken
-STOPPED = "stopped"  # saved and exited on request
-REFUSED = "refused"  # a rank raised UserError: the user has to fix something
-FAILED = "failed"  # a rank failed in any other way
-HUNG = "hung"  # a rank made no progress until a timeout
-LOST = "lost"  # the launcher was killed before it could record an outcome
-BAD_NODES = "bad nodes"  # the preflight check excluded nodes
-DIVERGED = "diverged"  # loss, gradients or weights became non-finite
-
 USER_ERROR_PREFIX = "bitlm: "  # starts each line that tells the user what to fix
 
 # what a folder may hold, besides config.yaml, before the first step of a run
@@ -61,6 +52,29 @@ _RENAMED_LIMITS = {  # names before 0.2.0, and what they are called today
     "stalled": "step_timeout",
     "start": "startup_timeout",
 }
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    DONE = "done"  # all steps were taken
+    STOPPED = "stopped"  # saved and exited on request
+    REFUSED = "refused"  # a rank raised UserError: the user has to fix something
+    FAILED = "failed"  # a rank failed in any other way
+    HUNG = "hung"  # a rank made no progress until a timeout
+    LOST = "lost"  # the launcher was killed before it could record an outcome
+    BAD_NODES = "bad nodes"  # the preflight check excluded nodes
+    DIVERGED = "diverged"  # loss, gradients or weights became non-finite
+
+
+class Action(StrEnum):
+    """What the launcher does after an attempt."""
+
+    END = "end"  # trained, or ended by the user
+    GIVE_UP = "give up"
+    RESTART = "restart"  # in this allocation
+    REQUEUE = "requeue"  # release the allocation and wait for another one
+    RESUBMIT = "resubmit"  # the same, without the excluded nodes
 
 
 @dataclass(frozen=True)
@@ -97,7 +111,7 @@ class Attempt:
         nodes: host names.
         began: start time, seconds since 1970.
         checkpoint: step of the latest complete checkpoint at the start; -1 if there was none.
-        outcome: DONE, STOPPED, …; empty while the attempt runs.
+        outcome: an :class:`Outcome`; empty while the attempt runs.
         reason: the outcome in words.
         reached: step of the latest complete checkpoint at the end; -1 if there was none.
         ended: end time, seconds since 1970.
@@ -125,15 +139,13 @@ class NextAction:
     """The launcher's action after an attempt.
 
     Attributes:
-        action: ``end`` (trained, or ended by the user), ``give up``, ``restart`` (in this
-            allocation), ``requeue`` (release the allocation and wait for another one), or
-            ``resubmit`` (the same, without the nodes in ``exclude``).
+        action: see :class:`Action`.
         reason: one line.
         exclude: nodes that the next job must not use.
         num_without_progress: number of attempts since the last one that made a new checkpoint.
     """
 
-    action: str
+    action: Action
     reason: str
     exclude: tuple[str, ...] = ()
     num_without_progress: int = 0
@@ -230,7 +242,7 @@ def create_attempt(
         record_end(
             run,
             attempts[-1],
-            LOST,
+            Outcome.LOST,
             "its launcher was ended: the node failed, or the job was killed",
         )
 
@@ -370,34 +382,34 @@ def outcome_of(folder: Path, exit_code: int) -> tuple[str, str]:
     failure = first_failure(folder)
 
     # rank 0 reported an orderly exit
-    if outcome and outcome["outcome"] == DONE:
-        return DONE, f"step {outcome['step']}"
+    if outcome and outcome["outcome"] == Outcome.DONE:
+        return Outcome.DONE, f"step {outcome['step']}"
     if outcome:
         # without the launcher's stop file, it was the user's
         is_user_stop = outcome["by"] == STOP_FILE_REASON and not (folder / "stop").is_file()
         why = STOPPED_BY_USER if is_user_stop else _read_text(folder / "stop") or outcome["by"]
-        return STOPPED, f"{why}, " + (
+        return Outcome.STOPPED, f"{why}, " + (
             f"saved at step {outcome['step']}" if outcome["step"] else "before the first step"
         )
 
     # Known causes come first. A hang precedes other failures, as ranks that abort because of it
     # report failures, too.
     if failure and failure["refused"]:
-        return REFUSED, str(failure["message"])
+        return Outcome.REFUSED, str(failure["message"])
     if failure and failure.get("diverged"):
-        return DIVERGED, str(failure["message"])
+        return Outcome.DIVERGED, str(failure["message"])
     if hung:
-        return HUNG, f"rank {hung['rank']} on {hung['host']} {hung['what']}"
+        return Outcome.HUNG, f"rank {hung['rank']} on {hung['host']} {hung['what']}"
     if failure:
-        return FAILED, f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
+        return Outcome.FAILED, f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
 
     # no rank has reported anything
     if (folder / "stop").is_file():
-        return STOPPED, _read_text(folder / "stop")
+        return Outcome.STOPPED, _read_text(folder / "stop")
     if exit_code == errors.DIVERGED_EXIT_CODE:
-        return DIVERGED, f"a rank ended with exit code {exit_code}: see {folder}/logs"
+        return Outcome.DIVERGED, f"a rank ended with exit code {exit_code}: see {folder}/logs"
     return _outcome_from_start_log(folder) or (
-        FAILED,
+        Outcome.FAILED,
         f"the ranks ended with exit code {exit_code} and reported nothing: see {folder}/logs",
     )
 
@@ -411,8 +423,8 @@ def _outcome_from_start_log(folder: Path) -> tuple[str, str] | None:
 
     # a line with bitlm's own prefix tells the user what to fix
     if user_errors:
-        return REFUSED, user_errors[0]
-    return (FAILED, lines[0]) if lines else None
+        return Outcome.REFUSED, user_errors[0]
+    return (Outcome.FAILED, lines[0]) if lines else None
 
 
 def next_action(
@@ -435,30 +447,30 @@ def next_action(
     last = attempts[-1]
 
     # these end the run, whatever happened before
-    if last.outcome == DONE:
-        return NextAction("end", f"trained: {last.reason}")
+    if last.outcome == Outcome.DONE:
+        return NextAction(Action.END, f"trained: {last.reason}")
     if cancelled:
-        return NextAction("end", "cancelled")
-    if last.outcome == STOPPED and last.reason.startswith(STOPPED_BY_USER):
-        return NextAction("end", last.reason)
-    if last.outcome == DIVERGED:
-        return NextAction("give up", last.reason)
+        return NextAction(Action.END, "cancelled")
+    if last.outcome == Outcome.STOPPED and last.reason.startswith(STOPPED_BY_USER):
+        return NextAction(Action.END, last.reason)
+    if last.outcome == Outcome.DIVERGED:
+        return NextAction(Action.GIVE_UP, last.reason)
 
     num_without_progress, has_progress = _count_without_progress(attempts)
-    if last.outcome == REFUSED and not has_progress:
-        return NextAction("give up", last.reason)
+    if last.outcome == Outcome.REFUSED and not has_progress:
+        return NextAction(Action.GIVE_UP, last.reason)
     if num_without_progress > max_restarts:
         return NextAction(
-            "give up",
+            Action.GIVE_UP,
             f"{num_without_progress} attempts in a row made no new checkpoint; "
             f"the last: {last.reason}",
         )
 
     # only a new job can get other nodes
-    if last.outcome == BAD_NODES:
-        return NextAction("resubmit", last.reason, tuple(excluded), num_without_progress)
+    if last.outcome == Outcome.BAD_NODES:
+        return NextAction(Action.RESUBMIT, last.reason, tuple(excluded), num_without_progress)
     return NextAction(
-        "requeue" if last.outcome == STOPPED else "restart",
+        Action.REQUEUE if last.outcome == Outcome.STOPPED else Action.RESTART,
         last.reason,
         num_without_progress=num_without_progress,
     )
@@ -484,7 +496,7 @@ def _count_without_progress(attempts: Sequence[Attempt]) -> tuple[int, bool]:
         elif attempt.reached > max(furthest, attempt.checkpoint):
             num_without_progress = 0
             has_progress = True
-        elif attempt.outcome != BAD_NODES:
+        elif attempt.outcome != Outcome.BAD_NODES:
             num_without_progress += 1
 
         # includes earlier submissions: repeating their steps is no progress

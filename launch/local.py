@@ -16,7 +16,7 @@ from types import FrameType
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock
 from bitlm_dist.launch import attempts, supervisor
-from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE, CANCELLED_FILE, LAUNCH, NextAction
+from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE, CANCELLED_FILE, LAUNCH, Action, NextAction
 from bitlm_dist.launch.rank import PARENT_VARIABLE
 
 POLL = 0.2  # seconds
@@ -53,11 +53,11 @@ def run_local(
 
             # a signal cuts the backoff short
             end = time.monotonic() + float(wait)
-            while action == "restart" and not requests and time.monotonic() < end:
+            while action == Action.RESTART and not requests and time.monotonic() < end:
                 time.sleep(POLL)
 
-            if action != "restart" or requests:
-                return NextAction(action, reason)
+            if action != Action.RESTART or requests:
+                return NextAction(Action(action), reason)
 
 
 @contextmanager

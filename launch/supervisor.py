@@ -95,7 +95,7 @@ def check_nodes(folder: Path) -> list[str]:
 
     reason = "; ".join(f"{node}: {why}" for node, why in bad.items())
     outcome, words = attempts.outcome_of(folder, 0)
-    refused = outcome == attempts.REFUSED
+    refused = outcome == attempts.Outcome.REFUSED
 
     # of two nodes, a single bad one is half, and may still be excluded
     if 2 * len(bad) >= len(attempt.nodes) and (len(bad) > 1 or refused):
@@ -108,7 +108,7 @@ def check_nodes(folder: Path) -> list[str]:
         return ["bad"]
 
     write_atomically(run / LAUNCH / EXCLUDED, to_json(sorted({*_load_bad_nodes(run), *bad})) + "\n")
-    attempts.record_end(run, attempt, attempts.BAD_NODES, reason)
+    attempts.record_end(run, attempt, attempts.Outcome.BAD_NODES, reason)
     return ["bad"]
 
 
@@ -146,7 +146,7 @@ def finish_attempt(folder: Path, exit_code: int) -> list[str]:
         f"{past_attempts[-1].outcome}: {past_attempts[-1].reason}; {decision.action}",
         file=sys.stderr,
     )
-    if decision.action == "give up":
+    if decision.action == attempts.Action.GIVE_UP:
         print(f"bitlm: {decision.reason}", file=sys.stderr)
 
     wait = (

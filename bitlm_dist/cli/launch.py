@@ -117,7 +117,7 @@ def local_command(
     Ctrl-C saves a checkpoint and stops the run.
     """
     from bitlm_dist.launch import submit
-    from bitlm_dist.launch.attempts import DIVERGED, read_attempts
+    from bitlm_dist.launch.attempts import Action, Outcome, read_attempts
     from bitlm_dist.launch.local import run_local
 
     settings = _load_cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
@@ -129,13 +129,13 @@ def local_command(
 
     submit.write_job_files(job, config)
     decision = run_local(config.run.dir, ranks, settings.env, print_line)
-    if decision.action != "end":
+    if decision.action != Action.END:
         print_line(f"bitlm: {decision.reason}")
-    if decision.action in ("end", "requeue"):
+    if decision.action in (Action.END, Action.REQUEUE):
         raise typer.Exit(0)
 
     # the run was given up
-    diverged = read_attempts(config.run.dir)[-1].outcome == DIVERGED
+    diverged = read_attempts(config.run.dir)[-1].outcome == Outcome.DIVERGED
     raise typer.Exit(errors.DIVERGED_EXIT_CODE if diverged else 1)
 
 

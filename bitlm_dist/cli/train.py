@@ -100,7 +100,7 @@ def _train(
         trainer.raise_if_diverged()
         if is_rank_zero:
             print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
-            attempts.report_outcome(os.environ, attempts.DONE, start_step, "")
+            attempts.report_outcome(os.environ, attempts.Outcome.DONE, start_step, "")
         return
 
     if is_rank_zero:
@@ -126,7 +126,7 @@ def _train(
         trainer.fit(observe=observe, evaluate=evaluator)
 
     if is_rank_zero:
-        outcome = attempts.DONE if trainer.is_done else attempts.STOPPED
+        outcome = attempts.Outcome.DONE if trainer.is_done else attempts.Outcome.STOPPED
         attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
         _print_end(trainer)
 

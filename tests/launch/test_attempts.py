@@ -4,20 +4,7 @@ from dataclasses import replace
 import pytest
 
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import (
-    BAD_NODES,
-    DIVERGED,
-    DONE,
-    FAILED,
-    HUNG,
-    LOST,
-    REFUSED,
-    STOPPED,
-    STOPPED_BY_USER,
-    Attempt,
-    Limits,
-    next_action,
-)
+from bitlm_dist.launch.attempts import STOPPED_BY_USER, Attempt, Limits, Outcome, next_action
 from bitlm_dist.launch.heartbeat import Heartbeat
 
 
@@ -28,19 +15,19 @@ def attempt(outcome, begun=0, reached=0, reason="why"):
 @pytest.mark.parametrize(
     ("last", "cancelled", "action"),
     [
-        (attempt(DONE), False, "end"),
-        (attempt(DONE), True, "end"),
-        (attempt(STOPPED, 0, 5), False, "requeue"),
-        (attempt(STOPPED, 0, 5), True, "end"),
-        (attempt(STOPPED, 0, 5, STOPPED_BY_USER + ", saved at step 5"), False, "end"),
-        (attempt(REFUSED), False, "give up"),
-        (attempt(DIVERGED, 0, 5), False, "give up"),
-        (attempt(DIVERGED, 0, 5), True, "end"),
-        (attempt(FAILED, 0, 5), False, "restart"),
-        (attempt(FAILED, 0, 5), True, "end"),
-        (attempt(HUNG), False, "restart"),
-        (attempt(LOST), False, "restart"),
-        (attempt(BAD_NODES), False, "resubmit"),
+        (attempt(Outcome.DONE), False, "end"),
+        (attempt(Outcome.DONE), True, "end"),
+        (attempt(Outcome.STOPPED, 0, 5), False, "requeue"),
+        (attempt(Outcome.STOPPED, 0, 5), True, "end"),
+        (attempt(Outcome.STOPPED, 0, 5, STOPPED_BY_USER + ", saved at step 5"), False, "end"),
+        (attempt(Outcome.REFUSED), False, "give up"),
+        (attempt(Outcome.DIVERGED, 0, 5), False, "give up"),
+        (attempt(Outcome.DIVERGED, 0, 5), True, "end"),
+        (attempt(Outcome.FAILED, 0, 5), False, "restart"),
+        (attempt(Outcome.FAILED, 0, 5), True, "end"),
+        (attempt(Outcome.HUNG), False, "restart"),
+        (attempt(Outcome.LOST), False, "restart"),
+        (attempt(Outcome.BAD_NODES), False, "resubmit"),
     ],
 )
 def test_what_comes_after_an_attempt(last, cancelled, action):
@@ -49,7 +36,7 @@ def test_what_comes_after_an_attempt(last, cancelled, action):
     assert decision.exclude == (("n3",) if action == "resubmit" else ())
 
 
-@pytest.mark.parametrize("outcome", [STOPPED, FAILED, HUNG, LOST])
+@pytest.mark.parametrize("outcome", [Outcome.STOPPED, Outcome.FAILED, Outcome.HUNG, Outcome.LOST])
 def test_no_run_goes_round_in_circles(outcome):
     idle = attempt(outcome, 5, 5)
     assert next_action([idle] * 2, 2, False).action != "give up"
@@ -78,12 +65,17 @@ def test_no_run_goes_round_in_circles(outcome):
 
 
 def test_bad_nodes_are_no_restarts():
-    assert next_action([attempt(BAD_NODES, 5, 5)] * 9, 2, False, ["n3"]).action == "resubmit"
+    assert (
+        next_action([attempt(Outcome.BAD_NODES, 5, 5)] * 9, 2, False, ["n3"]).action == "resubmit"
+    )
 
 
 def test_what_must_be_mended_ends_only_what_never_worked():
     assert (
-        next_action([attempt(FAILED, 0, 5), attempt(REFUSED, 5, 5)], 2, False).action == "restart"
+        next_action(
+            [attempt(Outcome.FAILED, 0, 5), attempt(Outcome.REFUSED, 5, 5)], 2, False
+        ).action
+        == "restart"
     )
 
 
@@ -96,7 +88,7 @@ def test_an_attempt_without_an_end_is_given_one(tmp_path):
     second = attempts.create_attempt(tmp_path, "7", 1, ["n0", "n1"], Limits())
     assert (first.name, second.name) == ("0001", "0002")
     old, new = attempts.read_attempts(tmp_path)
-    assert (old.outcome, old.checkpoint, old.reached) == (LOST, -1, 12)
+    assert (old.outcome, old.checkpoint, old.reached) == (Outcome.LOST, -1, 12)
     assert old.limits == Limits(heartbeat_interval=3.0)
     assert (new.restart, new.checkpoint, new.nodes) == (1, 12, ("n0", "n1"))
 
@@ -126,37 +118,40 @@ def environment(folder):
 
 
 def test_files_decide_and_codes_only_where_there_are_none(folder):
-    assert attempts.outcome_of(folder, 0)[0] == FAILED, "no word is no success"
+    assert attempts.outcome_of(folder, 0)[0] == Outcome.FAILED, "no word is no success"
     (folder / "start.log").write_text(
         "python: command not found\nsrun: error: n1: task 1: Exited with exit code 127\n"
     )
-    assert attempts.outcome_of(folder, 127) == (FAILED, "python: command not found")
+    assert attempts.outcome_of(folder, 127) == (Outcome.FAILED, "python: command not found")
     (folder / "start.log").write_text(
         "srun: warning\nbitlm: the folder is not there on n1: choose another\n"
     )
     assert attempts.outcome_of(folder, 143) == (
-        REFUSED,
+        Outcome.REFUSED,
         "the folder is not there on n1: choose another",
     )
     attempts.request_stop(folder, "the time limit")
-    assert attempts.outcome_of(folder, 143) == (STOPPED, "the time limit")
+    assert attempts.outcome_of(folder, 143) == (Outcome.STOPPED, "the time limit")
     attempts.report_failure(environment(folder), 3, "ValueError: x", lost_peer=False, refused=False)
     outcome, reason = attempts.outcome_of(folder, 0)
-    assert outcome == FAILED
+    assert outcome == Outcome.FAILED
     assert reason.startswith("rank 3 on ")
     assert reason.endswith(": ValueError: x")
     (folder / "hung.json").write_text(
         json.dumps({"rank": 1, "host": "n7", "what": "gave no sign of life for 9 s"})
     )
-    assert attempts.outcome_of(folder, 0) == (HUNG, "rank 1 on n7 gave no sign of life for 9 s")
-    attempts.report_outcome(environment(folder), STOPPED, 12, "SIGUSR2")
-    assert attempts.outcome_of(folder, 1) == (STOPPED, "the time limit, saved at step 12")
-    attempts.report_outcome(environment(folder), DONE, 20, "")
-    assert attempts.outcome_of(folder, 1) == (DONE, "step 20")
+    assert attempts.outcome_of(folder, 0) == (
+        Outcome.HUNG,
+        "rank 1 on n7 gave no sign of life for 9 s",
+    )
+    attempts.report_outcome(environment(folder), Outcome.STOPPED, 12, "SIGUSR2")
+    assert attempts.outcome_of(folder, 1) == (Outcome.STOPPED, "the time limit, saved at step 12")
+    attempts.report_outcome(environment(folder), Outcome.DONE, 20, "")
+    assert attempts.outcome_of(folder, 1) == (Outcome.DONE, "step 20")
 
 
 def test_a_run_that_diverged_is_told_from_one_that_failed(folder):
-    assert attempts.outcome_of(folder, 3)[0] == DIVERGED, (
+    assert attempts.outcome_of(folder, 3)[0] == Outcome.DIVERGED, (
         "the exit code counts where no file says more"
     )
     attempts.report_failure(
@@ -165,7 +160,7 @@ def test_a_run_that_diverged_is_told_from_one_that_failed(folder):
     attempts.report_failure(
         environment(folder), 0, "no finite loss", lost_peer=False, refused=False, diverged=True
     )
-    assert attempts.outcome_of(folder, 1) == (DIVERGED, "no finite loss")
+    assert attempts.outcome_of(folder, 1) == (Outcome.DIVERGED, "no finite loss")
     record = folder / "failures" / "rank-0.json"  # as an older version writes it
     record.write_text(
         json.dumps(
@@ -176,13 +171,13 @@ def test_a_run_that_diverged_is_told_from_one_that_failed(folder):
             }
         )
     )
-    assert attempts.outcome_of(folder, 1)[0] == FAILED
+    assert attempts.outcome_of(folder, 1)[0] == Outcome.FAILED
 
 
 def test_a_stop_file_of_the_user_is_told_from_the_launcher_s(folder):
-    attempts.report_outcome(environment(folder), STOPPED, 4, "stop file")
+    attempts.report_outcome(environment(folder), Outcome.STOPPED, 4, "stop file")
     assert attempts.outcome_of(folder, 0)[1] == f"{STOPPED_BY_USER}, saved at step 4"
-    attempts.report_outcome(environment(folder), STOPPED, 4, "SIGTERM")
+    attempts.report_outcome(environment(folder), Outcome.STOPPED, 4, "SIGTERM")
     assert attempts.outcome_of(folder, 0)[1] == "SIGTERM, saved at step 4"
 
 
@@ -204,11 +199,11 @@ def test_the_first_failure_is_no_rank_that_only_lost_a_peer(folder):
     )
     (folder / "failures" / "rank-5.json").unlink()
     (folder / "failures" / "rank-4.json").unlink()
-    assert attempts.outcome_of(folder, 1) == (REFUSED, "data.path does not exist")
+    assert attempts.outcome_of(folder, 1) == (Outcome.REFUSED, "data.path does not exist")
 
 
 def test_without_a_launcher_nothing_is_written(tmp_path):
-    attempts.report_outcome({}, DONE, 3, "")
+    attempts.report_outcome({}, Outcome.DONE, 3, "")
     attempts.report_failure({}, 0, "x", lost_peer=False, refused=False)
     assert attempts.stop_files({}) == []
     assert list(tmp_path.iterdir()) == []

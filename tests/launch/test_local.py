@@ -13,7 +13,7 @@ import pytest
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import DIVERGED, DONE, FAILED, HUNG, STOPPED
+from bitlm_dist.launch.attempts import Outcome
 from bitlm_dist.launch.status import read_log_tail, status_of
 from bitlm_dist.training.trainer import Trainer
 
@@ -97,7 +97,11 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
     first, second, third = attempts.read_attempts(run)
-    assert (first.outcome, second.outcome, third.outcome) == (FAILED, HUNG, DONE)
+    assert (first.outcome, second.outcome, third.outcome) == (
+        Outcome.FAILED,
+        Outcome.HUNG,
+        Outcome.DONE,
+    )
     assert second.reason.startswith("rank 0 on ")
     assert "gave no sign of life for" in second.reason
     assert (third.checkpoint, third.reached) == (second.reached, 60)
@@ -129,7 +133,10 @@ def test_a_run_that_fails_every_time_is_given_up_with_the_first_error(launch, tm
     said = "2 attempts in a row made no new checkpoint; the last: rank 0 on "
     assert said in output
     assert "ValueError: " in output.partition(said)[2]
-    assert [attempt.outcome for attempt in attempts.read_attempts(run)] == [FAILED, FAILED]
+    assert [attempt.outcome for attempt in attempts.read_attempts(run)] == [
+        Outcome.FAILED,
+        Outcome.FAILED,
+    ]
     title, lines = read_log_tail(run, None, None)
     assert title.startswith("attempt 2, rank 0, the first to fail, at ")
     assert any("ValueError" in line for line in lines)
@@ -146,7 +153,9 @@ def test_a_run_that_diverges_ends_with_its_own_exit_code_and_is_not_tried_again(
     )
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 3
-    assert [attempt.outcome for attempt in attempts.read_attempts(tmp_path / "run")] == [DIVERGED]
+    assert [attempt.outcome for attempt in attempts.read_attempts(tmp_path / "run")] == [
+        Outcome.DIVERGED
+    ]
     assert "not finite in 20 steps in a row" in output
     assert "Traceback" not in output
 
@@ -160,7 +169,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
     assert process.returncode == 0, output
     assert "SIGINT: saving; once more ends it at once" in output
     (only,) = attempts.read_attempts(run)
-    assert only.outcome == STOPPED
+    assert only.outcome == Outcome.STOPPED
     assert only.reason == f"SIGINT, saved at step {only.reached}"
     assert launch(1, *words).communicate(timeout=300)[0].count("step 120/120") == 1
     assert attempts.read_attempts(run)[-1].checkpoint == only.reached

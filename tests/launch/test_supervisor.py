@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bitlm_dist.launch import attempts, supervisor
-from bitlm_dist.launch.attempts import BAD_NODES, LAUNCH, REFUSED, Limits
+from bitlm_dist.launch.attempts import LAUNCH, Limits, Outcome
 from bitlm_dist.launch.cluster import Preflight
 
 pytestmark = pytest.mark.integration
@@ -112,7 +112,7 @@ def test_bad_nodes_are_left_out_and_remembered(run):
     assert supervisor.finish_attempt(folder, 0)[:3:2] == ["resubmit", "n1,n3,n9"], (
         "bad nodes are no restarts"
     )
-    assert attempts.read_attempts(run)[-1].outcome == BAD_NODES
+    assert attempts.read_attempts(run)[-1].outcome == Outcome.BAD_NODES
     assert supervisor.check_nodes(begun(run, "n0", n0={})) == ["go"]
     assert ask("excluded", run).stdout == "n1,n3,n9\n"
 
@@ -138,7 +138,7 @@ def test_a_folder_that_is_not_shared_is_no_fault_of_the_nodes(run, nodes):
     said = f"{run} is not there on n1: choose a run.dir on a file system that all nodes share"
     (folder / "start.log").write_bytes(b"\xff noise\nbitlm: " + said.encode() + b"\n")
     assert supervisor.check_nodes(folder) == ["bad"]
-    assert attempts.read_attempts(run)[-1].outcome == REFUSED
+    assert attempts.read_attempts(run)[-1].outcome == Outcome.REFUSED
     action, reason, *_ = supervisor.finish_attempt(folder, 0)
     assert (action, reason) == ("give up", said)
     assert supervisor.excluded_nodes(run) == ["n9"]

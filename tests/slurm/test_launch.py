@@ -20,16 +20,7 @@ from bitlm_dist.__main__ import main
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import (
-    BAD_NODES,
-    DIVERGED,
-    DONE,
-    FAILED,
-    HUNG,
-    LOST,
-    REFUSED,
-    STOPPED,
-)
+from bitlm_dist.launch.attempts import Outcome
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.slurm
@@ -126,7 +117,7 @@ class Launcher:
         return len(self.steps())
 
     def times_stopped(self):
-        return sum(attempt.outcome == STOPPED for attempt in self.attempts())
+        return sum(attempt.outcome == Outcome.STOPPED for attempt in self.attempts())
 
     def at_step(self, step):
         return self.until(lambda: len(self.steps()) >= step)
@@ -203,7 +194,7 @@ def test_several_nodes_train_what_one_process_trains(nodes, launcher):
     assert losses(launcher, 12) == pytest.approx(launcher.whole(*words), rel=1e-5)
     (only,) = launcher.attempts()
     assert (only.outcome, only.nodes, only.job) == (
-        DONE,
+        Outcome.DONE,
         tuple(launcher.cluster.names[:nodes]),
         launcher.job,
     )
@@ -243,7 +234,7 @@ def test_the_time_limit_is_met_and_no_step_is_lost(limits, launcher):
     launcher.ask("cancel", launcher.run)
     launcher.finish()
     *found, last = launcher.attempts()
-    assert [a.outcome for a in found] == [STOPPED] * limits
+    assert [a.outcome for a in found] == [Outcome.STOPPED] * limits
     assert [a.restart for a in (*found, last)] == list(range(limits + 1))
     assert all(a.reason.startswith("the time limit or preemption, saved at step ") for a in found)
     assert [a.checkpoint for a in (*found[1:], last)] == [a.reached for a in found]
@@ -277,7 +268,7 @@ def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launch
     launcher.at_step(13)
     launcher.ask("cancel", launcher.run)
     launcher.finish()
-    assert launcher.attempts()[-1].outcome == STOPPED
+    assert launcher.attempts()[-1].outcome == Outcome.STOPPED
     launcher.resume()
     launcher.begun(5)
     launcher.at_step(launcher.attempts()[-1].checkpoint + 2)
@@ -291,7 +282,7 @@ def test_signals_at_bad_moments_cancel_resume_and_preemption_lose_nothing(launch
     launcher.cluster.wait(other)
     launcher.finish()
     found = launcher.attempts()
-    assert [a.outcome for a in found] == [*[STOPPED] * 5, DONE]
+    assert [a.outcome for a in found] == [*[Outcome.STOPPED] * 5, Outcome.DONE]
     assert found[0].reached < 3, "it stopped as soon as it could"
     assert found[-1].checkpoint == found[-2].reached
     assert losses(launcher, 30) == launcher.whole(*words)
@@ -313,7 +304,7 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     launcher.saved_after(launcher.attempts()[-1].checkpoint)
     print(f"trains again {time.monotonic() - noticed:.0f} s after Slurm noticed")
     *lost, again = launcher.attempts()
-    assert {a.outcome for a in lost} <= {FAILED, LOST}, (
+    assert {a.outcome for a in lost} <= {Outcome.FAILED, Outcome.LOST}, (
         "the other rank may notice before Slurm does"
     )
     assert nodes[1] not in again.nodes
@@ -323,10 +314,10 @@ def test_a_lost_node_and_a_hanging_rank_are_named_and_the_run_goes_on(launcher):
     expected = launcher.whole(*words)  # until the launcher notices
     launcher.begun(again.number + 1)
     hung = launcher.attempts()[again.number - 1]
-    assert hung.outcome == HUNG
+    assert hung.outcome == Outcome.HUNG
     assert hung.reason.startswith(f"rank 1 on {node} gave no sign of life for ")
     launcher.finish()
-    assert launcher.attempts()[-1].outcome == DONE
+    assert launcher.attempts()[-1].outcome == Outcome.DONE
     assert losses(launcher, 60) == pytest.approx(expected, rel=1e-5)
 
 
@@ -342,7 +333,7 @@ def test_a_run_that_diverges_is_given_up_at_once(launcher):
     )
     launcher.submit(1, *words, "--max-restarts", "1")
     launcher.finish("FAILED")
-    assert [a.outcome for a in launcher.attempts()] == [DIVERGED]
+    assert [a.outcome for a in launcher.attempts()] == [Outcome.DIVERGED]
     assert (
         "loss or gradient norm was not finite in 20 steps in a row, up to step"
         in launcher.log().splitlines()[-1]
@@ -394,7 +385,7 @@ def test_a_broken_node_is_named_and_left_out_from_then_on(launcher):
         launcher.submit(3, *words, preflight=True)
         launcher.finish()
     (first,) = [attempt for attempt in launcher.attempts() if attempt.number == 1]
-    assert (first.outcome, first.reason) == (BAD_NODES, "n1: no measurements within 15 s")
+    assert (first.outcome, first.reason) == (Outcome.BAD_NODES, "n1: no measurements within 15 s")
     launcher.job = launcher.until(
         lambda: (launcher.run / "launch" / "jobs").read_text().split()[1:]
     )[0]
@@ -410,7 +401,7 @@ def test_a_run_folder_that_is_not_shared_ends_the_job(launcher):
         launcher.submit(2, "--training.steps", "5")
         launcher.finish("FAILED")
     (only,) = launcher.attempts()
-    assert only.outcome == REFUSED
+    assert only.outcome == Outcome.REFUSED
     assert (
         f"{launcher.run}/launch/attempts/0001 is not there on n1: choose a run.dir"
         in launcher.log()

@@ -156,7 +156,7 @@ class HeadConfig(Section):
     context_logits: bool = True
     """Add a linear readout of the conditioning to the output, and train it at pure noise."""
     shared_readout: bool = True
-    """Predict a correction to the context states and read both with one linear map.
+    """Predict a correction to the projected hidden states and read both with one linear map.
 
     Needs context_logits.
     """
@@ -372,7 +372,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, ge=1)
     """Number of latest healthy checkpoints to keep.
 
-    One whose health is not known yet, or that is unhealthy, is kept in addition.
+    The latest one is kept in addition while its health is unknown or it is unhealthy.
     """
     keep_every_steps: int = Field(0, ge=0)
     """Keep healthy checkpoints forever if their step is divisible by this; 0 disables."""

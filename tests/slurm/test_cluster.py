@@ -179,7 +179,8 @@ def test_a_second_cluster_with_gpus_beside_leaves_nothing(cluster, make_cluster,
 
 def test_a_failed_start_leaves_nothing(make_cluster):
     broken = make_cluster(nodes=1, cpus_per_node=-1)
-    with pytest.raises(RuntimeError, match="control .*ended before"):
+    # the controller and the node refuse the configuration alike, and either may end first
+    with pytest.raises(RuntimeError, match="(control|n0) .*ended before"):
         broken.start(timeout=20)
     assert not processes_of(broken.folder)
     assert not list(broken.folder.iterdir())

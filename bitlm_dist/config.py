@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from bitlm_dist.errors import UserError
@@ -644,6 +643,12 @@ def _source_problems(c: Config) -> Iterator[str]:
                 "or [step, share] pairs with steps that ascend"
             )
             return
+
+    if not shares:
+        return
+
+    # Loaded here, as commands start faster without it and `bitlm prep` sets its threads first.
+    import numpy as np
 
     # Between the knots all weights are linear, so the sum is right everywhere if it is right there.
     for step in sorted({step for knots in shares for step, _ in knots}):

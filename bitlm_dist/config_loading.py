@@ -7,11 +7,17 @@ from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
-from bitlm_dist.renamed_keys import RENAMED_KEYS, current_key, is_written_by_bitlm
+from bitlm_dist.renamed_keys import (
+    RENAMED_KEYS,
+    current_key,
+    is_written_by_bitlm,
+    renamed_message,
+)
 from bitlm_dist.yaml_files import SourcedValue, annotation_of, parse_override, read_yaml_file
 
 COMMAND_LINE = "command line"  # the source of a value
@@ -214,14 +220,21 @@ def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, SourcedValue]]
         yield key, SourcedValue(parse_override(text, key, annotation_of(Config, key)), COMMAND_LINE)
 
 
-def all_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key, in the order of the fields."""
+def all_fields(
+    model: type[BaseModel] = Config, prefix: str = ""
+) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every dotted key with its field, in the order of the fields."""
     for name, field in model.model_fields.items():
         annotation = field.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from all_keys(annotation, f"{prefix}{name}.")
+            yield from all_fields(annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", field
+
+
+def all_keys() -> Iterator[str]:
+    """Yield every dotted key, in the order of the fields."""
+    return (key for key, _ in all_fields())
 
 
 def _check_key(key: str, source: str) -> None:
@@ -231,7 +244,7 @@ def _check_key(key: str, source: str) -> None:
         return
 
     if key in RENAMED_KEYS:
-        raise UserError(f"unknown key {key} ({source}): it was renamed to {RENAMED_KEYS[key]}")
+        raise UserError(renamed_message(key, source, RENAMED_KEYS[key]))
     if any(name.startswith(f"{key}.") for name in valid_keys):
         raise UserError(
             f"{key} ({source}) is a section: set keys in it, "

@@ -49,6 +49,11 @@ def current_key(key: str) -> str:
     return RENAMED_KEYS.get(key, key)
 
 
+def renamed_message(key: str, source: str, new_key: str) -> str:
+    """Tell a user what a renamed key is called now; ``source`` is where it was set."""
+    return f"unknown key {key} ({source}): it was renamed to {new_key}"
+
+
 def is_written_by_bitlm(file: Path) -> bool:
     """True if a config file was written by `bitlm` for a run, an export or a job."""
     return file.name == "config.yaml" and any(

@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError, field_validator
 from bitlm_dist.config import Section
 from bitlm_dist.config_loading import COMMAND_LINE, CONFIGS, format_validation_error, unflatten
 from bitlm_dist.errors import UserError
+from bitlm_dist.renamed_keys import renamed_message
 from bitlm_dist.yaml_files import EXPANDED, SourcedValue, read_yaml_file
 
 CLUSTERS = CONFIGS / "clusters"
@@ -260,8 +261,6 @@ def _read_cluster_file(name: str) -> dict[str, SourcedValue]:
     entries = read_yaml_file(file, Cluster)
     for key, entry in entries.items():
         if key in RENAMED_KEYS:
-            raise UserError(
-                f"unknown key {key} ({entry.source}): it was renamed to {RENAMED_KEYS[key]}"
-            )
+            raise UserError(renamed_message(key, entry.source, RENAMED_KEYS[key]))
 
     return entries

@@ -109,6 +109,7 @@ import typer
 import bitlm_dist.cli
 def app(**settings):
     assert "torch" not in sys.modules
+    assert "numpy" not in sys.modules
     print(os.environ["OMP_WAIT_POLICY"])
 bitlm_dist.cli.app = app
 from bitlm_dist.__main__ import main

@@ -11,8 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from bitlm_dist.cli.console import print_table
-from bitlm_dist.config import Config
-from bitlm_dist.config_loading import flatten, load_config
+from bitlm_dist.config_loading import all_fields, flatten, load_config
 
 INTRODUCTION = """# Config keys
 
@@ -50,7 +49,7 @@ def config_command(
 def key_references() -> Iterator[KeyReference]:
     """Yield every key in the order of the fields."""
     paper = dict(flatten(load_config(None, ["--preset", "paper"]).config.model_dump(mode="json")))
-    for key, field in _leaves(Config, ""):
+    for key, field in all_fields():
         default = _as_yaml(field.get_default(call_default_factory=True))
         paper_value = _as_yaml(paper[key])
         help_text = " ".join((field.description or "").split())
@@ -80,15 +79,6 @@ def markdown(references: list[KeyReference]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
     return "\n".join(lines).replace("\n\n\n", "\n\n")
-
-
-def _leaves(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from _leaves(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
 
 
 def _as_yaml(value: Any) -> str:

@@ -1,5 +1,7 @@
-"""The exceptions that address users, and error output from a job of many ranks."""
+"""The exceptions that address users, exit codes, and error output from a job of many ranks."""
 
+import errno
+import os
 import socket
 import sys
 import time
@@ -10,8 +12,44 @@ import warnings
 OTHER_RANKS_DELAY = 5.0
 # Seconds that a rank waits if it only lost its peers; the launcher ends it in the meantime.
 LOST_PEER_DELAY = 20.0
-DIVERGED_EXIT_CODE = 3
 LOST_PEER_SIGNS = ("closed by peer", "connection reset", "broken pipe", "timed out", "gloo", "nccl")
+
+# Exit codes; docs/reliability.md has the table.
+USER_ERROR_EXIT_CODE = 2
+DIVERGED_EXIT_CODE = 3
+STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; the same command goes on
+INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
+TERMINATED_EXIT_CODE = 143  # 128 + SIGTERM
+
+_MAKE_ROOM = "make room on that disk, or choose a folder on another one"
+_CHECK_PARENTS = "a part of the path is a file: choose another path"
+# What to do about an error of the operating system; the reason itself is the system's own text.
+_REMEDIES = {
+    errno.EACCES: "choose another path, or ask for the permission",
+    errno.EPERM: "choose another path, or ask for the permission",
+    errno.EROFS: "choose a path on a disk that can be written",
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: "make room: your quota is used up",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: _CHECK_PARENTS,
+    errno.EEXIST: "choose another path",
+    errno.EISDIR: "name a file, not a folder",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "mend the link, which leads to itself",
+    errno.EMFILE: "raise the limit with `ulimit -n`",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "the network file system lost it: try again, or mount it anew",
+}
+# A second try meets the same error until the user does something.
+_PERMANENT = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+}
 
 
 class UserError(ValueError):
@@ -26,6 +64,27 @@ class DivergedError(RuntimeError):
 
     The message is one line: what happened, and where to resume. The command exits with 3.
     """
+
+
+def os_error_message(error: OSError) -> str:
+    """Describe an error of the operating system in one line: path, reason and remedy.
+
+    Without a path or number, as libraries raise it, the line is the error's own text.
+    """
+    path = error.filename2 or error.filename
+    where = f"{os.fsdecode(path) if isinstance(path, bytes | str | os.PathLike) else path}: "
+    where = where if path is not None else ""
+    if error.errno is None or not error.strerror:
+        return where + (" ".join(str(error).split()) or type(error).__name__)
+
+    remedy = _REMEDIES.get(error.errno, "")
+    reason = f"{error.strerror[0].lower()}{error.strerror[1:]}"
+    return f"{where}{reason}" + (f": {remedy}" if remedy else "")
+
+
+def is_permanent_os_error(error: BaseException) -> bool:
+    """True if a second try would meet the same error, so that only the user can help."""
+    return isinstance(error, OSError) and error.errno in _PERMANENT
 
 
 def filter_third_party_warnings() -> None:

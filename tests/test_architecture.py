@@ -24,7 +24,7 @@ LAYERS = [
     {"compilation"},
     {"disks", "paths"},
     {"cpu_contention"},
-    {"cpu_threads", "errors", "files", "processes", "renamed_keys", "strict_json"},
+    {"cpu_threads", "errors", "files", "formatting", "processes", "renamed_keys", "strict_json"},
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 

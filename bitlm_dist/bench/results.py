@@ -9,8 +9,8 @@ from typing import Any
 from bitlm_dist.bench.interleaved import Timing
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.formatting import format_value, ratio_or_none
 from bitlm_dist.files import write_atomically
+from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.flops import Flops, peak_flops
 from bitlm_dist.strict_json import to_json

@@ -11,7 +11,7 @@ from bitlm_dist import config_loading
 from bitlm_dist.cli.console import AsJson, Run, print_line, print_table
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.formatting import format_value, ratio_or_none
+from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:

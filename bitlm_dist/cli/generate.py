@@ -24,7 +24,7 @@ def generate_command(
 
     Keys of the sampling section can be overridden: --sampling.steps 4.
     """
-    from bitlm_dist.cli.progress import BitWatcher, TextStream
+    from bitlm_dist.cli.text_output import BitWatcher, TextStream
     from bitlm_dist.inference.generate import GenerationStats, generate_blocks
     from bitlm_dist.training.weights import load_trained_model
 

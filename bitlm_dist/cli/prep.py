@@ -151,7 +151,7 @@ def _prepare(
     silent: bool,
 ) -> "Report":
     """Prepare the sources, showing progress unless ``silent``."""
-    from bitlm_dist.cli.progress import preparation_progress
+    from bitlm_dist.cli.prep_progress import preparation_progress
     from bitlm_dist.data_prep.prepare import prepare
 
     sources = [

@@ -11,7 +11,7 @@ from typing import Any
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import load_run_config
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.formatting import format_value, ratio_or_none
+from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.training.metrics import EVALUATIONS
 
 AXES = {

@@ -3,7 +3,8 @@ import io
 from rich.console import Console
 
 from bitlm_dist.cli import progress
-from bitlm_dist.cli.progress import loss_chart, preparation_progress
+from bitlm_dist.cli.prep_progress import preparation_progress
+from bitlm_dist.cli.progress import loss_chart
 from bitlm_dist.data_prep.prepare import Progress
 
 STEPS = [

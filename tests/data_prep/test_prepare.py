@@ -633,7 +633,7 @@ def test_a_folder_of_another_version_is_refused(prepared, tmp_path):
 
 def test_neither_the_command_nor_a_worker_imports_torch():
     """Importing torch takes seconds and hundreds of megabytes per process."""
-    modules = ("cli", "cli.progress", "data_prep.prepare", "data_prep.worker")
+    modules = ("cli", "cli.progress", "cli.prep_progress", "data_prep.prepare", "data_prep.worker")
     names = ", ".join(f"bitlm_dist.{module}" for module in modules)
     code = (
         f"import sys, {names}; print(*{{'torch', 'streaming', 'transformers'}} & set(sys.modules))"

@@ -19,8 +19,8 @@ from bitlm_dist.evaluation.compare import (
     plot,
     table_rows,
 )
-from bitlm_dist.evaluation.formatting import format_value, ratio_or_none
 from bitlm_dist.evaluation.likelihood import evaluate
+from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.model.language_model import Batch
 
 BOS = 0

@@ -1,6 +1,12 @@
 """Arguments, options and output that the commands share."""
 
-from collections.abc import Callable, Iterable
+import codecs
+import os
+import sys
+import tempfile
+import textwrap
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,10 +16,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from bitlm_dist import config_loading
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.paths import expand_path
 
 console = Console(highlight=False)
+stderr_console = Console(highlight=False, stderr=True)  # progress of commands that print a result
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigWords = Annotated[
     list[str] | None,
@@ -67,20 +74,88 @@ Run = Annotated[Path, path_argument("RUN", "Run folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
+ASCII = {"±": "+-", "–": "-", "—": "-", "−": "-", "…": "...", "×": "x", "·": ".", "→": "->"}
+ASCII |= {"≤": "<=", "≥": ">=", "█": "#", "┤": "|", "└": "+", "─": "-"}
+MAX_WORD = 24  # columns: longer words, mostly paths, may be folded in a table
+
+
+def prepare_terminal() -> None:
+    """Have output that the terminal's encoding lacks replaced, and take no terminal for a dumb one.
+
+    Without TERM nothing is known of the terminal, so nothing is drawn over and over on it.
+    """
+    os.environ.setdefault("TERM", "dumb")
+    codecs.register_error("bitlm", _as_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="bitlm")
+
+
+def _as_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that an encoding lacks, as a handler of :mod:`codecs`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    plain = "".join(
+        ASCII.get(char)
+        or unicodedata.normalize("NFKD", char).encode("ascii", "ignore").decode()
+        or "?"
+        for char in text
+    )
+    return plain, error.end
+
+
 def print_line(text: str) -> None:
-    """Print one line without markup or wrapping."""
+    """Print text without markup, broken between words on a terminal and not at all elsewhere."""
+    if console.is_terminal:
+        # a path is kept in one piece, which the terminal itself continues on the next row
+        text = "\n".join(
+            textwrap.fill(line, console.width, break_long_words=False, break_on_hyphens=False)
+            if len(line) > console.width
+            else line
+            for line in text.split("\n")
+        )
     console.print(text, soft_wrap=True, markup=False)
 
 
 def print_table(title: str, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
-    """Print a table; long cells are folded, not cut."""
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(escape(str(cell)) for cell in row))
+    """Print a table; where it is too wide for its words, a line per cell: ``column: value``."""
+    columns = list(columns)
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [
+        max(_longest_word(text) for text in (name, *(row[i] for row in cells)))
+        for i, name in enumerate(columns)
+    ]
 
+    # a column takes a blank on both sides and a line
+    if sum(widths) + 3 * len(widths) + 1 > console.width:
+        _print_as_lines(title, columns, cells)
+        return
+
+    table = Table(title=title, title_justify="left")
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, overflow="fold", min_width=width)
+    for row in cells:
+        table.add_row(*(escape(cell) for cell in row))
     console.print(table)
+
+
+def _longest_word(text: str) -> int:
+    return max((min(len(word), MAX_WORD) for word in text.split()), default=0)
+
+
+def _print_as_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as lines. Two columns are a name and its value, more are a paragraph a row."""
+    if title:
+        print_line(title)
+    for row in rows:
+        if len(columns) == 2:
+            print_line(f"{row[0]}: {row[1]}")
+            continue
+        for column, cell in zip(columns, row, strict=True):
+            if cell:
+                print_line(f"{column}: {cell}" if column else cell)
+        print_line("")
 
 
 def load_config_from_words(words: list[str]) -> config_loading.LoadedConfig:
@@ -108,7 +183,33 @@ def load_config_from_words(words: list[str]) -> config_loading.LoadedConfig:
     return config_loading.load_config(Path(path_expander("CONFIG")(file)), overrides)
 
 
+def check_output_file(option: str, file: Path | None) -> None:
+    """Check before the work that its result can be written.
+
+    Args:
+        option: the option that names the file, for the message.
+        file: the file, which may exist; None: there is none to write.
+
+    Raises:
+        UserError: the file is a folder, or cannot be created or replaced.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"{option} {file} is a folder: name a file in it")
+    try:
+        # A file is made and removed: permissions alone do not tell of full or read-only disks.
+        handle, name = tempfile.mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
+        os.close(handle)
+        os.unlink(name)
+        file.exists()  # raises if the name is too long
+    except OSError as error:
+        error.filename = str(file.parent if isinstance(error, FileNotFoundError) else file)
+        raise UserError(f"{option} {os_error_message(error)}") from None
+
+
 def check_plot(plot: Path | None) -> None:
-    """Raise a :class:`UserError` unless the plot's file format is supported."""
+    """Raise a :class:`UserError` unless the plot's file format is supported and can be written."""
     if plot and plot.suffix not in (".svg", ".png", ".pdf"):
         raise UserError(f"--plot {plot}: name a file that ends in .svg, .png or .pdf")
+    check_output_file("--plot", plot)

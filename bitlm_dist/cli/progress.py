@@ -10,6 +10,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -18,9 +19,65 @@ from rich.progress import (
 if TYPE_CHECKING:  # `bitlm prep` needs no torch, which takes seconds to import
     pass
 
+from bitlm_dist.cli.console import stderr_console
+
 # Where the output is not a terminal, a line every so many steps, or seconds if there are no steps.
 PLAIN_LOG_STEPS = 50
-PLAIN_LOG_SECONDS = 10.0
+PLAIN_LOG_SECONDS = 30.0
+
+
+def timestamp() -> str:
+    """The local time, for lines where there is no terminal: ``2026-01-31T12:34:56``."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+@contextmanager
+def work_progress(
+    what: str, total: int | None = None, unit: str = ""
+) -> Iterator[Callable[[int], None]]:
+    """Show on standard error that a command works, and how far it is.
+
+    On a terminal a bar, or a spinner without a total, which is gone when the work is done.
+    Elsewhere a line every 30 seconds, so that short work prints nothing.
+
+    Args:
+        what: the work, e.g. "evaluating".
+        total: how much there is to do.
+        unit: of ``total``, e.g. "sequences".
+
+    Yields:
+        A function to call with how much is done; it may be called from another thread.
+    """
+    if not stderr_console.is_interactive:
+        yield _plain_work_log(what, total, unit)
+        return
+
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        *([BarColumn(), MofNCompleteColumn(), TextColumn(unit)] if total else []),
+        TimeElapsedColumn(),
+        *([TextColumn("left"), TimeRemainingColumn()] if total else []),
+    ]
+    with Progress(*columns, console=stderr_console, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _plain_work_log(what: str, total: int | None, unit: str) -> Callable[[int], None]:
+    """Make a function that prints a line if the last one was some time ago."""
+    last = time.monotonic()
+
+    def print_status(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last < PLAIN_LOG_SECONDS:
+            return
+        last = time.monotonic()
+        of_total = f" of {total:,}" if total else ""
+        text = f"{timestamp()} {what}: {done:,}{of_total} {unit}".rstrip()
+        stderr_console.print(text, soft_wrap=True, markup=False)
+
+    return print_status
 
 
 @contextmanager

@@ -399,6 +399,11 @@ class EvaluationConfig(Section):
     """Number of blocks to sample, twice each, for Brier scores and the invalid-code rate."""
     every_steps: int = Field(0, ge=0)
     """Evaluate during training every this many steps and at the end; 0 disables."""
+    num_samples: int = Field(0, ge=0)
+    """Texts to write with every evaluation during training, to samples.jsonl.
+
+    Each continues the beginning of a held-out document, as the sampling section says.
+    """
 
 
 class SamplingConfig(Section):
@@ -458,6 +463,8 @@ class LoggingConfig(Section):
     """Also log to this Weights & Biases project (extra `wandb`)."""
     wandb_name: str | None = None
     """Name of the run in W&B. null: that of the run folder."""
+    wandb_group: str | None = None
+    """Group of the run in W&B, e.g. of one model with several seeds. null: none."""
     wandb_tags: tuple[str, ...] = ()
     """Tags of the run in W&B, e.g. [baseline, "m=4"]."""
 

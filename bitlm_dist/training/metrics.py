@@ -8,17 +8,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from io import RawIOBase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitlm_dist.checkpoint.saver import SaveStats
 from bitlm_dist.config import Config
 from bitlm_dist.errors import log_to_stderr
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.wandb_log import WandbLog
 
+if TYPE_CHECKING:  # what reads these files alone needs no torch, which takes seconds to import
+    from bitlm_dist.checkpoint.saver import SaveStats
+
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SAVES = "saves.jsonl"
+SAMPLES = "samples.jsonl"
+LOG_FILES = (METRICS, EVALUATIONS, SAVES, SAMPLES)
 
 
 class _JsonLinesFile:
@@ -118,7 +122,7 @@ class MetricsLog:
         }
         self._log_scalars(EVALUATIONS, progress["step"], scalars)
 
-    def write_save(self, saved: SaveStats) -> None:
+    def write_save(self, saved: "SaveStats") -> None:
         """Record a completed checkpoint."""
         self._saves_file.write(asdict(saved))
         self._log_scalars(
@@ -184,7 +188,7 @@ class NullMetricsLog:
     def write_evaluation(self, progress: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """No-op."""
 
-    def write_save(self, saved: SaveStats) -> None:
+    def write_save(self, saved: "SaveStats") -> None:
         """No-op."""
 
     def flush(self) -> None:

@@ -86,6 +86,7 @@ class WandbLog:
                 project=logging.wandb_project,
                 id=record["id"],
                 name=logging.wandb_name or folder.resolve().name,
+                group=logging.wandb_group,
                 tags=list(logging.wandb_tags),
                 config=config.model_dump(mode="json"),
                 dir=str(folder),

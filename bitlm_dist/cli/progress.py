@@ -1,5 +1,6 @@
 """Progress bars and the loss chart."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import isfinite

@@ -24,7 +24,16 @@ LAYERS = [
     {"compilation"},
     {"disks", "paths"},
     {"cpu_contention"},
-    {"cpu_threads", "errors", "files", "formatting", "processes", "renamed_keys", "strict_json"},
+    {
+        "cpu_threads",
+        "errors",
+        "files",
+        "formatting",
+        "package_versions",
+        "processes",
+        "renamed_keys",
+        "strict_json",
+    },
 ]
 PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or configs
 

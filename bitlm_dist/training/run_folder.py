@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
@@ -33,6 +32,7 @@ from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import fsync_folder, fsync_tree, open_locked, write_atomically
 from bitlm_dist.launch.attempts import check_run_folder
+from bitlm_dist.package_versions import PACKAGES, package_version
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.paths import absolute_path as absolute_path
@@ -45,15 +45,6 @@ from bitlm_dist.training.wandb_log import record_sent_steps
 CODES = "codes.npz"
 LOCK = "run.lock"
 VISIBILITY_TIMEOUT_SECONDS = 10.0  # for a new file to reach other nodes on a network file system
-PACKAGES = (
-    "torch",
-    "megatron-core",
-    "deepspeed",
-    "mosaicml-streaming",
-    "triton",
-    "numpy",
-    "bitlm-dist",
-)
 # Prefixes of keys that may change when a run resumes. Any other change would make it another run.
 CHANGEABLE_KEYS = (
     "run.",
@@ -327,11 +318,3 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": {name: package_version(name) for name in PACKAGES},
     }
-
-
-def package_version(package: str) -> str | None:
-    """The installed version of a distribution; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -150,7 +150,7 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
 
 def with_absolute_paths(config: Config) -> Config:
     """Make all paths of a config absolute, so that it does not depend on the current folder."""
-    return Config.model_validate(_map_paths(config.model_dump(), absolute_path))
+    return Config.model_validate(map_paths(config.model_dump(), absolute_path))
 
 
 def to_yaml(config: Config, in_run_folder: bool = False) -> str:
@@ -171,22 +171,22 @@ def to_yaml(config: Config, in_run_folder: bool = False) -> str:
         # the run folder itself is "." relative to it
         return f"{HERE_VARIABLE}/{escape_path(path.relative_to(config.run.dir))}".removesuffix("/.")
 
-    return yaml.safe_dump(_map_paths(config.model_dump(), text), sort_keys=False)
+    return yaml.safe_dump(map_paths(config.model_dump(), text), sort_keys=False)
 
 
 def config_paths(config: Config) -> list[Path]:
     """Absolute paths that the config refers to, except the run folder."""
     paths: list[Path] = []
-    _map_paths(config.model_dump(exclude={"run"}), lambda path: paths.append(absolute_path(path)))
+    map_paths(config.model_dump(exclude={"run"}), lambda path: paths.append(absolute_path(path)))
     return paths
 
 
-def _map_paths(value: Any, change: Callable[[Path], Any]) -> Any:
-    """Copy a document, replacing every path by ``change(path)``."""
+def map_paths(value: Any, change: Callable[[Path], Any]) -> Any:
+    """Copy a document, replacing every path by ``change(path)`` and every tuple by a list."""
     if isinstance(value, dict):
-        return {key: _map_paths(inner, change) for key, inner in value.items()}
+        return {key: map_paths(inner, change) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_map_paths(inner, change) for inner in value]
+        return [map_paths(inner, change) for inner in value]
     return change(value) if isinstance(value, Path) else value
 
 
@@ -218,6 +218,11 @@ def _parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, SourcedValue]]
             text = remaining.pop(0)
 
         yield key, SourcedValue(parse_override(text, key, annotation_of(Config, key)), COMMAND_LINE)
+
+
+def override_keys(words: Sequence[str]) -> list[str]:
+    """The dotted keys that command-line words set, known or not."""
+    return [key for key, _ in _parse_overrides(words)]
 
 
 def all_fields(
@@ -268,6 +273,25 @@ def _first_key_in(section: str, valid_keys: Sequence[str]) -> str:
     return next(name for name in valid_keys if name.startswith(f"{section}."))[len(section) + 1 :]
 
 
+# What is expected, by the type of pydantic's error, where its own words are those of Python.
+_EXPECTED = {
+    "path_type": "expected a path",
+    "int_parsing": "expected an integer",
+    "int_type": "expected an integer",
+    "int_from_float": "expected an integer",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected text",
+    "model_type": "expected keys and values",
+    "dict_type": "expected keys and values",
+    "list_type": "expected a list",
+    "tuple_type": "expected a list",
+}
+
+
 def format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
     """Format pydantic's first error as one line that names the key and where it was set."""
     first, *more = error.errors()
@@ -279,5 +303,13 @@ def format_validation_error(error: ValidationError, sources: Mapping[str, str]) 
     )
 
     rest = f" (and {len(more)} more)" if more else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key} = {first['input']!r} ({source}): {message[0].lower()}{message[1:]}{rest}"
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = _EXPECTED.get(first["type"], f"{message[0].lower()}{message[1:]}")
+    return f"{key} = {value_as_yaml(first['input'])} ({source}): {message}{rest}"
+
+
+def value_as_yaml(value: Any) -> str:
+    """Format a value as it is written in YAML, on one line."""
+    document = map_paths(value, str)
+    text = yaml.safe_dump(document, default_flow_style=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -195,6 +195,11 @@ class _YamlReader:
         options = _union_members(annotation)
         if not node.style and node.tag == _NULL:  # a quoted "null" is text
             return None
+        if not node.style and node.value == "None" and types.NoneType in options:
+            raise UserError(
+                f"{key} = None ({self._location(node)}): write null for no value, "
+                "or './None' for a file of that name"
+            )
 
         if Path in options or EXPANDED in options:
             try:

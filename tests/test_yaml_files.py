@@ -61,7 +61,7 @@ REFUSED = [
     ),
     (
         "optimizer:\n  adamw_lr: .inf",
-        r"optimizer.adamw_lr = inf \(FILE:2\): input should be a finite number",
+        r"optimizer.adamw_lr = inf \(FILE:2\): expected a finite number",
     ),
     ("optimizer: {eps: .nan}", "optimizer.eps = nan .*finite number"),
     ("optimizer: {adamw_lr: 1e999}", "optimizer.adamw_lr = .*finite number"),
@@ -72,7 +72,7 @@ REFUSED = [
     ),
     (
         "optimizer:\n  betas: [1.5, 2.0]",
-        r"optimizer.betas.0 = 1.5 \(FILE:2\): input should be less than 1",
+        r"optimizer.betas.0 = 1.5 \(FILE:2\): expected less than 1",
     ),
     ("optimizer: {betas: [0.9, -0.1]}", "optimizer.betas.1 = -0.1 .*greater than or equal to 0"),
     ("run: {dir: }", r"run.dir = None \(FILE:1\)"),
@@ -206,7 +206,7 @@ def test_clusters_are_read_alike(tmp_path, monkeypatch):
         ("qos: a\nqos: b", "qos is set twice, in line 1 and 2"),
         (
             "preflight: {gemm: .nan}",
-            r"preflight.gemm = nan \(.*c.yaml:1\): input should be a finite number",
+            r"preflight.gemm = nan \(.*c.yaml:1\): expected a finite number",
         ),
         ("gpus_per_node: 010", "gpus_per_node = 010 .*octal"),
         ("gpus_per_node: true", "gpus_per_node = True .*expected another value"),

@@ -3,13 +3,16 @@
 Heavy imports are deferred until a command runs, so that --help and usage errors are immediate.
 """
 
+from importlib import metadata
+from typing import Annotated
+
 import typer
 
 from bitlm_dist.cli.bench import bench
 from bitlm_dist.cli.checkpoint import checkpoint_app
 from bitlm_dist.cli.compare import compare_command
 from bitlm_dist.cli.config import config_command
-from bitlm_dist.cli.console import OVERRIDES
+from bitlm_dist.cli.console import OVERRIDES, AsJson
 from bitlm_dist.cli.data import data_app
 from bitlm_dist.cli.evaluate import eval_command
 from bitlm_dist.cli.generate import generate_command
@@ -19,10 +22,23 @@ from bitlm_dist.cli.train import train_command
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     help="Pretrain language models that write a block of tokens at once, as bits, by diffusion.",
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        print(f"bitlm {metadata.version('bitlm-dist')}")
+        raise typer.Exit
+
+
 app.add_typer(bench, name="bench")
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(data_app, name="data")
@@ -37,8 +53,8 @@ app.command("config")(config_command)
 
 
 @app.command("doctor")
-def doctor_command() -> None:
+def doctor_command(as_json: AsJson = False) -> None:
     """Print versions, the device, and the backends found."""
     from bitlm_dist.cli.doctor import print_findings
 
-    print_findings()
+    print_findings(as_json)

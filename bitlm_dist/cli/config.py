@@ -1,17 +1,27 @@
 """The command `bitlm config`: a reference of all config keys, made from their fields."""
 
+import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 import typer
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from bitlm_dist.cli.console import print_table
-from bitlm_dist.config_loading import all_fields, flatten, load_config
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import (
+    LoadedConfig,
+    all_fields,
+    flatten,
+    load_config,
+    map_paths,
+    value_as_yaml,
+)
+from bitlm_dist.errors import UserError
+from bitlm_dist.paths import escape_path
 
 INTRODUCTION = """# Config keys
 
@@ -32,12 +42,29 @@ class KeyReference(NamedTuple):
 
 
 def config_command(
+    prefix: Annotated[
+        str, typer.Argument(metavar="[PREFIX]", help="List only keys that begin so: optimizer.")
+    ] = "",
     docs: Annotated[
         bool, typer.Option("--docs", help="Print docs/config.md instead of a table.")
     ] = False,
+    json_schema: Annotated[
+        bool,
+        typer.Option("--json-schema", help="Print a JSON schema, by which editors check YAML."),
+    ] = False,
 ) -> None:
-    """List every config key with its default and help text."""
-    references = list(key_references())
+    """List every config key with its default and help text.
+
+    `bitlm train CONFIG --print-config` prints the values of one config, as YAML.
+    """
+    if json_schema:
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+        print(json.dumps(schema | Config.model_json_schema(), indent=1))
+        return
+
+    references = [r for r in key_references() if r.key.startswith(prefix)]
+    if not references:
+        raise UserError(f"no key begins with {prefix}: `bitlm config` lists them all")
     if docs:
         print(markdown(references))
         return
@@ -46,12 +73,35 @@ def config_command(
     print_table("", ("key", "default", "help"), rows)
 
 
+def config_as_yaml(loaded: LoadedConfig) -> str:
+    """Format a config as YAML that loads to the same config.
+
+    A comment says where each value was set; those without one are defaults.
+    """
+    values = map_paths(loaded.config.model_dump(), escape_path)
+    lines: list[str] = []
+    section: list[str] = []
+    for key, value in flatten(values):
+        *parents, name = key.split(".")
+        shared = 0
+        while shared < min(len(parents), len(section)) and parents[shared] == section[shared]:
+            shared += 1
+        for depth in range(shared, len(parents)):
+            lines.append("  " * depth + f"{parents[depth]}:")
+        section = parents
+
+        source = loaded.sources.get(key)
+        comment = f"  # {source}" if source else ""
+        lines.append("  " * len(parents) + f"{name}: {value_as_yaml(value)}{comment}")
+    return "\n".join(lines)
+
+
 def key_references() -> Iterator[KeyReference]:
     """Yield every key in the order of the fields."""
     paper = dict(flatten(load_config(None, ["--preset", "paper"]).config.model_dump(mode="json")))
     for key, field in all_fields():
-        default = _as_yaml(field.get_default(call_default_factory=True))
-        paper_value = _as_yaml(paper[key])
+        default = value_as_yaml(field.get_default(call_default_factory=True))
+        paper_value = value_as_yaml(paper[key])
         help_text = " ".join((field.description or "").split())
         differs = paper_value != default and key != "preset"
         yield KeyReference(
@@ -79,15 +129,6 @@ def markdown(references: list[KeyReference]) -> str:
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
     return "\n".join(lines).replace("\n\n\n", "\n\n")
-
-
-def _as_yaml(value: Any) -> str:
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, tuple):
-        value = list(value)
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _type_text(field: FieldInfo) -> str:

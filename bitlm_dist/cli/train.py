@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bitlm_dist import config_loading
+from bitlm_dist.cli.config import config_as_yaml
 from bitlm_dist.cli.console import (
     ConfigWords,
     console,
@@ -39,7 +39,8 @@ def train_command(
         typer.Option("--dry-run", help="Print the parameter counts of the model and exit."),
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print every value and its source, and exit.")
+        bool,
+        typer.Option("--print-config", help="Print every value and its source as YAML, and exit."),
     ] = False,
 ) -> None:
     """Start or resume a training run.
@@ -48,12 +49,7 @@ def train_command(
     """
     loaded = load_config_from_words(words or [])
     if print_config:
-        values = dict(config_loading.flatten(loaded.config.model_dump(mode="json")))
-        print_table(
-            "",
-            ("key", "value", "from"),
-            ((k, v, loaded.sources.get(k, "default")) for k, v in values.items()),
-        )
+        print(config_as_yaml(loaded))
         return
     if dry_run:
         _dry_run(loaded.config)

@@ -14,6 +14,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "bitlm: Python 3.11 or newer is needed: set PYTHON=…" >&2; exit 2; }
+	@echo "setting up $(VENV): a few minutes; 3 GB with a CPU build of torch, 8 GB with that for CUDA"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt $(PIP_ARGS) -e '.[dev]'
 	@touch $@
@@ -21,18 +22,26 @@ $(STAMP): pyproject.toml constraints.txt
 $(DATA)/manifest.json: $(STAMP)
 	$(BIN)/bitlm prep data_prep/sample/kjv.jsonl.zst --tokenizer bpe:4096 --out $(DATA)
 
+# The scores over training are those of a few sequences; `eval` scores the whole validation split.
 quickstart: $(DATA)/manifest.json
 	$(BIN)/bitlm train quickstart
-	$(BIN)/bitlm eval runs/quickstart
+	$(BIN)/bitlm compare runs/quickstart --plot runs/quickstart/curve.svg
+	$(BIN)/bitlm eval runs/quickstart --evaluation.num_sequences 0
 	$(BIN)/bitlm generate runs/quickstart --prompt "And God said" --blocks 48
+	@echo
+	@echo "The curve is in runs/quickstart/curve.svg. What next (after: source $(BIN)/activate)"
+	@echo "  your own text:       bitlm prep my.txt --tokenizer bpe:4096 --out data/mine"
+	@echo "                       bitlm train quickstart --data.path data/mine --run.dir runs/mine"
+	@echo "  another block size:  bitlm train quickstart --model.block_size 1 --run.dir runs/m1"
+	@echo "                       bitlm compare runs/quickstart runs/m1"
+	@echo "  what can be set:     bitlm config"
 
-# The same model one token at a time, and as a softmax, on the same data; one table and one plot
-COMPARED := --evaluation.every_steps 100
+# The same model one token at a time, and as a softmax, beside quickstart's; one table and one plot
 compare: $(DATA)/manifest.json
-	$(BIN)/bitlm train quickstart --run.dir runs/compare/softmax --model.output softmax $(COMPARED)
-	$(BIN)/bitlm train quickstart --run.dir runs/compare/m1 --model.block_size 1 $(COMPARED)
-	$(BIN)/bitlm train quickstart --run.dir runs/compare/m4 $(COMPARED)
-	$(BIN)/bitlm compare runs/compare/softmax runs/compare/m1 runs/compare/m4 --plot runs/compare/compare.svg
+	$(BIN)/bitlm train quickstart
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/m1 --model.block_size 1
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/softmax --model.output softmax
+	$(BIN)/bitlm compare runs/compare/softmax runs/compare/m1 runs/quickstart --plot runs/compare/compare.svg
 
 # The pages that are generated from the code
 docs: $(STAMP)

@@ -104,6 +104,7 @@ class Run:
             str(256 * BATCH),
         ]
         words += ["--checkpoint.every_steps", "1", "--logging.tensorboard", "false"]
+        words += ["--evaluation.every_steps", "0"]
         self.logs.mkdir(exist_ok=True)
         self.jobs.append(Job(start_job(RANKS, "ranks.run_command_line", words, folder=self.logs)))
         return self.jobs[-1]

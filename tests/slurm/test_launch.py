@@ -64,7 +64,8 @@ class Launcher:
         return said.getvalue()
 
     def words(self, *overrides):
-        small = ("--training.global_batch_tokens", "512")  # a step is a fraction of a second
+        # a step is a fraction of a second, and nothing is evaluated on the way
+        small = ("--training.global_batch_tokens", "512", "--evaluation.every_steps", "0")
         return ["quickstart", "--run.dir", self.run, "--data.path", self._data, *small, *overrides]
 
     def file(self, preflight=False, more=""):

@@ -5,11 +5,12 @@ They are in RUN/checkpoints, which is a folder or a link to one on another disk
 ``run.lock``, which names the run that owns it and is locked while that run trains.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
 from bitlm_dist.checkpoint.steps import complete_steps
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import open_locked
 from bitlm_dist.launch.attempts import check_checkpoint_link
 from bitlm_dist.paths import absolute_path
@@ -62,6 +63,7 @@ class CheckpointFolder:
         self._link = absolute_path(run) / CHECKPOINTS
         self._folder: Path | None = None
         self._lock_file: TextIO | None = None
+        self._has_created_folder = self._has_made_link = False
 
     def acquire(self, requested: Path | None) -> None:
         """Lock the folder for this run. The run folder is unchanged until :meth:`make_link`.
@@ -97,12 +99,12 @@ class CheckpointFolder:
         self._raise_if_owned_by_other_run(folder)
 
         try:
+            self._has_created_folder = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             self._acquire_lock(folder)
         except OSError as error:
             raise UserError(
-                f"checkpoint.dir = {folder} cannot be written ({error}): "
-                "free space, or choose another folder"
+                f"checkpoint.dir = {folder} cannot be used: {os_error_message(error)}"
             ) from error
         self._folder = folder
 
@@ -149,14 +151,30 @@ class CheckpointFolder:
 
     def make_link(self) -> None:
         """Link RUN/checkpoints to the folder; a no-op if it is inside the run folder."""
-        if self._folder is not None and not self._link.is_symlink():
+        is_linked = self._has_made_link or self._link.is_symlink()
+        if self._folder is not None and not is_linked:
             self._link.symlink_to(self._folder)
+            self._has_made_link = True
+
+    def remove_link(self) -> None:
+        """Undo :meth:`make_link`, if it was this object that made the link."""
+        if self._has_made_link:
+            self._link.unlink()
+            self._has_made_link = False
 
     def release(self) -> None:
-        """Unlock the folder."""
-        if self._lock_file is not None:
-            self._lock_file.close()
-            self._lock_file = None
+        """Unlock the folder. One that the run does not use yet is left as it was found."""
+        if self._lock_file is None:
+            return
+
+        is_linked = self._has_made_link or self._link.is_symlink()
+        if self._folder is not None and not is_linked:
+            with suppress(OSError):
+                (self._folder / OWNER_FILE).unlink()
+                if self._has_created_folder:
+                    self._folder.rmdir()
+        self._lock_file.close()
+        self._lock_file = None
 
 
 def _owner_run(folder: Path) -> Path | None:

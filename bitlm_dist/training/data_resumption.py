@@ -17,7 +17,7 @@ from bitlm_dist.data.mixture import BEGINNING, Origin
 from bitlm_dist.data.mixture_dataset import MixtureDataset, is_per_source_field, training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.run_folder import (
+from bitlm_dist.training.run_claim import (
     CONSENT_KEYS,
     GLOBAL_BATCH_KEY,
     SOURCES_KEY,

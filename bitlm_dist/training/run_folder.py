@@ -11,68 +11,36 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import (
-    config_paths,
-    flatten,
-    load_run_config,
-    to_yaml,
-    with_absolute_paths,
-)
+from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import fsync_folder, fsync_tree, open_locked, write_atomically
-from bitlm_dist.launch.attempts import check_run_folder
 from bitlm_dist.package_versions import PACKAGES, package_version
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
-from bitlm_dist.paths import absolute_path as absolute_path
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, CheckpointFolder
-from bitlm_dist.training.metrics import EVALUATIONS, METRICS, SAVES
+from bitlm_dist.training.metrics import BY_TRAINING, EVALUATIONS, LOG_FILES, METRICS
+from bitlm_dist.training.run_claim import check_claim, has_started
 from bitlm_dist.training.stop_signals import STOP_FILE
+from bitlm_dist.training.trained_files import CODES as CODES
+from bitlm_dist.training.trained_files import missing_codes_error
 from bitlm_dist.training.wandb_log import record_sent_steps
 
-CODES = "codes.npz"
+VOCABULARY_IN_PROGRESS = ".vocabulary"
 LOCK = "run.lock"
 VISIBILITY_TIMEOUT_SECONDS = 10.0  # for a new file to reach other nodes on a network file system
-# Prefixes of keys that may change when a run resumes. Any other change would make it another run.
-CHANGEABLE_KEYS = (
-    "run.",
-    "checkpoint.",
-    "evaluation.",
-    "sampling.",
-    "logging.",
-    "parallel.",
-    "head.engine",
-    "head.zero_stage",
-    "head.offload",
-    "optimizer.sharded",
-    "optimizer.fused",
-    "training.deterministic",
-    "data.cache",
-    "data.cache_limit",
-    "data.workers",
-    "data.path",
-    "data.new_mixture",
-)
-STEPS_KEY = "training.steps"
-GLOBAL_BATCH_KEY = "training.global_batch_tokens"
-SOURCES_KEY = "data.sources"
-# Keys that may change if the config consents with another key.
-CONSENT_KEYS = {
-    GLOBAL_BATCH_KEY: "checkpoint.new_global_batch",
-    SOURCES_KEY: "data.new_mixture",
-}
 
 
 class RunFolder:
@@ -88,6 +56,8 @@ class RunFolder:
         self.checkpoints = path / CHECKPOINTS
         self._checkpoint_folder = CheckpointFolder(path)
         self.stop_file = path / STOP_FILE
+        self._has_started = False  # see run_claim.has_started
+        self._created_folders: list[Path] = []  # by :meth:`acquire`, the innermost first
 
     def acquire(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Lock the folder for this process, or refuse it.
@@ -100,41 +70,63 @@ class RunFolder:
                 belong to no run; another process uses it; it cannot be written; or its checkpoints
                 cannot be stored where the config says.
         """
-        if (self.path / "config.yaml").is_file():
-            self._check_same_config(load_run_config(self.path), config)
-            self._check_same_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
-        check_run_folder(absolute_path(self.path), config_paths(config))
+        with self._reporting_os_errors():
+            check_claim(self.path, config)
+            self._has_started = has_started(self.path)
+            if self._has_started:
+                self._check_same_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
 
-        with self._reporting_write_errors():
-            self._acquire_lock()
-            self._checkpoint_folder.acquire(config.checkpoint.dir)
-            # Whoever had the lock before is gone, and so is the process that this file was to stop.
-            self.stop_file.unlink(missing_ok=True)
+            try:
+                self._acquire_lock()
+                self._checkpoint_folder.acquire(config.checkpoint.dir)
+                # Whoever had the lock is gone, and so is the process that this file was to stop.
+                self.stop_file.unlink(missing_ok=True)
+            except BaseException:
+                self.release()
+                raise
 
     def write_metadata(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Write the run's config, environment, tokenizer and codes.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The folder cannot be written. What was written of a new run is removed.
         """
-        with self._reporting_write_errors():
-            self._checkpoint_folder.make_link()
-            write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
-            write_atomically(
-                self.path / "environment.json", to_json(environment(), indent=1) + "\n"
-            )
+        with self._reporting_os_errors():
+            try:
+                if not self._has_started:
+                    self._remove_metadata()  # of a start that took no step
+                self._write_metadata(config, tokenizer_folder, codes)
+            except OSError:
+                if not self._has_started:
+                    self._remove_metadata()
+                raise
 
-            if not (self.path / "tokenizer").is_dir():
-                self._save_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
+    def _write_metadata(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
+        self._checkpoint_folder.make_link()
+        write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
+        write_atomically(self.path / "environment.json", to_json(environment(), indent=1) + "\n")
+        if not (self.path / "tokenizer").is_dir():
+            self._save_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
+
+    def _remove_metadata(self) -> None:
+        """Remove what :meth:`write_metadata` wrote, all of it or some."""
+        self._checkpoint_folder.remove_link()
+        names = ("config.yaml", "environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS)
+        partial_names = [file.name for file in self.path.glob(".*.partial")]
+        for name in (*names, *partial_names):
+            path = self.path / name
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.unlink()
 
     @contextmanager
-    def _reporting_write_errors(self) -> Iterator[None]:
+    def _reporting_os_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise UserError(
-                f"run.dir = {self.path} cannot be written ({error}): "
-                "free space, or choose another folder"
+                f"run.dir = {self.path} cannot be used: {os_error_message(error)}"
             ) from error
 
     @property
@@ -168,41 +160,41 @@ class RunFolder:
                 )
 
     def _acquire_lock(self) -> None:
+        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        self._created_folders = missing
         self.path.mkdir(parents=True, exist_ok=True)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        self._lock_file = open_locked(
-            self.path / LOCK, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
-        )
 
-        if self._lock_file is None:
-            owner = self.lock_owner or "another process"
-            raise UserError(
-                f"run.dir = {self.path} is in use by {owner}: "
-                "wait for it, end it, or choose another folder"
-            )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {socket.gethostname()}, since {since}\n"
+        lock = self.path / LOCK
+        while True:
+            self._lock_file = open_locked(lock, owner)
+            if self._lock_file is None:
+                raise UserError(
+                    f"run.dir = {self.path} is in use by {self.lock_owner or 'another process'}: "
+                    "wait for it, end it, or choose another folder"
+                )
+
+            # The owner before may have removed the file between its opening and its locking.
+            if lock.exists() and os.path.samestat(os.fstat(self._lock_file.fileno()), lock.stat()):
+                return
+            self._lock_file.close()
 
     def release(self) -> None:
-        """Release the lock."""
+        """Release the lock. A folder in which no run was begun is left as it was found."""
+        is_used = (self.path / "config.yaml").exists()
         self._checkpoint_folder.release()
         if self._lock_file is not None:
+            if not is_used:
+                with suppress(OSError):
+                    (self.path / LOCK).unlink()
             self._lock_file.close()
             self._lock_file = None
 
-    def _check_same_config(self, saved: Config, current: Config) -> None:
-        old, new = (_comparable(config) for config in (saved, current))
-        for key, value in new.items():
-            # Other schedules stretch over all steps, so a longer run would have trained otherwise.
-            is_allowed_lengthening = key == STEPS_KEY and current.optimizer.schedule == "constant"
-            if old.get(key) == value or key.startswith(CHANGEABLE_KEYS) or is_allowed_lengthening:
-                continue
-
-            if not is_change_allowed(key, current):
-                note = f" ({CONSENT_KEYS[key]} = true allows it)" if key in CONSENT_KEYS else ""
-                note = " (the schedule depends on it)" if key == STEPS_KEY else note
-                raise UserError(
-                    f"run.dir = {self.path} holds a run with {key} = {old.get(key)}, "
-                    f"now {value}{note}: choose another run.dir or the same value"
-                )
+        for folder in [] if is_used else self._created_folders:
+            with suppress(OSError):  # not empty, or never made
+                folder.rmdir()
+        self._created_folders = []
 
     def _check_same_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
         if not (self.path / "tokenizer").is_dir():  # killed before it was saved
@@ -220,7 +212,7 @@ class RunFolder:
 
     def _save_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
         """Write tokenizer and codes; a folder ``tokenizer`` must imply that both are complete."""
-        building = self.path / ".vocabulary"
+        building = self.path / VOCABULARY_IN_PROGRESS
         shutil.rmtree(building, ignore_errors=True)  # left by a killed process
         tokenizer.save(building / "tokenizer")
         np.savez(building / CODES, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
@@ -237,16 +229,26 @@ class RunFolder:
         return Tokenizer.from_folder(self.path / "tokenizer")
 
     def codes(self) -> BitCodes:
-        """The run's codes."""
-        with np.load(self.path / CODES) as archive:
-            return BitCodes(torch.from_numpy(archive["codes"]), int(archive["bits"]))
+        """The run's codes.
+
+        Raises:
+            UserError: Their file is missing or damaged.
+        """
+        try:
+            with np.load(self.path / CODES) as archive:
+                return BitCodes(torch.from_numpy(archive["codes"]), int(archive["bits"]))
+        except FileNotFoundError:
+            raise missing_codes_error(self.path, "is missing") from None
+        # An empty file, one that was cut, no archive, an archive of other things.
+        except (EOFError, BadZipFile, ValueError, KeyError):
+            raise missing_codes_error(self.path, "is damaged") from None
 
     def drop_metrics_after(self, step: int) -> None:
         """Drop the metrics of steps that a killed process took after its last checkpoint.
 
         The steps that were sent to W&B are recorded first, as they cannot be taken back there.
         """
-        files = [self.path / name for name in (METRICS, EVALUATIONS, SAVES)]
+        files = [self.path / name for name in LOG_FILES]
         lines_per_file = [file.read_text().splitlines() if file.is_file() else [] for file in files]
         steps = [[_step_of(line) for line in lines] for lines in lines_per_file]
 
@@ -283,22 +285,22 @@ class RunFolder:
         return None
 
     def last_evaluation(self, step: int) -> int:
-        """The last step up to ``step`` with a recorded evaluation; 0: none."""
+        """The last step up to ``step`` that training has evaluated; 0: none.
+
+        `bitlm eval` appends to the same file.
+        """
         file = self.path / EVALUATIONS
-        steps = [_step_of(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        lines = file.read_text().splitlines() if file.is_file() else []
+        steps = [_step_of(line) for line in lines if _is_by_training(line)]
         return int(max((s for s in steps if s <= step), default=0))
 
 
-def _comparable(config: Config) -> dict[str, Any]:
-    """Values by dotted key, without the sources' paths: their contents are compared elsewhere."""
-    values = dict(flatten(with_absolute_paths(config).model_dump(mode="json")))
-    values[SOURCES_KEY] = [{**source, "path": "…"} for source in values[SOURCES_KEY]]
-    return values
-
-
-def is_change_allowed(key: str, config: Config) -> bool:
-    """True if a config consents to the change of a key that a run keeps otherwise."""
-    return key in CONSENT_KEYS and bool(dict(flatten(config.model_dump()))[CONSENT_KEYS[key]])
+def _is_by_training(line: str) -> bool:
+    try:
+        # Older versions did not say, as only training wrote evaluations.
+        return bool(json.loads(line).get("by", BY_TRAINING) == BY_TRAINING)
+    except (json.JSONDecodeError, AttributeError):  # a line that a kill cut in half
+        return False
 
 
 def _step_of(line: str) -> float:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import with_absolute_paths
@@ -37,7 +36,8 @@ from bitlm_dist.training.engine import Engine, StepResult
 from bitlm_dist.training.memory_advice import out_of_memory_advice
 from bitlm_dist.training.metrics import MetricsLog, NullMetricsLog
 from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
-from bitlm_dist.training.run_folder import GLOBAL_BATCH_KEY, RunFolder, environment
+from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY
+from bitlm_dist.training.run_folder import RunFolder, environment
 from bitlm_dist.training.sharded_head import check_head_engine
 from bitlm_dist.training.stop_signals import STOP_SIGNALS, StopMonitor, StopRequested, stop_reason
 from bitlm_dist.training.teacher import Teacher
@@ -46,6 +46,7 @@ from bitlm_dist.training.weights import (
     checkpoint_shards,
     checkpoint_slot_name,
     checkpoint_weight_name,
+    load_job_shards,
 )
 
 Observer = Callable[[Mapping[str, Any]], None]
@@ -85,6 +86,18 @@ class Trainer:
         self.dataset = self._open_dataset(resume)
         if layout.rank == 0:
             self.folder.acquire(config, config.data.path / "tokenizer", codes)
+
+        try:
+            self._set_up(codes, manifest)
+        except BaseException:
+            self.folder.release()
+            raise
+
+    def _set_up(self, codes: BitCodes, manifest: Mapping[str, Any]) -> None:
+        """Build the engine and load the latest checkpoint."""
+        config = self.config
+        layout = self.layout
+        assert config.data.path is not None
 
         self.device = mesh.device()
         byte_lengths = Tokenizer.from_folder(config.data.path / "tokenizer").byte_lengths
@@ -545,7 +558,9 @@ class Trainer:
         # The tensors are views of the model's and the optimizer's memory, and are read in place.
         weights = self.engine.model_state_dict()
         optimizer_state = self.engine.optimizer_state_dict()
-        tensor_files.load_shards(checkpoint, self._by_checkpoint_name(weights, optimizer_state))
+        load_job_shards(
+            checkpoint, self._by_checkpoint_name(weights, optimizer_state), self.layout
+        )
         self.engine.load_state_dict(optimizer_state)
 
         self.step = state["step"]

@@ -7,7 +7,8 @@ sent are skipped; the run repeats them with the same values.
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,13 @@ class WandbLog:
         self._deferred = {}
         self._next_open_step = step
         self._has_sent = True
+
+    def send_texts(self, file: str, step: int, name: str, texts: Sequence[str]) -> None:
+        """Add texts to the row of a step, as :meth:`send` does values."""
+        import wandb
+
+        pages = "".join(f"<pre>{escape(text)}</pre>" for text in texts)
+        self.send(file, step, {name: wandb.Html(pages)})
 
     def _log(self, values: dict[str, Any], step: int) -> None:
         try:

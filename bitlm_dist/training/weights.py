@@ -1,7 +1,9 @@
 """The weights of a run: their names and shards in a checkpoint, and loading a trained model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import torch
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
@@ -14,9 +16,9 @@ from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.training.checkpoint_folder import checkpoint_steps
 from bitlm_dist.training.optimizer import EMA_SLOT
 from bitlm_dist.training.run_folder import RunFolder
+from bitlm_dist.training.trained_files import find_trained_steps
 
 
 def model_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, ShardedTensor]:
@@ -49,6 +51,16 @@ def checkpoint_slot_name(name: str, slot: str) -> str:
 def checkpoint_ema_name(name: str) -> str:
     """The name of a weight's moving average in a checkpoint."""
     return checkpoint_slot_name(name, EMA_SLOT)
+
+
+def is_checkpoint_weight(name: str) -> bool:
+    """True for names that :func:`checkpoint_weight_name` makes."""
+    return name.startswith("model.")
+
+
+def is_checkpoint_ema(name: str) -> bool:
+    """True for names that :func:`checkpoint_ema_name` makes."""
+    return name.startswith("optimizer.") and name.endswith(f".{EMA_SLOT}")
 
 
 def checkpoint_shards(
@@ -100,11 +112,7 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
             moving averages although ``evaluation.use_ema`` asks for them.
     """
     folder = RunFolder(run)
-    steps = checkpoint_steps(run)
-    if not steps:
-        raise UserError(
-            f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
-        )
+    steps = find_trained_steps(run, config)
 
     prepare_device(config)
     model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
@@ -120,15 +128,43 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
         )
         raise UserError(f"{error}: {others}") from error
 
-    if config.evaluation.use_ema and not config.optimizer.ema:
-        raise UserError(
-            f"evaluation.use_ema = true: {run} was trained without optimizer.ema "
-            "and has no average: set it false"
-        )
-
     # The averages are stored beside the weights, so either can be loaded into the model.
-    checkpoint_name = checkpoint_ema_name if config.evaluation.use_ema else checkpoint_weight_name
+    is_used, checkpoint_name = (
+        (is_checkpoint_ema, checkpoint_ema_name)
+        if config.evaluation.use_ema
+        else (is_checkpoint_weight, checkpoint_weight_name)
+    )
+    index = tensor_files.read_index(checkpoint)
     tensor_files.load_shards(
-        checkpoint, {checkpoint_name(n): t for n, t in model_state_dict([model]).items()}
+        checkpoint,
+        {checkpoint_name(n): t for n, t in model_state_dict([model]).items()},
+        {name: stored for name, stored in index.items() if is_used(name)},
     )
     return folder, model.eval(), steps[-1]
+
+
+def load_job_shards(
+    checkpoint: Path, tensors: Mapping[str, ShardedTensor], layout: ParallelLayout
+) -> None:
+    """Load this rank's shards of a checkpoint of the whole job. Collective.
+
+    Args:
+        checkpoint: The checkpoint.
+        tensors: What this rank holds of weights and optimizer state, by name in the checkpoint.
+        layout: The job's parallel layout.
+
+    Raises:
+        UserError: As :func:`~bitlm_dist.checkpoint.tensors.load_shards` does; a tensor that no rank
+            holds counts as not wanted, on all ranks.
+    """
+    index = tensor_files.read_index(checkpoint)
+    if layout.world_size > 1:
+        # One flag per tensor: a rank of a pipeline holds few of the names, and many ranks the same.
+        names = sorted(index)
+        flags = torch.tensor([name in tensors for name in names], dtype=torch.uint8)
+        held = mesh.all_reduce_max(flags.to(mesh.device())).tolist()
+        wanted = {name for name, is_held in zip(names, held, strict=True) if is_held}
+        tensor_files.check_all_wanted(checkpoint, index, wanted)
+        index = {name: stored for name, stored in index.items() if name in tensors}
+
+    tensor_files.load_shards(checkpoint, tensors, index)

@@ -13,7 +13,7 @@ from bitlm_dist.data.mixture_dataset import training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.data_resumption import mixture_state_dict, resume_dataset
-from bitlm_dist.training.run_folder import GLOBAL_BATCH_KEY
+from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration

@@ -175,7 +175,7 @@ def test_wandb_that_does_not_start_is_refused_the_first_time_and_no_obstacle_lat
         write(MetricsLog(tmp_path, config, step=0), 1, 1)
 
     assert not (tmp_path / wandb_log.WANDB).exists()
-    (tmp_path / "metrics.jsonl").unlink()
+    assert not (tmp_path / "metrics.jsonl").exists(), "a line would claim the folder"
     server.error = None
     log = MetricsLog(tmp_path, config, step=0)
     assert len(server.calls) == 1, "nothing is begun before there is something to send"
@@ -288,8 +288,9 @@ def test_the_real_package_offline(tiny, tmp_path, monkeypatch):
 
 
 def test_files_that_are_dropped_from_are_those_that_are_written():
-    assert (metrics.METRICS, metrics.EVALUATIONS, metrics.SAVES) == (
+    assert metrics.LOG_FILES == (
         "metrics.jsonl",
         "evaluations.jsonl",
         "saves.jsonl",
+        "samples.jsonl",
     )

@@ -1,0 +1,103 @@
+"""Whether a config may train in a folder: an empty one, or that of its own run.
+
+Imports no torch, so that a refusal comes at once.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import (
+    config_paths,
+    flatten,
+    load_run_config,
+    with_absolute_paths,
+)
+from bitlm_dist.errors import UserError
+from bitlm_dist.launch.attempts import check_run_folder
+from bitlm_dist.paths import absolute_path
+from bitlm_dist.training.checkpoint_folder import checkpoint_steps
+from bitlm_dist.training.metrics import METRICS
+
+# Prefixes of keys that may change when a run resumes. Any other change would make it another run.
+CHANGEABLE_KEYS = (
+    "run.",
+    "checkpoint.",
+    "evaluation.",
+    "sampling.",
+    "logging.",
+    "parallel.",
+    "head.engine",
+    "head.zero_stage",
+    "head.offload",
+    "optimizer.sharded",
+    "optimizer.fused",
+    "training.deterministic",
+    "data.cache",
+    "data.cache_limit",
+    "data.workers",
+    "data.path",
+    "data.new_mixture",
+)
+STEPS_KEY = "training.steps"
+GLOBAL_BATCH_KEY = "training.global_batch_tokens"
+SOURCES_KEY = "data.sources"
+# Keys that may change if the config consents with another key.
+CONSENT_KEYS = {
+    GLOBAL_BATCH_KEY: "checkpoint.new_global_batch",
+    SOURCES_KEY: "data.new_mixture",
+}
+
+
+def has_started(run: Path) -> bool:
+    """True if a folder holds a run that has taken a step, which no other config may continue.
+
+    A start that failed before its first step leaves the folder to the next one.
+
+    Raises:
+        UserError: the run's checkpoints are behind a broken link.
+    """
+    metrics = run / METRICS
+    return (run / "config.yaml").is_file() and (
+        bool(checkpoint_steps(run)) or (metrics.is_file() and metrics.stat().st_size > 0)
+    )
+
+
+def check_claim(run: Path, config: Config) -> None:
+    """Check that a folder is free, or holds the run of this config.
+
+    Raises:
+        UserError: it holds a run with another config, or files that belong to no run.
+    """
+    if has_started(run):
+        _check_same_config(run, load_run_config(run), config)
+    check_run_folder(absolute_path(run), config_paths(config))
+
+
+def _check_same_config(run: Path, saved: Config, current: Config) -> None:
+    old, new = (_comparable(config) for config in (saved, current))
+    for key, value in new.items():
+        # Other schedules stretch over all steps, so a longer run would have trained otherwise.
+        is_allowed_lengthening = key == STEPS_KEY and current.optimizer.schedule == "constant"
+        if old.get(key) == value or key.startswith(CHANGEABLE_KEYS) or is_allowed_lengthening:
+            continue
+
+        if not is_change_allowed(key, current):
+            note = f" ({CONSENT_KEYS[key]} = true allows it)" if key in CONSENT_KEYS else ""
+            note = " (the schedule depends on it)" if key == STEPS_KEY else note
+            raise UserError(
+                f"run.dir = {run} holds a run with {key} = {old.get(key)}, "
+                f"now {value}{note}: choose another run.dir or the same value"
+            )
+
+
+def _comparable(config: Config) -> dict[str, Any]:
+    """Values by dotted key, without the sources' paths: their contents are compared elsewhere."""
+    values = dict(flatten(with_absolute_paths(config).model_dump(mode="json")))
+    values[SOURCES_KEY] = [{**source, "path": "…"} for source in values[SOURCES_KEY]]
+    return values
+
+
+def is_change_allowed(key: str, config: Config) -> bool:
+    """True if a config consents to the change of a key that a run keeps otherwise."""
+    return key in CONSENT_KEYS and bool(dict(flatten(config.model_dump()))[CONSENT_KEYS[key]])

@@ -51,8 +51,6 @@ def available_backends() -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if unavailable_reason(name) is None)
 
 
-# torch.compile cannot trace imports
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable_reason(name: str) -> str | None:
     """Reason why a backend is unavailable on this machine; None if it is available.
 
@@ -64,6 +62,11 @@ def unavailable_reason(name: str) -> str | None:
             f"bitlm_dist.kernels.{_MODULE_NAMES.get(name, name)}"
         )
     return reason
+
+
+# torch.compile cannot trace imports. This is what torch.compiler.assume_constant_result does, which
+# loads the whole compiler first: a second in every process, also where nothing is compiled.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def disable_backend(name: str, reason: str) -> None:
@@ -168,14 +171,14 @@ def select_backend(inputs: AttentionInputs, backend: str = "auto") -> str:
     if backend not in BACKENDS:
         raise ValueError(
             f"attention backend {backend!r} does not exist: "
-            f"choose from {('auto', *available_backends())}"
+            f"choose from {', '.join(('auto', *available_backends()))}"
         )
 
     reason = unavailable_reason(backend)
     if reason is not None:
         raise ValueError(
             f"attention backend {backend!r} is not available here: {reason}; "
-            f"choose from {available_backends()}"
+            f"choose from {', '.join(available_backends())}"
         )
 
     reason = unsupported_reason(backend, inputs)

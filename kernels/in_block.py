@@ -41,7 +41,7 @@ def in_block_attention(
     if backend not in ("auto", *BACKENDS):
         raise ValueError(
             f"in-block attention backend {backend!r} does not exist: "
-            f"choose from {('auto', *BACKENDS)}"
+            f"choose from {', '.join(('auto', *BACKENDS))}"
         )
 
     # the softmax over one key is 1

@@ -1,4 +1,8 @@
-"""`bitlm doctor`: installed packages, usable backends, and the benefit of each missing piece."""
+"""`bitlm doctor`: installed packages, usable backends, and the benefit of each missing piece.
+
+torch is imported while it runs, after the first table, and the time of that import is one of the
+findings: on a network file system it is most of the start of every command.
+"""
 
 import importlib
 import importlib.util
@@ -6,12 +10,12 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from bitlm_dist.cli.console import print_table
+from bitlm_dist.cli.progress import work_progress
 from bitlm_dist.cpu_contention import CpuContention
 from bitlm_dist.cpu_threads import NUM_THREADS, SPIN_COUNT, WAIT_POLICY
 from bitlm_dist.disks import (
@@ -22,11 +26,9 @@ from bitlm_dist.disks import (
     temp_dir_problem,
 )
 from bitlm_dist.errors import UserError
-from bitlm_dist.kernels.attention import unavailable_reason
-from bitlm_dist.parallel.device import find_device, warning_of_unused_gpus
-from bitlm_dist.parallel.zero_head import check_deepspeed
-from bitlm_dist.training import fused_adam
-from bitlm_dist.training.run_folder import PACKAGES, package_version
+from bitlm_dist.formatting import plural
+from bitlm_dist.package_versions import PACKAGES, package_version
+from bitlm_dist.strict_json import to_json
 
 # Backends of model.backbone.attention.
 ATTENTION_BACKENDS = {
@@ -36,7 +38,8 @@ ATTENTION_BACKENDS = {
     "flex": "torch's FlexAttention with tile lists; on a CPU without gradients",
     "reference": "a dense mask, for comparison",
 }
-WATCH_SECONDS = 0.5  # how long other programs are watched
+WATCH_SECONDS = 0.5  # how long other programs are watched, at least
+IMPORT_TORCH = "import torch"
 
 
 class Finding(NamedTuple):
@@ -55,6 +58,8 @@ def _importable(module: str) -> bool:
 
 
 def _deepspeed() -> Finding:
+    from bitlm_dist.parallel.zero_head import check_deepspeed
+
     try:
         check_deepspeed()
     except UserError as error:
@@ -103,10 +108,8 @@ def _wandb() -> Finding:
     )
 
 
-def _free_cores() -> Finding:
-    """Watch other programs for a moment."""
-    busy_cores = CpuContention()
-    time.sleep(WATCH_SECONDS)
+def _free_cores(busy_cores: CpuContention) -> Finding:
+    import torch
 
     cores = len(os.sched_getaffinity(0))
     warning = busy_cores.warning(torch.get_num_threads())
@@ -127,6 +130,10 @@ def _openmp() -> Finding:
 
 
 def _device() -> Finding:
+    import torch
+
+    from bitlm_dist.parallel.device import find_device, warning_of_unused_gpus
+
     try:
         find_device(os.environ)
     except UserError as error:
@@ -145,7 +152,9 @@ def _device() -> Finding:
     return Finding(
         "device",
         warning is None,
-        warning or f"CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads, gloo",
+        warning
+        or f"CPU, {plural(os.cpu_count() or 1, 'core')}, "
+        f"{plural(torch.get_num_threads(), 'thread')}, gloo",
     )
 
 
@@ -170,43 +179,88 @@ def _temp_dir() -> Finding:
     )
 
 
-def collect_findings() -> dict[str, list[Finding]]:
-    """Collect the findings, grouped by heading."""
-    machine = [
-        Finding("python", True, platform.python_version()),
+def iter_findings() -> Iterator[tuple[str, list[Finding]]]:
+    """Yield the findings under each heading as soon as they are known.
+
+    The first heading comes before torch is imported, which takes a second or more.
+    """
+    yield (
+        "packages",
+        [
+            Finding("python", True, platform.python_version()),
+            *(
+                Finding(name, bool(package_version(name)), package_version(name) or "missing")
+                for name in PACKAGES
+            ),
+        ],
+    )
+    yield "machine", _machine()
+    yield "attention, first choice first", _attention()
+    yield "optimizers", _optimizers()
+    yield "head", [_deepspeed(), Finding("FSDP2", True, "torch's, head.engine = fsdp2")]
+    yield "optional", [_transformer_engine(), _apex(), _flash_attention(), _wandb()]
+
+
+def _machine() -> list[Finding]:
+    # other programs are watched while torch is imported
+    busy_cores = CpuContention()
+    seconds = _import_torch()
+    time.sleep(max(0.0, WATCH_SECONDS - seconds))
+
+    return [
+        Finding(IMPORT_TORCH, True, f"{seconds:.1f} s, part of the start of every command"),
         _device(),
         _openmp(),
-        _free_cores(),
+        _free_cores(busy_cores),
         _shared_memory(),
         _temp_dir(),
     ]
-    packages = [
-        Finding(name, bool(package_version(name)), package_version(name) or "missing")
-        for name in PACKAGES
-    ]
-    attention = [
+
+
+def _import_torch() -> float:
+    """Import torch and return the seconds that it took; about 0 if it was imported before."""
+    start = time.perf_counter()
+    with work_progress("importing torch"):
+        importlib.import_module("torch")
+    return time.perf_counter() - start
+
+
+def _attention() -> list[Finding]:
+    from bitlm_dist.kernels.attention import unavailable_reason
+
+    return [
         Finding(name, unavailable_reason(name) is None, unavailable_reason(name) or note)
         for name, note in ATTENTION_BACKENDS.items()
     ]
 
+
+def _optimizers() -> list[Finding]:
+    import torch
+
+    from bitlm_dist.training import fused_adam
+
     muon_dtype = "bf16" if torch.cuda.is_available() else "fp32"
-    optimizers = [
+    return [
         Finding("AdamW", True, f"{fused_adam.select_adamw('auto')[0]}, fused"),
         Finding("Muon", True, f"torch's, orthogonalised in {muon_dtype}"),
     ]
 
-    return {
-        "machine": machine,
-        "packages": packages,
-        "attention, first choice first": attention,
-        "optimizers": optimizers,
-        "head": [_deepspeed(), Finding("FSDP2", True, "torch's, head.engine = fsdp2")],
-        "optional": [_transformer_engine(), _apex(), _flash_attention(), _wandb()],
-    }
+
+def collect_findings() -> dict[str, list[Finding]]:
+    """Collect the findings, grouped by heading."""
+    return dict(iter_findings())
 
 
-def print_findings() -> None:
-    """Print a table per heading."""
-    for heading, findings in collect_findings().items():
+def print_findings(as_json: bool) -> None:
+    """Print a table per heading, or one JSON object with a list per heading."""
+    if as_json:
+        print(to_json({heading: _records(found) for heading, found in iter_findings()}, indent=1))
+        return
+
+    for heading, findings in iter_findings():
         rows = ((f.name, "yes" if f.is_available else "no", f.note) for f in findings)
         print_table(heading, ("name", "found", "note"), rows)
+
+
+def _records(findings: list[Finding]) -> list[dict[str, object]]:
+    return [{"name": f.name, "found": f.is_available, "note": f.note} for f in findings]

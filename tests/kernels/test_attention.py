@@ -290,7 +290,7 @@ def test_wrong_arguments_are_named():
     attend = block_causal_attention
     q, k, v = tensors(8, 8)
     with pytest.raises(
-        ValueError, match=r"backend 'fa9' does not exist: choose from \('auto', .*'reference'\)"
+        ValueError, match=r"backend 'fa9' does not exist: choose from auto, .*, reference$"
     ):
         attend(q, k, v, block=2, backend="fa9")
     with pytest.raises(ValueError, match="block = 0"):
@@ -332,7 +332,7 @@ def test_a_back_end_that_does_not_fit_says_which_does():
     for name in set(attention.BACKENDS) - set(available_backends()):
         with pytest.raises(
             ValueError,
-            match=rf"backend '{name}' is not available here: .*; choose from \(.*'reference'\)",
+            match=rf"backend '{name}' is not available here: .*; choose from .*, reference$",
         ):
             block_causal_attention(q, k, v, block=2, backend=name)
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
@@ -262,6 +262,26 @@ def _overlaps(stored: TensorIndex, wanted: Shard) -> Iterator[tuple[str, Overlap
             yield file, Overlap(entry.key, source, wanted.tensor[target])
 
 
+def check_all_wanted(folder: Path, stored: Iterable[str], wanted: Container[str]) -> None:
+    """Check that a model has a place for every stored tensor.
+
+    Args:
+        folder: The checkpoint.
+        stored: Names of the tensors that it holds.
+        wanted: Names of the tensors that are loaded, by this rank or another one.
+
+    Raises:
+        UserError: Some are not wanted; names the first ones.
+    """
+    unwanted = sorted(name for name in stored if name not in wanted)
+    if unwanted:
+        others = f" and {len(unwanted) - 3:,} more" if len(unwanted) > 3 else ""
+        raise UserError(
+            f"{folder}: holds {', '.join(unwanted[:3])}{others}, which the model does not have: "
+            "it is a checkpoint of another model"
+        )
+
+
 @torch.no_grad()
 def load_shards(
     folder: Path,
@@ -275,10 +295,12 @@ def load_shards(
     Args:
         folder: The checkpoint.
         tensors: The shards to fill, by tensor name.
-        index: The folder's :func:`read_index`, if it is known already.
+        index: The tensors that must all be wanted, from the folder's :func:`read_index`; default:
+            all that it holds.
 
     Raises:
-        UserError: A tensor is missing, incomplete or has another shape. Nothing was loaded.
+        UserError: A tensor is missing, incomplete or has another shape, or one of ``index`` is not
+            wanted. Nothing was loaded.
     """
     index = read_index(folder) if index is None else index
 
@@ -305,6 +327,9 @@ def load_shards(
                     f"{wanted.tensor.numel()} elements"
                 )
 
+    # What a smaller model leaves aside would be lost without a word.
+    check_all_wanted(folder, index, tensors)
+
     for file, overlaps in by_file.items():
         with safe_open(folder / file, "pt") as opened:
             for overlap in overlaps:
@@ -314,5 +339,5 @@ def load_shards(
 def load_full(folder: Path, name: str, index: Mapping[str, TensorIndex]) -> Tensor:
     """Load one full tensor of a folder."""
     full = torch.empty(index[name].shape, dtype=index[name].dtype)
-    load_shards(folder, {name: ShardedTensor.from_full(full)}, index)
+    load_shards(folder, {name: ShardedTensor.from_full(full)}, {name: index[name]})
     return full

@@ -140,6 +140,21 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         load_shards(tmp_path, {"d": ShardedTensor.from_full(torch.zeros(1))})
 
 
+def test_a_loader_that_leaves_tensors_aside_is_refused_and_has_loaded_nothing(tmp_path):
+    names = [f"w{i}" for i in range(6)]
+    save(tmp_path, [{name: ShardedTensor.from_full(torch.ones(2)) for name in names}])
+    kept = {"w1": ShardedTensor.from_full(torch.zeros(2))}
+
+    expected = "holds w0, w2, w3 and 2 more, which the model does not have: .* another model"
+    with pytest.raises(UserError, match=expected):
+        load_shards(tmp_path, kept)
+    assert kept["w1"].full.tolist() == [0, 0]
+
+    # A part is loaded only if it is named as one.
+    load_shards(tmp_path, kept, {"w1": read_index(tmp_path)["w1"]})
+    assert kept["w1"].full.tolist() == [1, 1]
+
+
 def test_an_index_that_leaves_a_hole_is_refused(tmp_path):
     whole = torch.arange(6.0)
     save(

@@ -1,0 +1,61 @@
+"""The run that `bitlm eval` and `bitlm generate` load: its config, and what they may change in it.
+
+Imports no torch, so that a wrong word is answered at once.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bitlm_dist.config import Config
+from bitlm_dist.config_loading import all_keys, load_run_config, override_keys
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.trained_files import checkpoint_given_as_run
+
+# What does not change the trained model: how it is evaluated and sampled from, and where it runs.
+CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")
+CHANGEABLE_KEYS = (
+    "data.path",
+    "data.cache",
+    "data.cache_limit",
+    "data.workers",
+    "model.backbone.attention",
+)
+_CHANGEABLE = (
+    "evaluation.*, sampling.*, parallel.*, logging.*, data.{path, cache, cache_limit, workers} "
+    "and model.backbone.attention"
+)
+_MODEL_SECTIONS = ("model.", "head.", "diffusion.", "preset")
+
+
+def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config:
+    """Load the config of a trained run with overrides that leave the model what it is.
+
+    Args:
+        run: the run folder.
+        words: command-line words, as in :func:`~bitlm_dist.config_loading.load_config`.
+        command: the command, for messages.
+
+    Raises:
+        UserError: there is no run, or a word is no override, or it sets a key that does not exist,
+            has an invalid value, or belongs to the model or its training.
+    """
+    if error := checkpoint_given_as_run(run):
+        raise error
+
+    known_keys = set(all_keys())
+    for key in override_keys(words):
+        # what is no key at all is reported with a hint when the config is loaded
+        if key in known_keys and not is_changeable(key):
+            whose = (
+                "describes the trained model, which stays as it is"
+                if key.startswith(_MODEL_SECTIONS)
+                else "is a key of training"
+            )
+            raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE}")
+
+    return load_run_config(run, words)
+
+
+def is_changeable(key: str) -> bool:
+    """True if a key may be overridden for a trained model."""
+    return key.startswith(CHANGEABLE_SECTIONS) or key in CHANGEABLE_KEYS

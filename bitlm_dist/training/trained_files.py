@@ -1,0 +1,69 @@
+"""The files of a run folder from which a trained model is loaded. Imports no torch.
+
+So `bitlm eval` and `bitlm generate` report what is missing at once.
+"""
+
+from pathlib import Path
+
+from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
+from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
+
+CODES = "codes.npz"
+TOKENIZER = "tokenizer"
+
+
+def find_trained_steps(run: Path, config: Config) -> list[int]:
+    """Find the steps that a model can be loaded from, ascending, at least one.
+
+    Args:
+        run: the run folder.
+        config: the run's config, with overrides applied.
+
+    Raises:
+        UserError: the run has no complete checkpoint, a file that every model needs is missing, or
+            the config asks for moving averages that the run does not have.
+    """
+    if config.evaluation.use_ema and not config.optimizer.ema:
+        raise UserError(
+            f"evaluation.use_ema = true: {run} was trained without optimizer.ema "
+            "and has no average: set it false"
+        )
+
+    steps = checkpoint_steps(run)
+    if not steps:
+        raise UserError(
+            f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
+        )
+
+    if not (run / TOKENIZER).is_dir():
+        raise UserError(
+            f"{run / TOKENIZER} is missing: copy the folder {TOKENIZER} of the prepared data there"
+        )
+    if not (run / CODES).is_file():
+        raise missing_codes_error(run, "is missing")
+    return steps
+
+
+def missing_codes_error(run: Path, problem: str) -> UserError:
+    """The error for codes that cannot be read.
+
+    Args:
+        run: the run folder.
+        problem: what is wrong with the file.
+    """
+    return UserError(
+        f"{run / CODES} {problem}: copy it from a backup of the run, or from a run that was "
+        "trained with the same data and the same model section"
+    )
+
+
+def checkpoint_given_as_run(folder: Path) -> UserError | None:
+    """The error for a checkpoint where a run folder is expected; None if it is none."""
+    run = folder.absolute().parent.parent
+    if folder.absolute().parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
+        return None
+    return UserError(
+        f"{folder} is no run folder but a checkpoint of one: name the run, {folder.parent.parent}; "
+        "its latest checkpoint is used"
+    )

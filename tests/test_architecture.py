@@ -91,6 +91,7 @@ TOPICS = {
     "slurm/test_cluster.py": "the test cluster itself",
     "slurm/test_launch.py": "jobs on a real Slurm",
     "test_architecture.py": "imports and names of files",
+    "test_commands.py": "the commands in the docs",
     "test_copy_task.py": "a task that a model must learn",
     "test_docs.py": "links and quotes of the docs",
     "test_mutants.py": "the patches",

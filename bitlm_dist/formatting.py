@@ -1,5 +1,6 @@
-"""Numbers as people read them: counts with their noun, fractions, durations, missing values."""
+"""Numbers as people read them: counts with their noun, fractions, times, missing values."""
 
+import time
 from datetime import timedelta
 
 
@@ -30,6 +31,15 @@ def format_percent(fraction: float) -> str:
 def format_duration(seconds: float) -> str:
     """Format seconds as H:MM:SS, with the days in front if there are any."""
     return str(timedelta(seconds=round(seconds)))
+
+
+def format_time(seconds: float | None = None) -> str:
+    """Format a time as local time: ``2026-01-31T12:34:56``.
+
+    Args:
+        seconds: since 1970; None: now.
+    """
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(seconds))
 
 
 def format_value(value: float | None, pattern: str = "{:.4f}") -> str:

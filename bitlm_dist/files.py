@@ -4,26 +4,36 @@ import errno
 import fcntl
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, TextIO
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, content: str | bytes) -> None:
     """Write a file so that it is complete or absent at any time, even after a power failure.
 
-    The text is written to a temporary file, flushed to disk and renamed into place. Parent folders
-    are created.
+    The content is written to a temporary file, flushed to disk and renamed into place. Parent
+    folders are created. If it cannot be written, an old file stays and nothing is left beside it.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    try:
+        with partial.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.rename(file)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # the user knows the file, not its temporary name; a write to a full disk names no file
+        if isinstance(error, OSError):
+            error.filename = os.fspath(file)
+            error.filename2 = None
+        raise
 
-    partial.rename(file)
     fsync_folder(file.parent)
 
 

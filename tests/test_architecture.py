@@ -22,7 +22,7 @@ LAYERS = [
     {"diffusion", "kernels"},
     {"codes"},
     {"compilation"},
-    {"disks", "paths"},
+    {"disks", "paths", "plots"},
     {"cpu_contention"},
     {
         "cpu_threads",

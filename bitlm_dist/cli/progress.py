@@ -31,7 +31,7 @@ def timestamp() -> str:
 
 @contextmanager
 def work_progress(
-    what: str, total: int | None = None, unit: str = ""
+    what: str, total: int | None = None, unit: str = "", *, animated: bool = True
 ) -> Iterator[Callable[[int], None]]:
     """Show on standard error that a command works, and how far it is.
 
@@ -42,6 +42,8 @@ def work_progress(
         what: the work, e.g. "evaluating".
         total: how much there is to do.
         unit: of ``total``, e.g. "sequences".
+        animated: draw ten times per second; else only when something was done, so that no thread
+            runs beside a measurement.
 
     Yields:
         A function to call with how much is done; it may be called from another thread.
@@ -57,9 +59,9 @@ def work_progress(
         TimeElapsedColumn(),
         *([TextColumn("left"), TimeRemainingColumn()] if total else []),
     ]
-    with Progress(*columns, console=stderr_console, transient=True) as bar:
+    with Progress(*columns, console=stderr_console, transient=True, auto_refresh=animated) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        yield lambda done: bar.update(task, completed=done, refresh=not animated)
 
 
 def _plain_work_log(what: str, total: int | None, unit: str) -> Callable[[int], None]:

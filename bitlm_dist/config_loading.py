@@ -141,6 +141,8 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         where = f"{folder}{relative_to_note(folder)}"
+        if (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints":
+            raise UserError(f"{where} is a checkpoint: name its run, {folder.parents[1]}")
         raise UserError(
             f"{where} is no run folder: it holds no config.yaml; "
             "train into it first with `bitlm train`"
@@ -197,9 +199,9 @@ def _find_config_file(file: Path) -> Path:
             return candidate
 
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    problem = "is a folder" if file.is_dir() else "does not exist"
     raise UserError(
-        f"config file {file}{relative_to_note(file)} does not exist; "
-        f"shipped with the package: {shipped}"
+        f"config file {file}{relative_to_note(file)} {problem}; shipped with the package: {shipped}"
     )
 
 

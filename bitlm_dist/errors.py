@@ -40,6 +40,7 @@ _REMEDIES = {
     errno.EIO: "check the disk",
     errno.ESTALE: "the network file system lost it: try again, or mount it anew",
 }
+_NUM_SHOWN_CHARS = 40  # at both ends of a path that is too long
 # A second try meets the same error until the user does something.
 _PERMANENT = {
     errno.EACCES,
@@ -72,8 +73,10 @@ def os_error_message(error: OSError) -> str:
     Without a path or number, as libraries raise it, the line is the error's own text.
     """
     path = error.filename2 or error.filename
-    where = f"{os.fsdecode(path) if isinstance(path, bytes | str | os.PathLike) else path}: "
-    where = where if path is not None else ""
+    name = os.fsdecode(path) if isinstance(path, bytes | str | os.PathLike) else str(path)
+    if error.errno == errno.ENAMETOOLONG and len(name) > 2 * _NUM_SHOWN_CHARS:
+        name = f"{name[:_NUM_SHOWN_CHARS]}…{name[-_NUM_SHOWN_CHARS:]}"
+    where = f"{name}: " if path is not None else ""
     if error.errno is None or not error.strerror:
         return where + (" ".join(str(error).split()) or type(error).__name__)
 

@@ -54,6 +54,12 @@ def read_yaml_file(file: Path, model: type[BaseModel]) -> dict[str, SourcedValue
             found = type(_constructed(root)).__name__
             raise UserError(f"{file} must hold `key: value` lines, found a {found}")
         return _YamlReader(str(file), file.parent).entries(root, model)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{file}{line} is no valid YAML: {error.problem or error.context}"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is no valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:

@@ -1,3 +1,4 @@
+import ctypes
 import difflib
 import fcntl
 import json
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 # numpy and torch read these when they are loaded: sums of other parts are other sums.
@@ -270,3 +272,26 @@ def tiny_model(tiny):
         return model
 
     return make
+
+
+@pytest.fixture
+def without_root_powers():
+    """Context in which root, too, is refused what the mode of a file does not allow."""
+    return _without_file_capabilities
+
+
+@contextmanager
+def _without_file_capabilities():
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this thread
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
+    assert libc.capget(header, data) == 0, os.strerror(ctypes.get_errno())
+
+    effective = data[0]
+    data[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, data) == 0
+    try:
+        yield
+    finally:
+        data[0] = effective
+        assert libc.capset(header, data) == 0

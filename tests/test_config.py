@@ -110,9 +110,9 @@ BAD = [
         ["--training.steps", "0"],
         r"training.steps = 0 \(command line\): expected greater than or equal to 1",
     ),
-    (["--training.steps", "many"], "training.steps = 'many'"),
-    (["--diffusion.loss", "mse"], "diffusion.loss = 'mse'.*'x', 'v', 'bce' or 'elbo'"),
-    (["--model.output", "softmx"], "model.output = 'softmx'"),
+    (["--training.steps", "many"], "training.steps = many"),
+    (["--diffusion.loss", "mse"], "diffusion.loss = mse.*'x', 'v', 'bce' or 'elbo'"),
+    (["--model.output", "softmx"], "model.output = softmx"),
     (
         ["--model.output", "softmax", "--model.block_size", "2"],
         "model.block_size = 2: model.output = softmax writes one token",
@@ -179,7 +179,7 @@ BAD = [
         ["--parallel.pipeline", "2", "--parallel.layers_per_stage", "[3, 2]"],
         "that add up to model.backbone.num_layers = 4",
     ),
-    (["--preset", "papper"], "preset = 'papper'"),
+    (["--preset", "papper"], "preset = papper"),
 ]
 
 

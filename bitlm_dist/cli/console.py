@@ -195,14 +195,13 @@ def check_output_file(option: str, file: Path | None) -> None:
     """
     if file is None:
         return
-    if file.is_dir():
-        raise UserError(f"{option} {file} is a folder: name a file in it")
     try:
+        if file.is_dir():
+            raise UserError(f"{option} {file} is a folder: name a file in it")
         # A file is made and removed: permissions alone do not tell of full or read-only disks.
         handle, name = tempfile.mkstemp(prefix=f".{file.name[:100]}.", dir=file.parent)
         os.close(handle)
         os.unlink(name)
-        file.exists()  # raises if the name is too long
     except OSError as error:
         error.filename = str(file.parent if isinstance(error, FileNotFoundError) else file)
         raise UserError(f"{option} {os_error_message(error)}") from None

@@ -22,7 +22,7 @@ def test_ranks_of_a_node():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"time": "2h"}, "time = '2h' .command line.: expected HH:MM:SS"),
+        ({"time": "2h"}, "time = 2h .command line.: expected HH:MM:SS"),
         (
             {"time": "0:08:00"},
             "time = 0:08:00 leaves no time to train: it must be above signal_before_timeout",
@@ -35,7 +35,7 @@ def test_ranks_of_a_node():
             {"watch": {"heartbeat_interval": 60, "heartbeat_timeout": 120}},
             "watch.heartbeat_timeout = 120.0 must be at least three times watch.heartbeat_interval",
         ),
-        ({"launcher": "mpirun"}, "launcher = 'mpirun'"),
+        ({"launcher": "mpirun"}, "launcher = mpirun"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, message):

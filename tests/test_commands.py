@@ -13,6 +13,7 @@ synopsis   names in place of the capitals; never run
 """
 
 import itertools
+import json
 import os
 import re
 import shutil
@@ -25,22 +26,17 @@ from typing import NamedTuple
 import pytest
 import typer
 import zstandard
+from pages import BLOCK, INLINE_CODE, PAGES, ROOT, name_of, run_folder_tables
 
 from bitlm_dist.cli import app
 from bitlm_dist.config_loading import all_fields, load_config
 
-ROOT = Path(__file__).parent.parent
 # docs/cli.md is generated from the commands themselves.
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")),
-    *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.name != "cli.md"),
-]
+COMMAND_PAGES = [page for page in PAGES if page.name != "cli.md"]
 MARKS = {"cluster", "gpu", "network", "minutes", "recipe", "synopsis"}
 LANGUAGES = {"sh", "python", "yaml", "text", "mermaid"}
 PROGRAMS = ("bitlm", "python", "pytest", "make", "torchrun", "bash", "source", "touch")
 
-BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-INLINE_CODE = re.compile(r"`([^`\n]+)`")
 COMMAND = re.compile(r"(?:\bbitlm|-m bitlm_dist) +(?P<words>.*)")
 OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w.-]*")
 AT_PROMPT = re.compile(rf"^(?:{'|'.join(PROGRAMS)}) ", re.MULTILINE)
@@ -65,6 +61,11 @@ case "$1" in {cases}
 esac
 exec {python} -m bitlm_dist "$@"
 """
+# Rows of docs/run-folder.md for other runs: with several sources, launched, stopped, at W&B.
+ELSEWHERE = {
+    "Files": {"launch/", "stop", "wandb.json"},
+    "metrics.jsonl": {"sequences/NAME"},
+}
 TEXT_BYTES = 200_000  # of the user's own text, as small as README promises
 
 
@@ -84,7 +85,8 @@ class Block(NamedTuple):
 def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
     for match in BLOCK.finditer(text):
-        yield Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+        line = text.count("\n", 0, match.start()) + 1
+        yield Block(page, line, match["info"], match["text"])
 
 
 def command_lines(page: Path) -> Iterator[str]:
@@ -94,7 +96,7 @@ def command_lines(page: Path) -> Iterator[str]:
         if block.info.startswith("sh") and block.info != "sh recipe":
             yield from block.text.replace("\\\n", " ").splitlines()
     prose = BLOCK.sub("", page.read_text())
-    yield from (code for code in INLINE_CODE.findall(prose) if code.split()[0] in PROGRAMS)
+    yield from (code for code in INLINE_CODE.findall(prose) if code.split(" ")[0] in PROGRAMS)
 
 
 def commands_named(words: list[str]) -> list:
@@ -163,7 +165,7 @@ def override_problems(words: list[str]) -> Iterator[str]:
         yield str(error)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=name_of)
 def test_commands_exist_and_blocks_are_marked(page):
     problems = []
     for block in blocks(page):
@@ -208,27 +210,25 @@ def clone(tmp_path_factory):
     programs = folder / ".venv" / "bin"
     programs.mkdir(parents=True)
     cases = "".join(f'\n{name}) set -- "$@" {words} ;;' for name, words in SHORTER.items())
-    program = PROGRAM.format(clone=folder, cases=cases, python=sys.executable)
-    (programs / "bitlm").write_text(program)
+    (programs / "bitlm").write_text(
+        PROGRAM.format(clone=folder, cases=cases, python=sys.executable)
+    )
     (programs / "bitlm").chmod(0o755)
-    (programs / "python").symlink_to(sys.executable)
     (programs / "activate").write_text(f"PATH={programs}:$PATH\n")
     (folder / ".venv" / ".installed").touch()
 
     sample = ROOT / "data_prep" / "sample" / "kjv.jsonl.zst"
-    with zstandard.open(sample) as lines:
-        (folder / "my.txt").write_text(lines.read(TEXT_BYTES))
+    with zstandard.open(sample, "rt") as lines:
+        text = "\n".join(json.loads(line)["text"] for line in itertools.islice(lines, 100))
+    (folder / "my.txt").write_text(text[:TEXT_BYTES])
     return folder
 
 
-@pytest.mark.slow
-@pytest.mark.integration
-def test_a_clean_clone_runs_every_block(clone):
-    runnable = [block for page in PAGES for block in blocks(page) if block.is_runnable]
-    assert len(runnable) >= 5, "the pattern finds no blocks any more"
+@pytest.fixture(scope="module")
+def failed(clone):
+    """What came of the first block that failed; empty if all ran, in order and in one folder."""
     environment = {**os.environ, "PATH": f"{clone}/.venv/bin:{os.environ['PATH']}"}
-
-    for block in runnable:
+    for block in (block for page in COMMAND_PAGES for block in blocks(page) if block.is_runnable):
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block.text],
             cwd=clone,
@@ -236,5 +236,35 @@ def test_a_clean_clone_runs_every_block(clone):
             capture_output=True,
             text=True,
         )
-        where = f"{block.page.relative_to(ROOT)}:{block.line}"
-        assert done.returncode == 0, f"{where}\n{block.text}\n{done.stdout}\n{done.stderr}"
+        if done.returncode:
+            where = f"{name_of(block.page)}:{block.line}: exit code {done.returncode}"
+            return "\n".join((where, block.text, done.stdout, done.stderr))
+    return ""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_clean_clone_runs_every_block(failed):
+    assert not failed, failed
+    num_run = sum(block.is_runnable for page in COMMAND_PAGES for block in blocks(page))
+    assert num_run >= 5, "the pattern finds no blocks any more"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_page_of_the_run_folder_has_all_of_a_run(clone, failed):
+    assert not failed
+    run = clone / "runs" / "mine"
+    lines = {
+        file.name: [json.loads(line) for line in file.read_text().splitlines()]
+        for file in run.glob("*.jsonl")
+    }
+    found = {name: set().union(*records) for name, records in lines.items()}
+    found["evaluations.jsonl"] |= lines["evaluations.jsonl"][-1]["validation"].keys()
+    found["Files"] = {f"{file.name}/" if file.is_dir() else file.name for file in run.iterdir()}
+
+    for heading, documented in run_folder_tables().items():
+        if heading != "launch/":
+            assert found[heading] <= documented, f"{heading}: what has no row"
+            # rows of what this run does not have
+            assert documented - found[heading] <= ELSEWHERE.get(heading, set()), heading

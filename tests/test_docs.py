@@ -12,25 +12,16 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from pages import BLOCK, DOCS, INLINE_CODE, PAGES, ROOT, name_of, run_folder_tables
 
-ROOT = Path(__file__).parent.parent
-DOCS = ROOT / "docs"
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "AGENTS.md")),
-    *sorted(DOCS.rglob("*.md")),
-]
+from bitlm_dist import errors
+
 QUOTING_PAGES = [DOCS / "tour.md", DOCS / "how-to.md"]
 MAX_COLUMNS = 132
 
-FENCED = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
-INLINE_CODE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 PYTHON_BLOCK = re.compile(r"^([^\n]*)\n```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK_LINE = re.compile(r"\[`(?P<shown>[^`]+)`\]\((?P<target>[^)]+)\)(, `(?P<name>[\w.]+)`)?")
-
-
-def name_of(page):
-    return str(page.relative_to(ROOT))
 
 
 def python_blocks(page):
@@ -91,7 +82,7 @@ def test_a_quote_that_differs_is_found():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_relative_links_lead_somewhere(page):
-    prose = INLINE_CODE.sub("", FENCED.sub("", page.read_text()))
+    prose = INLINE_CODE.sub("", BLOCK.sub("", page.read_text()))
     targets = [target for target in LINK.findall(prose) if not re.match(r"[a-z]+:", target)]
     paths = {target.partition("#")[0] for target in targets} - {""}
     missing = sorted(path for path in paths if not (page.parent / path).exists())
@@ -104,6 +95,23 @@ def test_tests_that_a_recipe_names_exist():
     files = ("\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py")), page)
     missing = [name for name in sorted(named) if not any(f"def {name}(" in f for f in files)]
     assert not missing
+
+
+def test_names_on_the_page_of_the_run_folder_are_in_the_code():
+    folders = ("bitlm_dist", "launch")
+    code = "\n".join(f.read_text() for folder in folders for f in (ROOT / folder).rglob("*.py"))
+    for heading, names in run_folder_tables().items():
+        for name in names:
+            # up to what differs from run to run
+            word = Path(re.split(r"NAME|NODE|\d", name)[0]).name
+            assert word in code, f"{heading}: nothing writes {name}"
+
+
+def test_exit_codes_of_the_table_are_those_of_the_program():
+    page = (DOCS / "reliability.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
+    codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}
+    constants = {value for name, value in vars(errors).items() if name.endswith("EXIT_CODE")}
+    assert codes == constants | {0, 1}
 
 
 @pytest.mark.parametrize("page", QUOTING_PAGES, ids=name_of)

@@ -25,6 +25,7 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.steps import folder_of
 from bitlm_dist.checkpoint.store import SaveError
 from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, FileDigest, ShardEntry
+from bitlm_dist.errors import os_error_message
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
@@ -67,6 +68,8 @@ class _Writer(Thread):
     def run(self) -> None:
         try:
             self.digest = tensor_files.write_safetensors(self._file, self._entries, self._tensors)
+        except OSError as error:
+            self.problem = os_error_message(error)
         except Exception as error:
             self.problem = str(error) or type(error).__name__
 
@@ -267,7 +270,7 @@ class Saver:
             try:
                 action()
             except OSError as error:
-                problem = str(error)
+                problem = os_error_message(error)
 
         problem = mesh.broadcast_object(problem, self._layout)
         if problem:

@@ -50,6 +50,7 @@ class CheckpointManager:
         # by step, of all checkpoints, on rank 0 only; None: not known yet
         self._health: dict[int, bool | None] = {}
         self._num_failed_saves = 0  # in a row
+        self.last_failure = ""  # why the last save failed, and what helps
         self._last_save_time = time.monotonic()
 
         # the step that was saved, and whether it was finite; its health depends on the next step
@@ -196,7 +197,8 @@ class CheckpointManager:
             step: the step of the checkpoint.
             collect_contents: returns tensors and state; see :meth:`Saver.start_save`.
             is_finite: whether loss and gradient norm of this step were finite.
-            wait: also finish this save; it is always finished if saves are not asynchronous.
+            wait: also finish this save, the last one, whose failure is left to the caller to
+                report; a save is always finished if saves are not asynchronous.
 
         Raises:
             SaveError: on every rank, after three failed saves in a row.
@@ -211,14 +213,20 @@ class CheckpointManager:
         start_time = time.perf_counter()
         tensors, state = collect_contents()
         self._tolerating_save_errors(
-            lambda: self.saver.start_save(step, tensors, {**state, "finite": is_finite}, start_time)
+            lambda: self.saver.start_save(
+                step, tensors, {**state, "finite": is_finite}, start_time
+            ),
+            is_last=wait,
         )
 
         if self.saver.has_pending_save and (wait or not self._config.asynchronous):
-            self.finish_save()
+            self.finish_save(is_last=wait)
 
-    def finish_save(self) -> None:
+    def finish_save(self, is_last: bool = False) -> None:
         """Wait for the pending save and complete it.
+
+        Args:
+            is_last: see ``wait`` of :meth:`save`.
 
         Raises:
             SaveError: see :meth:`save`.
@@ -238,10 +246,10 @@ class CheckpointManager:
         ):
             time.sleep(POLL_SECONDS)
 
-        self._tolerating_save_errors(finish)
+        self._tolerating_save_errors(finish, is_last)
         self._apply_pending_health()
 
-    def _tolerating_save_errors(self, action: Callable[[], None]) -> None:
+    def _tolerating_save_errors(self, action: Callable[[], None], is_last: bool) -> None:
         """Tolerate transient save failures; give up after three in a row."""
         try:
             action()
@@ -249,12 +257,15 @@ class CheckpointManager:
             self._num_failed_saves += 1
             self._awaiting_next_step = self._pending_health = None
 
+            since = "the beginning" if self.latest_step is None else f"step {self.latest_step}"
+            self.last_failure = f"{error}; then the same command goes on from {since}"
             if self._num_failed_saves == MAX_FAILED_SAVES:
-                raise
-            self._log(
-                f"{error}; training goes on; {MAX_FAILED_SAVES} failed saves in a row end the run, "
-                f"this was number {self._num_failed_saves}"
-            )
+                raise SaveError(self.last_failure) from error
+            if not is_last:
+                self._log(
+                    f"{error}; training goes on; {MAX_FAILED_SAVES} failed saves in a row end the "
+                    f"run, this was number {self._num_failed_saves}"
+                )
 
     def record_step_health(self, step: int, is_finite: bool) -> None:
         """Record whether a step was finite.

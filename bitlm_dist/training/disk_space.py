@@ -1,4 +1,4 @@
-"""Check before the first step of a run that the disk has room for its checkpoints."""
+"""Check before the first step of a run, and at every save, that the disk has room for more."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,9 +9,11 @@ from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.config import CheckpointConfig, Config
 from bitlm_dist.disks import format_bytes, free_bytes
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, log_to_stderr
+from bitlm_dist.formatting import plural
 from bitlm_dist.training.optimizer import is_inner_matrix
 
+ADVICE = "make room, or set checkpoint.dir to a folder on another disk"
 FP32_BYTES = 4
 BF16_BYTES = 2
 
@@ -59,13 +61,16 @@ def check_disk_space(root: Path, checkpoint_bytes: int, config: CheckpointConfig
         UserError: there is no room for the next checkpoint.
     """
     free = free_bytes(root.resolve()) + store.stale_bytes(root)
-    advice = "make room, or set checkpoint.dir to a folder on another disk"
     if free < checkpoint_bytes:
         raise UserError(
             f"{root} has no room for a checkpoint, which takes about "
-            f"{format_bytes(checkpoint_bytes)}: {format_bytes(free)} are free: {advice}"
+            f"{format_bytes(checkpoint_bytes)}: {format_bytes(free)} are free: {ADVICE}"
         )
+    return _shortage(root, free, checkpoint_bytes, config)
 
+
+def _shortage(root: Path, free: int, checkpoint_bytes: int, config: CheckpointConfig) -> str:
+    """Describe that the checkpoints to be kept need more than is free; empty if they do not."""
     # beside these, one waits for the step that tells its health, while another is being written
     num_kept = config.keep + 1
     num_missing = max(1, num_kept + 1 - len(complete_steps(root)))
@@ -73,7 +78,35 @@ def check_disk_space(root: Path, checkpoint_bytes: int, config: CheckpointConfig
         return ""
 
     return (
-        f"{root} has {format_bytes(free)} free, and up to {num_missing} more checkpoints of about "
-        f"{format_bytes(checkpoint_bytes)} each will be kept there at once "
-        f"(checkpoint.keep = {config.keep}): {advice}"
+        f"{root} has {format_bytes(free)} free, and up to "
+        f"{plural(num_missing, 'more checkpoint')} of about {format_bytes(checkpoint_bytes)} each "
+        f"will be kept there at once (checkpoint.keep = {config.keep}): {ADVICE}"
     )
+
+
+class FreeSpaceWatch:
+    """Warns that the disk will not take all checkpoints to come: once, until there is room again.
+
+    Args:
+        root: the folder of the checkpoints.
+        config: how many checkpoints are kept.
+    """
+
+    def __init__(self, root: Path, config: CheckpointConfig) -> None:
+        self._root = root
+        self._config = config
+        self._has_warned = False
+
+    def check(self, checkpoint_bytes: int) -> None:
+        """Compare the free space with what later checkpoints of this size need."""
+        try:
+            free = free_bytes(self._root.resolve())
+            self.warn(_shortage(self._root, free, checkpoint_bytes, self._config))
+        except OSError:  # the next save will tell
+            pass
+
+    def warn(self, shortage: str) -> None:
+        """Print a shortage; empty: there is none."""
+        if shortage and not self._has_warned:
+            log_to_stderr(f"warning: {shortage}")
+        self._has_warned = bool(shortage)

@@ -16,6 +16,8 @@ from bitlm_dist.strict_json import to_json
 EVALUATIONS = "evaluations.jsonl"
 BY_TRAINING = "train"  # the key "by" of a record: the command that evaluated
 BY_EVAL = "eval"
+# Costs of the run up to the model that was evaluated; a checkpoint's state has them, too.
+PROGRESS_FIELDS = ("step", "tokens", "predicted_tokens", "text_bytes", "seconds", "cpu_seconds")
 
 
 class ScoredText(NamedTuple):

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Any
 from bitlm_dist.config import Config
 from bitlm_dist.errors import log_to_stderr, os_error_message
 from bitlm_dist.strict_json import to_json
-from bitlm_dist.training.evaluation_records import BY_TRAINING as BY_TRAINING
-from bitlm_dist.training.evaluation_records import EVALUATIONS as EVALUATIONS
-from bitlm_dist.training.evaluation_records import evaluation_record
+from bitlm_dist.training.evaluation_records import BY_TRAINING, EVALUATIONS, evaluation_record
 from bitlm_dist.training.wandb_log import WandbLog
 
 if TYPE_CHECKING:  # what reads these files alone needs no torch, which takes seconds to import

@@ -343,6 +343,19 @@ class Optimizers:
                 )
 
 
+def learning_rates(config: OptimizerConfig, lr_multiplier: float) -> dict[str, float]:
+    """The learning rates of a step, before the scales of single parts, by their metrics' names.
+
+    Args:
+        config: Peak learning rates.
+        lr_multiplier: Factor of the schedule, see :func:`lr_multiplier_at`.
+    """
+    rates = {"lr_adamw": config.adamw_lr * lr_multiplier}
+    if config.matrix_optimizer == "muon":
+        rates["lr_muon"] = config.muon_lr * lr_multiplier
+    return rates
+
+
 def lr_multiplier_at(config: OptimizerConfig, step: int, num_steps: int) -> float:
     """The factor on peak learning rates at a step: linear warm-up, then the configured decay.
 

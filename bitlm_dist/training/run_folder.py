@@ -31,7 +31,8 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, CheckpointFolder
-from bitlm_dist.training.metrics import BY_TRAINING, EVALUATIONS, LOG_FILES, METRICS
+from bitlm_dist.training.evaluation_records import BY_TRAINING, EVALUATIONS
+from bitlm_dist.training.metrics import LOG_FILES, METRICS
 from bitlm_dist.training.run_claim import check_claim, has_started
 from bitlm_dist.training.stop_signals import STOP_FILE
 from bitlm_dist.training.trained_files import CODES as CODES
@@ -252,14 +253,13 @@ class RunFolder:
         lines_per_file = [file.read_text().splitlines() if file.is_file() else [] for file in files]
         steps = [[_step_of(line) for line in lines] for lines in lines_per_file]
 
-        # A line that was cut in half has no step (infinity here).
-        valid_steps = [[int(number) for number in numbers if isfinite(number)] for numbers in steps]
+        # A line that was cut in half has no step (infinity here). `bitlm eval` sends nothing.
+        sent_steps = {
+            file.name: [int(_step_of(line)) for line in lines if _is_by_training(line)]
+            for file, lines in zip(files, lines_per_file, strict=True)
+        }
         record_sent_steps(
-            self.path,
-            {
-                file.name: max(numbers, default=0)
-                for file, numbers in zip(files, valid_steps, strict=True)
-            },
+            self.path, {name: max(numbers, default=0) for name, numbers in sent_steps.items()}
         )
 
         for file, lines, numbers in zip(files, lines_per_file, steps, strict=True):
@@ -296,11 +296,9 @@ class RunFolder:
 
 
 def _is_by_training(line: str) -> bool:
-    try:
-        # Older versions did not say, as only training wrote evaluations.
-        return bool(json.loads(line).get("by", BY_TRAINING) == BY_TRAINING)
-    except (json.JSONDecodeError, AttributeError):  # a line that a kill cut in half
-        return False
+    """True if training wrote this line, which is whole, and not `bitlm eval`."""
+    # Older versions did not say, as only training wrote evaluations.
+    return isfinite(_step_of(line)) and json.loads(line).get("by", BY_TRAINING) == BY_TRAINING
 
 
 def _step_of(line: str) -> float:

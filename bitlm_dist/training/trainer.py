@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bitlm_dist.checkpoint.saver import SaveStats
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import with_absolute_paths
@@ -20,7 +21,7 @@ from bitlm_dist.data.mixture_dataset import MixtureDataset, training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-from bitlm_dist.errors import UserError, log_to_stderr
+from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import prepare_device
 from bitlm_dist.model.language_model import Batch, LanguageModel
@@ -30,14 +31,22 @@ from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training.checkpoint_folder import checkpoint_steps
 from bitlm_dist.training.checkpointing import CheckpointManager
 from bitlm_dist.training.data_resumption import mixture_state_dict, resume_dataset
-from bitlm_dist.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from bitlm_dist.training.disk_space import (
+    FreeSpaceWatch,
+    check_disk_space,
+    estimate_checkpoint_bytes,
+)
+from bitlm_dist.training.display import NoDisplay, TrainingDisplay
 from bitlm_dist.training.divergence import DivergenceMonitor
 from bitlm_dist.training.engine import Engine, StepResult
 from bitlm_dist.training.memory_advice import out_of_memory_advice
 from bitlm_dist.training.metrics import MetricsLog, NullMetricsLog
+from bitlm_dist.training.optimizer import learning_rates
 from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
+from bitlm_dist.training.resource_usage import memory_usage
 from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY
 from bitlm_dist.training.run_folder import RunFolder, environment
+from bitlm_dist.training.sample_text import SampleText
 from bitlm_dist.training.sharded_head import check_head_engine
 from bitlm_dist.training.stop_signals import STOP_SIGNALS, StopMonitor, StopRequested, stop_reason
 from bitlm_dist.training.teacher import Teacher
@@ -116,8 +125,11 @@ class Trainer:
         self.cpu_seconds = 0.0
 
         self._num_steps_taken = 0  # by this process
+        self._data_wait_seconds = 0.0  # for the batch of the current step
         self._divergence_monitor = DivergenceMonitor(self.folder)
         self.evaluations = PeriodicEvaluation(config, layout)
+        self._sample_text = SampleText(config)
+        self._display: TrainingDisplay = NoDisplay()
         self._flush_log: Callable[[], None] = lambda: None  # set while a log is open
         self._stop_monitor = self._make_stop_monitor()
         self._stopped_by: str | None = None
@@ -133,6 +145,7 @@ class Trainer:
 
         # Metrics of later steps, left by a process that was killed before it saved, are dropped.
         self._resume_step = self.step
+        self._space_watch = FreeSpaceWatch(self.folder.checkpoints, config.checkpoint)
         if layout.rank == 0 and self.step < config.training.steps:
             self._check_disk_space()
         self._unwritten_codes: BitCodes | None = codes
@@ -188,6 +201,7 @@ class Trainer:
         until: int | None = None,
         observe: Observer | None = None,
         evaluate: Evaluator | None = None,
+        display: TrainingDisplay | None = None,
     ) -> None:
         """Train to step ``until``; save when due, at the end, and when a stop is requested.
 
@@ -196,6 +210,7 @@ class Trainer:
             observe: Called with every step's metrics.
             evaluate: Called with the model when ``evaluation.every_steps`` says so; its result
                 goes to evaluations.jsonl. It must not communicate with other ranks.
+            display: Told of saves and evaluations.
 
         Raises:
             UserError: A checkpoint cannot be written, the data are damaged, or three evaluations
@@ -203,6 +218,7 @@ class Trainer:
             DivergedError: The loss or gradient norm was not finite in too many steps in a row, or
                 the run is at its end, and the last loss or gradient norm or a weight is not finite.
         """
+        self._display = display or NoDisplay()
         last_step = min(until or self.config.training.steps, self.config.training.steps)
         with self._make_stop_monitor() as self._stop_monitor, self._open_log() as log:
             try:
@@ -242,7 +258,14 @@ class Trainer:
             if self.layout.rank == 0
             else NullMetricsLog()
         )
-        self.checkpoint_manager.on_saved = log.write_save
+
+        def record_save(saved: SaveStats) -> None:
+            """Record a save, and warn while there is time if the next ones may find no room."""
+            log.write_save(saved)
+            if self.layout.rank == 0 and saved.step < self.config.training.steps:
+                self._space_watch.check(saved.bytes)
+
+        self.checkpoint_manager.on_saved = record_save
         self._flush_log = log.flush
 
         try:
@@ -258,10 +281,13 @@ class Trainer:
         """
         named = [pair for chunk in self.engine.chunks for pair in chunk.named_parameters()]
         needed = estimate_checkpoint_bytes(self.config, self.engine.num_parameters, named)
-        if warning := check_disk_space(
-            self.config.checkpoint.dir or self.folder.checkpoints, needed, self.config.checkpoint
-        ):
-            log_to_stderr(f"warning: {warning}")
+        self._space_watch.warn(
+            check_disk_space(
+                self.config.checkpoint.dir or self.folder.checkpoints,
+                needed,
+                self.config.checkpoint,
+            )
+        )
 
     def _write_metadata_once(self) -> None:
         """Write config, environment and vocabulary with the first step or evaluation.
@@ -280,12 +306,14 @@ class Trainer:
 
     def _next_batch(self) -> Batch | None:
         """The next step's batch; None if a stop was requested while waiting for it."""
+        start_time = time.perf_counter()
         self._loader.start(self.step)
         try:
             with self._stop_monitor.interruptible():
                 self._loader.wait()
         except StopRequested:
             return None
+        self._data_wait_seconds = time.perf_counter() - start_time
         return self._loader.get()
 
     def _sync_stop_and_save(self) -> bool:
@@ -380,11 +408,15 @@ class Trainer:
 
         return {
             **self._progress(),
+            "time": time.time(),
             "sequences": self._next_sequence,
             "loss": loss,
             "grad_norm": result.grad_norm,
             "tokens_per_second": tokens / seconds,
             "predicted_tokens_per_second": predicted / seconds,
+            "data_wait_seconds": self._data_wait_seconds,
+            **learning_rates(self.config.optimizer, result.lr_multiplier),
+            **(memory_usage(self.device) if self.layout.rank == 0 else {}),
             "lr_factor": result.lr_multiplier,
             "skipped": int(not result.applied),
             "evaluation_failures": self.evaluations.num_failures,
@@ -449,14 +481,24 @@ class Trainer:
         if evaluate is None or not self.evaluations.is_due(self.step):
             return
 
+        samples: list[dict[str, str]] = []
+
         def score() -> Mapping[str, Any]:
             with self.engine.full_model_in_eval_mode() as model, self._stop_monitor.interruptible():
-                return evaluate(model)
+                report = evaluate(model)
+                if self.config.evaluation.num_samples and self.layout.rank == 0:
+                    samples.extend(self._sample_text.write(model))
+                return report
 
-        report = self.evaluations.run(self.step, score)
+        with self._display.phase("evaluating"):
+            report = self.evaluations.run(self.step, score)
+
         if report is not None:
             self._write_metadata_once()
             log.write_evaluation(self._progress(), report)
+            if samples:
+                log.write_samples(self._progress(), samples)
+            self._display.show_evaluation(self.step, report, samples)
         elif self.evaluations.has_given_up:
             # Save first, so that no step is lost while the user fixes the evaluation.
             self._final_save()
@@ -477,9 +519,10 @@ class Trainer:
 
         # A resumed run never rewrites TensorBoard events up to this step, so they must be on disk.
         self._flush_log()
-        self.checkpoint_manager.save(
-            self.step, self._checkpoint_contents, self._divergence_monitor.is_finite, wait
-        )
+        with self._display.phase("saving"):
+            self.checkpoint_manager.save(
+                self.step, self._checkpoint_contents, self._divergence_monitor.is_finite, wait
+            )
 
     def _checkpoint_contents(self) -> tuple[dict[str, ShardedTensor], dict[str, Any]]:
         """The tensors and the state of a checkpoint of the current step."""
@@ -505,15 +548,16 @@ class Trainer:
             UserError: It could not be written.
         """
         if self.checkpoint_manager.saver.has_pending_save:
-            self.checkpoint_manager.finish_save()
+            with self._display.phase("saving"):
+                self.checkpoint_manager.finish_save()
 
         if self.step > 0 and self.checkpoint_manager.latest_step != self.step:
             self._save_checkpoint(wait=True)
             # A single failed save is tolerated in training, but not here.
             if self.checkpoint_manager.latest_step != self.step:
                 raise UserError(
-                    f"run.dir = {self.folder.path}: the checkpoint of the last step, {self.step}, "
-                    "could not be written"
+                    f"the checkpoint of the last step, {self.step}, could not be written: "
+                    f"{self.checkpoint_manager.last_failure}"
                 )
 
         # The request is fulfilled; left behind, the file would look like a new one.
@@ -558,9 +602,7 @@ class Trainer:
         # The tensors are views of the model's and the optimizer's memory, and are read in place.
         weights = self.engine.model_state_dict()
         optimizer_state = self.engine.optimizer_state_dict()
-        load_job_shards(
-            checkpoint, self._by_checkpoint_name(weights, optimizer_state), self.layout
-        )
+        load_job_shards(checkpoint, self._by_checkpoint_name(weights, optimizer_state), self.layout)
         self.engine.load_state_dict(optimizer_state)
 
         self.step = state["step"]

@@ -90,7 +90,10 @@ class TimedKernel(NamedTuple):
 
 
 def bench_attention(
-    shape: AttentionShape, repeats: int, backends: Sequence[str] = ()
+    shape: AttentionShape,
+    repeats: int,
+    backends: Sequence[str] = (),
+    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, KernelTiming]:
     """Measure block-causal attention, beside causal flash attention and SDPA with a dense mask.
 
@@ -98,6 +101,7 @@ def bench_attention(
         shape: shape of the inputs.
         repeats: number of measurements per kernel.
         backends: names of backends; all that can train here by default.
+        report: called after every repeat with their number so far.
 
     Raises:
         UserError: a named backend does not support the shape.
@@ -133,7 +137,7 @@ def bench_attention(
     }
     timed[CAUSAL] = _timed_kernel(partial(_causal_flash, grouped), inputs, 4 * causal, 10 * causal)
     timed[DENSE] = _timed_kernel(dense, inputs, 4 * pairs, 10 * pairs)
-    return _measure(timed, repeats)
+    return _measure(timed, repeats, report)
 
 
 def _make_attention_inputs(shape: AttentionShape) -> tuple[list[Tensor], AttentionInputs]:
@@ -151,7 +155,10 @@ def _make_attention_inputs(shape: AttentionShape) -> tuple[list[Tensor], Attenti
 
 
 def bench_in_block(
-    shape: AttentionShape, repeats: int, backends: Sequence[str] = ()
+    shape: AttentionShape,
+    repeats: int,
+    backends: Sequence[str] = (),
+    report: Callable[[int], None] = lambda done: None,
 ) -> dict[str, KernelTiming]:
     """Measure in-block attention, beside SDPA over a batch of blocks and a copy of as many bytes.
 
@@ -159,6 +166,7 @@ def bench_in_block(
         shape: shape of the inputs.
         repeats: number of measurements per kernel.
         backends: names of backends; all that are available here by default.
+        report: called after every repeat with their number so far.
 
     Raises:
         UserError: a named backend does not support the shape.
@@ -183,7 +191,7 @@ def bench_in_block(
         *work,
     )
     timed[COPY] = copy
-    return _measure(timed, repeats)
+    return _measure(timed, repeats, report)
 
 
 def _select_backends(
@@ -257,15 +265,18 @@ def _timed_kernel(
     )
 
 
-def _measure(timed: Mapping[str, TimedKernel], repeats: int) -> dict[str, KernelTiming]:
+def _measure(
+    timed: Mapping[str, TimedKernel], repeats: int, report: Callable[[int], None]
+) -> dict[str, KernelTiming]:
     """Time all kernels, interleaved so that slow phases of the machine affect all of them alike."""
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in timed}
     num_calls = {name: [_num_calls(work) for work in kernel[:2]] for name, kernel in timed.items()}
 
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for name, kernel in timed.items():
             for seconds, work, count in zip(times[name], kernel[:2], num_calls[name], strict=True):
                 seconds.append(_seconds(work, count))
+        report(repeat + 1)
 
     return {
         name: KernelTiming(*times[name], *kernel[2:], _peak_bytes(kernel))

@@ -1,12 +1,24 @@
 """`bitlm bench data`: tokens per second of the data loader alone, beside those of training."""
 
+from pathlib import Path
 from typing import Any
 
 from typing_extensions import override
 
-from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
+from bitlm_dist.bench.interleaved import (
+    BenchRunner,
+    ShowProgress,
+    Variant,
+    show_nothing,
+    time_interleaved,
+)
 from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
-from bitlm_dist.bench.train import Workload, build_stack_runner, measure_predicted_fraction
+from bitlm_dist.bench.train import (
+    Workload,
+    build_stack_runner,
+    measure_predicted_fraction,
+    scratch_folder,
+)
 from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.data.mixture_dataset import training_dataset
@@ -76,7 +88,13 @@ def build_warm_runner(config: Config, steps: int) -> BenchRunner:
     return WarmRunner(config, steps)
 
 
-def bench_data(config: Config, workload: Workload, num_batches: int, repeats: int) -> Results:
+def bench_data(
+    config: Config,
+    workload: Workload,
+    num_batches: int,
+    repeats: int,
+    show: ShowProgress = show_nothing,
+) -> Results:
     """Time reading a config's data, cold and warm, and its training steps, in turn.
 
     Args:
@@ -84,14 +102,16 @@ def bench_data(config: Config, workload: Workload, num_batches: int, repeats: in
         workload: of the training steps.
         num_batches: batches to read per repeat.
         repeats: at least 1.
+        show: shows what is done.
     """
     prepare_device(config)
-    variants = {
-        COLD: Variant(build_cold_runner, (config, num_batches)),
-        WARM: Variant(build_warm_runner, (config, num_batches)),
-        TRAINING: Variant(build_stack_runner, (config, workload)),
-    }
-    timings = time_interleaved(variants, repeats=repeats)
+    with scratch_folder() as scratch:
+        variants = {
+            COLD: Variant(build_cold_runner, (config, num_batches)),
+            WARM: Variant(build_warm_runner, (config, num_batches)),
+            TRAINING: Variant(build_stack_runner, (config, workload, Path(scratch) / TRAINING)),
+        }
+        timings = time_interleaved(variants, repeats=repeats, show=show)
 
     # reading computes nothing
     flops = {

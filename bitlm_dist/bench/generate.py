@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
+from bitlm_dist.bench.interleaved import (
+    BenchRunner,
+    ShowProgress,
+    Variant,
+    show_nothing,
+    time_interleaved,
+)
 from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
 from bitlm_dist.bench.train import (
     check_baselines_differ,
@@ -88,6 +94,7 @@ def bench_generate(
     baselines: list[str],
     samplers: list[str],
     repeats: int,
+    show: ShowProgress = show_nothing,
 ) -> Results:
     """Time generation with each sampler and each baseline, in turn.
 
@@ -97,6 +104,7 @@ def bench_generate(
         baselines: may hold ``softmax``.
         samplers: ``sequential``, or ``ode:K`` and ``sde:K`` for K steps; empty: as configured.
         repeats: at least 1.
+        show: shows what is done.
 
     Raises:
         UserError: a baseline or sampler does not apply, or the models do not fit into memory.
@@ -116,7 +124,7 @@ def bench_generate(
     variants = {
         name: Variant(build_generation_runner, (c, workload)) for name, c in configs.items()
     }
-    timings = time_interleaved(variants, repeats=repeats)
+    timings = time_interleaved(variants, repeats=repeats, show=show)
 
     # the cache grows by one token per step, so half of the new tokens on average
     bits = num_bits_needed(workload.vocab_size)

@@ -7,13 +7,17 @@ equally.
 
 import multiprocessing
 import resource
+import signal
 import statistics
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -82,47 +86,106 @@ class Timing:
         return min(self.tokens_per_second), max(self.tokens_per_second)
 
 
+class ShowProgress(Protocol):
+    """Shows one phase of a bench while it lasts; `bitlm_dist.cli.progress.work_progress` is one."""
+
+    def __call__(
+        self, what: str, total: int | None = None, unit: str = "", *, animated: bool = True
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Enter the phase; its value is called with how much of ``total`` is done.
+
+        Not ``animated``, it is drawn only then, so that no thread runs beside a measurement.
+        """
+
+
+@contextmanager
+def show_nothing(
+    what: str, total: int | None = None, unit: str = "", *, animated: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A :class:`ShowProgress` without output."""
+    yield lambda done: None
+
+
 def time_interleaved(
-    variants: Mapping[str, Variant], *, repeats: int, warmup: int = 1
+    variants: Mapping[str, Variant],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    show: ShowProgress = show_nothing,
 ) -> dict[str, Timing]:
     """Time every variant ``repeats`` times, in turn, after ``warmup`` repeats that do not count.
 
     Raises:
         UserError: a variant failed; names it and its error.
     """
-    # a forked child could not use CUDA, and would share the parent's memory
-    context = multiprocessing.get_context("spawn")
-    children: dict[str, tuple[Any, Connection]] = {}
-
-    try:
-        for name, variant in variants.items():
-            parent_end, child_end = context.Pipe()
-            process = context.Process(target=_serve, args=(child_end, variant), daemon=True)
-            process.start()
-
-            # otherwise the death of the child would not end the pipe
-            child_end.close()
-            children[name] = (process, parent_end)
-            _receive(name, parent_end)  # the runner is built
+    with _start_children(variants, show) as pipes:
+        repeats_by_name: dict[str, list[Repeat]] = {name: [] for name in variants}
+        num_rounds = warmup + repeats
 
         # one repeat of each variant per round
-        repeats_by_name: dict[str, list[Repeat]] = {name: [] for name in variants}
-        for _ in range(warmup + repeats):
-            for name, (_, connection) in children.items():
-                connection.send("run")
-                repeats_by_name[name].append(_receive(name, connection))
+        with show("measuring", num_rounds * len(variants), "repeats", animated=False) as advance:
+            for done in range(num_rounds):
+                for number, (name, pipe) in enumerate(pipes.items(), 1):
+                    repeats_by_name[name].append(_request(name, pipe, "run"))
+                    advance(done * len(variants) + number)
 
         return {
             name: _summarize(repeats_by_name[name][warmup:], _request(name, pipe, "memory"))
-            for name, (_, pipe) in children.items()
+            for name, pipe in pipes.items()
         }
+
+
+@contextmanager
+def _start_children(
+    variants: Mapping[str, Variant], show: ShowProgress
+) -> Iterator[dict[str, Connection]]:
+    """Start a process per variant, one after the other; yield their pipes once all are set up."""
+    # a forked child could not use CUDA, and would share the parent's memory
+    context = multiprocessing.get_context("spawn")
+    children: dict[str, tuple[BaseProcess, Connection]] = {}
+
+    try:
+        for name, variant in variants.items():
+            with show(f"setting up {name}"):
+                parent_end, child_end = context.Pipe()
+                process = context.Process(target=_serve, args=(child_end, variant), daemon=True)
+                with _interrupts_blocked():
+                    process.start()
+                    children[name] = (process, parent_end)
+
+                # otherwise the death of the child would not end the pipe
+                child_end.close()
+                _receive(name, parent_end)  # the runner is built
+
+        yield {name: pipe for name, (_, pipe) in children.items()}
+    except BaseException:
+        # an interrupted or failed bench does not wait for the repeats that are under way
+        for process, _ in children.values():
+            process.kill()
+        raise
     finally:
-        for process, connection in children.values():
-            connection.close()
+        for process, pipe in children.values():
+            pipe.close()
             # a child that hangs does not notice that the pipe is closed
             process.join(timeout=10)
             if process.is_alive():
                 process.kill()
+                process.join()
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT; processes started meanwhile never see it.
+
+    Ctrl-C reaches every process of the terminal. The parent alone handles it, and ends the others.
+    """
+    # it is started with the first child, and would unblock the signal
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _summarize(measured: Sequence[Repeat], peak: int) -> Timing:
@@ -168,11 +231,12 @@ def _serve(connection: Connection, variant: Variant) -> None:
                 connection.send(_peak_bytes())
             else:
                 connection.send(_time_repeat(runner))
-    except EOFError:
+    except (EOFError, BrokenPipeError):  # the parent has ended
         return
     except Exception as error:
         # one line, as the parent raises it as a UserError
-        connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        with suppress(BrokenPipeError):
+            connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         if runner is not None:
             runner.close()

@@ -1,13 +1,14 @@
 """Table, plot and JSON of `bitlm bench attention` and `bitlm bench in-block`."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bitlm_dist.bench.results import machine_environment
 from bitlm_dist.files import write_atomically
+from bitlm_dist.formatting import plural
 from bitlm_dist.kernels.bench import (
     BLOCKS,
     DENSE,
@@ -18,6 +19,7 @@ from bitlm_dist.kernels.bench import (
     default_device,
 )
 from bitlm_dist.planning.flops import peak_bandwidth, peak_flops
+from bitlm_dist.plots import save_plot
 from bitlm_dist.strict_json import to_json
 
 BENCHES = {
@@ -82,7 +84,11 @@ def _time_rows(name: str, sides: Sequence[Sequence[float]]) -> list[list[str]]:
 
 
 def bench_kernels(
-    kind: str, shapes: Sequence[AttentionShape], repeats: int, backends: Sequence[str]
+    kind: str,
+    shapes: Sequence[AttentionShape],
+    repeats: int,
+    backends: Sequence[str],
+    report: Callable[[int], None] = lambda done: None,
 ) -> list[KernelResults]:
     """Measure each shape in turn.
 
@@ -91,15 +97,29 @@ def bench_kernels(
         shapes: shapes to measure.
         repeats: at least 1.
         backends: kernel backends; empty: all that are available here and support the shape.
+        report: called after every repeat with their number so far, of all shapes.
 
     Raises:
         UserError: a backend does not exist, is not available, or does not support a shape.
     """
     measure = BENCHES[kind][0]
-    return [
-        KernelResults(kind, shape, measure(shape, repeats, backends), _peak_rate(kind, shape))
-        for shape in shapes
-    ]
+    all_results = []
+    for number, shape in enumerate(shapes):
+        num_before = number * repeats
+        sides = measure(shape, repeats, backends, lambda done, n=num_before: report(n + done))
+        all_results.append(KernelResults(kind, shape, sides, _peak_rate(kind, shape)))
+
+    return all_results
+
+
+def settings_line(shape: AttentionShape, sizes: Mapping[str, int], repeats: int) -> str:
+    """The settings and the machine in one line, to print below the tables."""
+    environment = machine_environment()
+    shown = ", ".join(f"{name} {value}" for name, value in sizes.items())
+    threads = plural(environment["threads"], "thread")
+    return (
+        f"{shown}, {shape.dtype}, {plural(repeats, 'repeat')}; {environment['device']}, {threads}"
+    )
 
 
 def _peak_rate(kind: str, shape: AttentionShape) -> float | None:
@@ -146,4 +166,4 @@ def plot_kernel_results(all_results: Sequence[KernelResults], file: Path) -> Non
         axes.minorticks_off()
 
     times.legend(frameon=False)
-    figure.savefig(file)
+    save_plot(figure, file)

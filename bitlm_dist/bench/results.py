@@ -1,20 +1,24 @@
-"""Results of a bench: JSON to save and load, a table, a plot."""
+"""Results of a bench: JSON to save and load, a table, a plot.
+
+What measures is imported where it is used: saved results are shown without torch.
+"""
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bitlm_dist.bench.interleaved import Timing
 from bitlm_dist.config import Config
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import write_atomically
-from bitlm_dist.formatting import format_value, ratio_or_none
-from bitlm_dist.parallel import mesh
-from bitlm_dist.planning.flops import Flops, peak_flops
+from bitlm_dist.formatting import format_value, plural, ratio_or_none
+from bitlm_dist.plots import save_plot
 from bitlm_dist.strict_json import to_json
-from bitlm_dist.training.run_folder import environment
+
+if TYPE_CHECKING:
+    from bitlm_dist.bench.interleaved import Timing
+    from bitlm_dist.planning.flops import Flops
 
 VERSION = 2
 
@@ -89,7 +93,7 @@ def read_results(file: Path) -> Results:
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+        raise UserError(f"results cannot be read: {os_error_message(error)}") from None
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise UserError(
             f"{file} holds no JSON: name a file that `bitlm bench … --out FILE` wrote"
@@ -97,9 +101,7 @@ def read_results(file: Path) -> Results:
 
     # the version first: another one may have other fields
     if not isinstance(record, dict) or "version" not in record:
-        raise UserError(
-            f"{file} holds no bench results: name a file that `bitlm bench … --out FILE` wrote"
-        )
+        raise UserError(f"{file} holds no bench results: {_advice(record)}")
     if record["version"] != VERSION:
         raise UserError(
             f"{file} holds results of version {record['version']}, this program reads {VERSION}: "
@@ -113,7 +115,23 @@ def read_results(file: Path) -> Results:
             f"{file} lacks {', '.join(sorted(names - record.keys()))}: run the bench again"
         )
 
-    return Results(**{name: record[name] for name in names})
+    results = Results(**{name: record[name] for name in names})
+    try:
+        results_table(results)
+        settings_line(results)
+        _title(results)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f"{file} is damaged: run the bench again") from None
+    return results
+
+
+def _advice(record: Any) -> str:
+    if isinstance(record, dict) and {"results", "environment"} <= record.keys():
+        return (
+            "it is of `bitlm bench attention` or `in-block`, whose results are printed and plotted "
+            "when they are measured"
+        )
+    return "name a file that `bitlm bench … --out FILE` wrote"
 
 
 def common_settings(config: Config, vocab_size: int, repeats: int) -> dict[str, Any]:
@@ -132,6 +150,8 @@ def common_settings(config: Config, vocab_size: int, repeats: int) -> dict[str, 
 
 def machine_environment() -> dict[str, Any]:
     """Device, threads and versions of this machine, without the command line."""
+    from bitlm_dist.training.run_folder import environment
+
     record = environment()
 
     # the settings already tell what was run
@@ -139,7 +159,7 @@ def machine_environment() -> dict[str, Any]:
     return record
 
 
-def summarize_timing(timing: Timing, flops: Flops, predicted_fraction: float) -> dict[str, Any]:
+def summarize_timing(timing: "Timing", flops: "Flops", predicted_fraction: float) -> dict[str, Any]:
     """Build the entry of one side.
 
     Args:
@@ -147,6 +167,9 @@ def summarize_timing(timing: Timing, flops: Flops, predicted_fraction: float) ->
         flops: FLOPs per token.
         predicted_fraction: fraction of the positions whose token is predicted.
     """
+    from bitlm_dist.parallel import mesh
+    from bitlm_dist.planning.flops import peak_flops
+
     # without a known peak there is no MFU
     peak = peak_flops(mesh.device())
     low, high = timing.spread
@@ -203,6 +226,13 @@ def results_table(results: Results) -> tuple[list[str], list[list[str]]]:
     return ["", *results.sides], rows
 
 
+def settings_line(results: Results) -> str:
+    """The settings and the machine in one line, to print below the table."""
+    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
+    threads = plural(results.environment["threads"], "thread")
+    return f"{settings}; {results.environment['device']}, {threads}"
+
+
 def _flops_rows(results: Results) -> list[list[str]]:
     sides = results.sides.values()
     mflops = {
@@ -251,10 +281,11 @@ def plot_results(all_results: Sequence[Results], file: Path) -> None:
     axes.set_xticks(range(len(all_results)), [_title(results) for results in all_results])
     axes.set_ylabel("tokens/s")
     axes.legend(frameon=False)
-    figure.savefig(file)
+    save_plot(figure, file)
 
 
 def _title(results: Results) -> str:
     s = results.settings
     batch = f", batch {s['batch']}" if "batch" in s else ""
-    return f"{results.kind}: V = {s['vocabulary']:,}\nd = {s['width']}, {s['layers']} layers{batch}"
+    layers = plural(s["layers"], "layer")
+    return f"{results.kind}: V = {s['vocabulary']:,}\nd = {s['width']}, {layers}{batch}"

@@ -1,6 +1,8 @@
 """`bitlm bench train`: tokens per second of complete training steps."""
 
+import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,14 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from bitlm_dist.bench.interleaved import BenchRunner, Variant, time_interleaved
+from bitlm_dist.bench.interleaved import (
+    BenchRunner,
+    ShowProgress,
+    Timing,
+    Variant,
+    show_nothing,
+    time_interleaved,
+)
 from bitlm_dist.bench.plain import PlainBitLM
 from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
@@ -67,9 +76,15 @@ def synthetic_batch(config: Config, vocab_size: int, seed: int, device: torch.de
 
 
 class StackRunner(BenchRunner):
-    """Training steps of this project's stack: dataset, loss, optimizers, metrics."""
+    """Training steps of this project's stack: dataset, loss, optimizers, metrics.
 
-    def __init__(self, config: Config, workload: Workload) -> None:
+    Args:
+        config: the checked config.
+        workload: training data.
+        folder: folder to make for the metrics; removed with the runner.
+    """
+
+    def __init__(self, config: Config, workload: Workload, folder: Path) -> None:
         self.config = config
         self.workload = workload
         self.device = mesh.device()
@@ -78,8 +93,9 @@ class StackRunner(BenchRunner):
         )
 
         # metrics are written as in a real run, as they are part of its cost
-        self.folder = tempfile.TemporaryDirectory(prefix="bitlm-bench-")  # goes with the runner
-        self.log = MetricsLog(Path(self.folder.name), config, step=0)
+        self.folder = folder
+        folder.mkdir()
+        self.log = MetricsLog(folder, config, step=0)
         self.dataset = (
             PackedDataset.from_config(config, "train", config.data.shuffle)
             if workload.has_data
@@ -109,7 +125,10 @@ class StackRunner(BenchRunner):
     def close(self) -> None:
         # first, because its threads write into the folder
         self.log.close()
-        self.folder.cleanup()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        # the parent removes its folder, unless it was killed
+        with suppress(OSError):
+            self.folder.parent.rmdir()
 
 
 class PlainRunner(BenchRunner):
@@ -136,9 +155,9 @@ class PlainRunner(BenchRunner):
         return self.workload.steps_per_repeat * self.config.training.global_batch_tokens
 
 
-def build_stack_runner(config: Config, workload: Workload) -> BenchRunner:
+def build_stack_runner(config: Config, workload: Workload, folder: Path) -> BenchRunner:
     """Build a :class:`StackRunner` in the child process."""
-    return StackRunner(config, workload)
+    return StackRunner(config, workload, folder)
 
 
 def build_plain_runner(config: Config, workload: Workload) -> BenchRunner:
@@ -146,7 +165,18 @@ def build_plain_runner(config: Config, workload: Workload) -> BenchRunner:
     return PlainRunner(config, workload)
 
 
-def bench_train(config: Config, workload: Workload, baselines: list[str], repeats: int) -> Results:
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the folders of :class:`StackRunner`, whose process may be killed."""
+    return tempfile.TemporaryDirectory(prefix="bitlm-bench-", ignore_cleanup_errors=True)
+
+
+def bench_train(
+    config: Config,
+    workload: Workload,
+    baselines: list[str],
+    repeats: int,
+    show: ShowProgress = show_nothing,
+) -> Results:
     """Time the training steps of a config and of each baseline, in turn.
 
     Args:
@@ -154,6 +184,7 @@ def bench_train(config: Config, workload: Workload, baselines: list[str], repeat
         workload: training data.
         baselines: may hold ``softmax`` and ``plain``.
         repeats: at least 1.
+        show: shows what is done.
 
     Raises:
         UserError: a baseline does not apply, or the models do not fit into memory. Raised before
@@ -169,15 +200,12 @@ def bench_train(config: Config, workload: Workload, baselines: list[str], repeat
     configs: dict[str, Config] = {config.model.output: config}
     if "softmax" in baselines:
         configs["softmax"] = softmax_baseline_config(config)
-
-    variants = {name: Variant(build_stack_runner, (c, workload)) for name, c in configs.items()}
     if "plain" in baselines:
-        variants["plain"] = Variant(build_plain_runner, (config, workload))
-        configs["plain"] = config  # for its FLOPs and memory
+        configs["plain"] = config
 
     # all models are in memory at the same time
     check_memory({name: training_bytes(c, workload.vocab_size) for name, c in configs.items()})
-    timings = time_interleaved(variants, repeats=repeats)
+    timings = _time_steps(configs, workload, repeats, show)
 
     bits = num_bits_needed(workload.vocab_size)
     sides: dict[str, Any] = {}
@@ -203,6 +231,20 @@ def bench_train(config: Config, workload: Workload, baselines: list[str], repeat
         },
         environment=machine_environment(),
     )
+
+
+def _time_steps(
+    configs: dict[str, Config], workload: Workload, repeats: int, show: ShowProgress
+) -> dict[str, Timing]:
+    """Time the training steps of each side; the one named plain is written in plain PyTorch."""
+    with scratch_folder() as scratch:
+        variants = {
+            name: Variant(build_plain_runner, (config, workload))
+            if name == "plain"
+            else Variant(build_stack_runner, (config, workload, Path(scratch) / name))
+            for name, config in configs.items()
+        }
+        return time_interleaved(variants, repeats=repeats, show=show)
 
 
 def _predicted_fraction(config: Config, is_synthetic: bool) -> float:

@@ -9,6 +9,7 @@ from bitlm_dist.cli.console import (
     OVERRIDES,
     AsJson,
     ConfigWords,
+    check_output_file,
     check_plot,
     load_config_from_words,
     path_argument,
@@ -16,6 +17,7 @@ from bitlm_dist.cli.console import (
     print_line,
     print_table,
 )
+from bitlm_dist.cli.progress import work_progress
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 
@@ -56,20 +58,17 @@ def train_command(
 
     Uses the config's data, or synthetic text with --vocabulary or without data.path.
     """
-    config = _load_config(
-        words, baselines, {"--repeats": (repeats, 1), "--steps": (steps, 1)}, plot
-    )
+    limits = {"--repeats": (repeats, 1), "--steps": (steps, 1)}
+    config = _load_config(words, baselines, limits, out, plot)
+    vocab_size, eos, has_data = _resolve_vocabulary(config, vocabulary)
 
     # after the options were checked, as it loads torch
-    from bitlm_dist.bench.train import Workload, bench_train
+    with work_progress("starting"):
+        from bitlm_dist.bench.train import Workload, bench_train
 
-    vocab_size, eos, has_data = _resolve_vocabulary(config, vocabulary)
-    _output_results(
-        bench_train(config, Workload(vocab_size, eos, has_data, steps), baselines or [], repeats),
-        out,
-        plot,
-        as_json,
-    )
+    workload = Workload(vocab_size, eos, has_data, steps)
+    results = bench_train(config, workload, baselines or [], repeats, work_progress)
+    _output_results(results, out, plot, as_json)
 
 
 @bench.command("generate", context_settings=OVERRIDES)
@@ -95,23 +94,17 @@ def generate_command(
         "--tokens": (tokens, 1),
         "--prompt": (prompt, 0),
     }
-    config = _load_config(words, baselines, limits, plot)
-
-    from bitlm_dist.bench.generate import GenerationWorkload, bench_generate
-
+    config = _load_config(words, baselines, limits, out, plot)
     vocab_size, _, _ = _resolve_vocabulary(config, vocabulary)
-    _output_results(
-        bench_generate(
-            config,
-            GenerationWorkload(vocab_size, batch, tokens, prompt),
-            baselines or [],
-            sampler or [],
-            repeats,
-        ),
-        out,
-        plot,
-        as_json,
+
+    with work_progress("starting"):
+        from bitlm_dist.bench.generate import GenerationWorkload, bench_generate
+
+    workload = GenerationWorkload(vocab_size, batch, tokens, prompt)
+    results = bench_generate(
+        config, workload, baselines or [], sampler or [], repeats, work_progress
     )
+    _output_results(results, out, plot, as_json)
 
 
 @bench.command("data", context_settings=OVERRIDES)
@@ -126,17 +119,19 @@ def data_command(
 
     Cold is a folder just opened, warm the same folder read again.
     """
-    config = _load_config(words, None, {"--repeats": (repeats, 1), "--batches": (batches, 1)}, None)
+    limits = {"--repeats": (repeats, 1), "--batches": (batches, 1)}
+    config = _load_config(words, None, limits, out, None)
     if config.data.path is None:
         raise UserError("data.path is not set: add --data.path FOLDER")
-
-    from bitlm_dist.bench.data import bench_data
-    from bitlm_dist.bench.train import Workload
-
     vocab_size, eos, _ = _resolve_vocabulary(config, None)
-    _output_results(
-        bench_data(config, Workload(vocab_size, eos, True, 1), batches, repeats), out, None, as_json
-    )
+
+    with work_progress("starting"):
+        from bitlm_dist.bench.data import bench_data
+        from bitlm_dist.bench.train import Workload
+
+    workload = Workload(vocab_size, eos, True, 1)
+    results = bench_data(config, workload, batches, repeats, work_progress)
+    _output_results(results, out, None, as_json)
 
 
 Lengths = Annotated[
@@ -225,32 +220,30 @@ def _run_kernel_bench(
     """Run a kernel benchmark and print its results."""
     lengths = lengths or [1024]
     _check_kernel_options(kind, lengths, sizes, dtype, repeats)
+    check_output_file("--out", out)
     check_plot(plot)
 
-    from bitlm_dist.bench import kernels
-    from bitlm_dist.bench.results import machine_environment
-    from bitlm_dist.kernels.bench import AttentionShape, default_device
+    with work_progress("starting"):
+        from bitlm_dist.bench import kernels
+        from bitlm_dist.kernels.bench import AttentionShape, default_device
 
     dtype_name = dtype or ("bfloat16" if default_device().type == "cuda" else "float32")
     shapes = [AttentionShape(length=length, dtype=dtype_name, **sizes) for length in lengths]
-    all_results = kernels.bench_kernels(kind, shapes, repeats, backends or [])
+    with work_progress("measuring", len(shapes) * repeats, "repeats", animated=False) as advance:
+        all_results = kernels.bench_kernels(kind, shapes, repeats, backends or [], advance)
+
+    # printed before they are saved, which may fail although it was tried
+    if as_json:
+        print(kernels.results_to_json(all_results))
+    else:
+        for results in all_results:
+            print_table(f"bench {kind}", *results.table())
+        print_line(kernels.settings_line(all_results[0].shape, sizes, repeats))
 
     if out:
         kernels.save_kernel_results(all_results, out)
     if plot:
         kernels.plot_kernel_results(all_results, plot)
-    if as_json:
-        print(kernels.results_to_json(all_results))
-        return
-
-    for results in all_results:
-        print_table(f"bench {kind}", *results.table())
-    environment = machine_environment()
-    shown = ", ".join(f"{name} {value}" for name, value in sizes.items())
-    print_line(
-        f"{shown}, {dtype_name}, {repeats} repeats; "
-        f"{environment['device']}, {environment['threads']} threads"
-    )
 
 
 def _check_kernel_options(
@@ -267,6 +260,11 @@ def _check_kernel_options(
     # in-block attention has no partial blocks
     if kind == "in-block" and (odd := [length for length in lengths if length % sizes["block"]]):
         raise UserError(f"--length {odd[0]} is no multiple of --block {sizes['block']}")
+    documents = sizes.get("documents", 1)
+    if odd := [length for length in lengths if length % documents]:
+        raise UserError(
+            f"--length {odd[0]} is no multiple of --documents {documents}, which are equally long"
+        )
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype {dtype}: choose from {', '.join(DTYPES)}")
 
@@ -291,6 +289,7 @@ def _load_config(
     words: list[str] | None,
     baselines: list[str] | None,
     limits: dict[str, tuple[int, int]],
+    out: Path | None,
     plot: Path | None,
 ) -> Config:
     """Check the options and load the config.
@@ -299,6 +298,7 @@ def _load_config(
         words: config file and overrides.
         baselines: values of --vs.
         limits: value and minimum of every numeric option, by its name.
+        out: value of --out.
         plot: value of --plot.
     """
     for name in baselines or []:
@@ -309,6 +309,7 @@ def _load_config(
         if value < minimum:
             raise UserError(f"{option} {value}: must be at least {minimum}")
 
+    check_output_file("--out", out)
     check_plot(plot)
     return load_config_from_words(words or []).config
 
@@ -343,26 +344,23 @@ def _resolve_vocabulary(config: Config, requested: int | None) -> tuple[int, int
 
 
 def _output_results(results: "Results", out: Path | None, plot: Path | None, as_json: bool) -> None:
-    """Save, plot and print results, as the options say."""
+    """Print, save and plot results, as the options say."""
     from bitlm_dist.bench.results import plot_results
 
-    if out:
-        results.save(out)
-    if plot:
-        plot_results([results], plot)
+    # printed before they are saved, which may fail although it was tried
     if as_json:
         print(results.to_json())
     else:
         _print_results(results)
 
+    if out:
+        results.save(out)
+    if plot:
+        plot_results([results], plot)
+
 
 def _print_results(results: "Results") -> None:
-    from bitlm_dist.bench.results import results_table
+    from bitlm_dist.bench.results import results_table, settings_line
 
-    columns, rows = results_table(results)
-    print_table(f"bench {results.kind}", columns, rows)
-
-    device = results.environment["device"]
-    threads = results.environment["threads"]
-    settings = ", ".join(f"{name} {value}" for name, value in results.settings.items())
-    print_line(f"{settings}; {device}, {threads} threads")
+    print_table(f"bench {results.kind}", *results_table(results))
+    print_line(settings_line(results))

@@ -25,9 +25,9 @@ $(DATA)/manifest.json: $(STAMP)
 # The scores over training are those of a few sequences; `eval` scores the whole validation split.
 quickstart: $(DATA)/manifest.json
 	$(BIN)/bitlm train quickstart
-	$(BIN)/bitlm compare runs/quickstart --plot runs/quickstart/curve.svg
-	$(BIN)/bitlm eval runs/quickstart --evaluation.num_sequences 0
 	$(BIN)/bitlm generate runs/quickstart --prompt "And God said" --blocks 48
+	$(BIN)/bitlm eval runs/quickstart --evaluation.num_sequences 0
+	$(BIN)/bitlm compare runs/quickstart --plot runs/quickstart/curve.svg
 	@echo
 	@echo "The curve is in runs/quickstart/curve.svg. What next (after: source $(BIN)/activate)"
 	@echo "  your own text:       bitlm prep my.txt --tokenizer bpe:4096 --out data/mine"

@@ -25,6 +25,7 @@ _CHANGEABLE = (
     "and model.backbone.attention"
 )
 _MODEL_SECTIONS = ("model.", "head.", "diffusion.", "preset")
+_HEAD_TRAINING_KEYS = ("head.engine", "head.zero_stage", "head.offload")
 
 
 def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config:
@@ -48,7 +49,7 @@ def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config
         if key in known_keys and not is_changeable(key):
             whose = (
                 "describes the trained model, which stays as it is"
-                if key.startswith(_MODEL_SECTIONS)
+                if key.startswith(_MODEL_SECTIONS) and key not in _HEAD_TRAINING_KEYS
                 else "is a key of training"
             )
             raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE}")

@@ -5,6 +5,7 @@ S strata of the noise level, N sampled blocks.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ def evaluate(
     byte_lengths: ByteLengths,
     config: EvaluationConfig,
     sampling: SamplingConfig,
+    advance: Callable[[int], None] = lambda done: None,
 ) -> EvaluationReport:
     """Score a model on the first epoch of a dataset.
 
@@ -66,6 +68,7 @@ def evaluate(
         config: amount of data, noise levels of the bound, and number of blocks to sample after true
             context.
         sampling: how to sample those blocks.
+        advance: called with the number of sequences that are done.
     """
     device = next(model.parameters()).device
     scores: list[TargetScores] = []
@@ -80,6 +83,7 @@ def evaluate(
 
     batches = dataset.epoch_batches(BATCH_SIZE, config.num_sequences, device)
     for batch_index, batch in enumerate(batches):
+        advance(batch_index * BATCH_SIZE)
         targets = model.targets(batch, model.hidden_states(batch.tokens, batch.document_ids))
         if not len(targets.block_index):
             continue  # only padding

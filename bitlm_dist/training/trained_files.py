@@ -64,6 +64,6 @@ def checkpoint_given_as_run(folder: Path) -> UserError | None:
     if folder.absolute().parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
         return None
     return UserError(
-        f"{folder} is no run folder but a checkpoint of one: name the run, {folder.parent.parent}; "
-        "its latest checkpoint is used"
+        f"{folder} is no run folder but a checkpoint in one: "
+        f"name {folder.parent.parent}, whose latest checkpoint is used"
     )

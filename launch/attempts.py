@@ -1,4 +1,4 @@
-"""Attempts of a run: the files that each one leaves in the run folder, and the action that follows.
+"""Attempts of a run: the files that each one leaves in the run folder.
 
 An attempt is one launch of all ranks. RUN/launch/attempts/NNNN/ holds::
 
@@ -10,17 +10,18 @@ An attempt is one launch of all ranks. RUN/launch/attempts/NNNN/ holds::
     beats/rank-R        heartbeat of each rank, see :mod:`bitlm_dist.launch.heartbeat`
     stop                created to make the attempt save and exit; holds the reason
     outcome.json        written by rank 0 at an orderly exit: done or stopped, and the step
-    failures/rank-R.json  written by a rank that failed
+    failures/rank-R.json  written by a rank that failed; by the launcher if the rank could not,
+                        as it was killed
     hung.json           the rank that was reported as hung
     nodes/NODE.json     preflight measurements of each node, see
                         :mod:`bitlm_dist.launch.preflight`
     end.json            written by the launcher: the outcome of the attempt
 
-An outcome is read from these files rather than from exit codes, which a batch system may lose or
-replace. This module imports nothing heavy (no torch), so that launchers start fast.
+:mod:`bitlm_dist.launch.outcomes` reads the outcome from these files, and
+:mod:`bitlm_dist.launch.next_action` decides what follows. These modules import nothing heavy (no
+torch), so that launchers start fast.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,12 +29,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
-from bitlm_dist import errors
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
+from bitlm_dist.launch.records import METRICS, last_records, read_json
 from bitlm_dist.strict_json import to_json
 
 LAUNCH = "launch"
@@ -65,16 +65,6 @@ class Outcome(StrEnum):
     LOST = "lost"  # the launcher was killed before it could record an outcome
     BAD_NODES = "bad nodes"  # the preflight check excluded nodes
     DIVERGED = "diverged"  # loss, gradients or weights became non-finite
-
-
-class Action(StrEnum):
-    """What the launcher does after an attempt."""
-
-    END = "end"  # trained, or ended by the user
-    GIVE_UP = "give up"
-    RESTART = "restart"  # in this allocation
-    REQUEUE = "requeue"  # release the allocation and wait for another one
-    RESUBMIT = "resubmit"  # the same, without the excluded nodes
 
 
 @dataclass(frozen=True)
@@ -118,6 +108,7 @@ class Attempt:
         limits: heartbeat timeouts of its ranks.
         submission: id of the user's submit or resume command that led to this attempt. Attempts of
             earlier submissions do not count against ``max_restarts``.
+        last_step: last step that was taken, saved or not; -1 if unknown.
     """
 
     number: int
@@ -132,23 +123,7 @@ class Attempt:
     ended: float = 0.0
     limits: Limits = field(default_factory=Limits)
     submission: str = ""
-
-
-@dataclass(frozen=True)
-class NextAction:
-    """The launcher's action after an attempt.
-
-    Attributes:
-        action: see :class:`Action`.
-        reason: one line.
-        exclude: nodes that the next job must not use.
-        num_without_progress: number of attempts since the last one that made a new checkpoint.
-    """
-
-    action: Action
-    reason: str
-    exclude: tuple[str, ...] = ()
-    num_without_progress: int = 0
+    last_step: int = -1
 
 
 def check_run_folder(run: Path, used: Iterable[Path]) -> None:
@@ -161,6 +136,8 @@ def check_run_folder(run: Path, used: Iterable[Path]) -> None:
     Raises:
         UserError: the folder holds unrelated files.
     """
+    if run.exists() and not run.is_dir():
+        raise UserError(f"run.dir = {run} is a file: choose a folder")
     if (run / "config.yaml").is_file() or not run.is_dir():
         return
 
@@ -209,7 +186,7 @@ def run_folder_of(folder: Path) -> Path:
 
 def read_attempt(folder: Path) -> Attempt:
     """Read the attempt whose files are in ``folder``."""
-    record = {**_read_json(folder / "attempt.json"), **_read_json(folder / "end.json")}
+    record = {**read_json(folder / "attempt.json"), **read_json(folder / "end.json")}
 
     return Attempt(
         **{
@@ -268,7 +245,7 @@ def create_attempt(
     record = {
         key: value
         for key, value in attempt.items()
-        if key not in ("outcome", "reason", "reached", "ended")
+        if key not in ("outcome", "reason", "reached", "ended", "last_step")
     }
     write_atomically(folder / "attempt.json", to_json(record) + "\n")
     return folder
@@ -281,8 +258,18 @@ def record_end(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
         "reason": reason,
         "reached": latest_checkpoint_step(run),
         "ended": time.time(),
+        "last_step": last_step_taken(run, attempt),
     }
     write_atomically(attempt_folder(run, attempt.number) / "end.json", to_json(record) + "\n")
+
+
+def last_step_taken(run: Path, attempt: Attempt) -> int:
+    """The last step that the latest attempt of a run has taken so far, saved or not."""
+    file = run / METRICS
+    records = last_records(file, 1)
+    # Before its first step, the file still holds what the attempt before it has lost.
+    has_stepped = bool(records) and file.stat().st_mtime >= attempt.began
+    return int(records[-1]["step"]) if has_stepped else max(attempt.checkpoint, 0)
 
 
 def stop_files(environment: Mapping[str, str]) -> list[Path]:
@@ -343,186 +330,6 @@ def report_failure(
         )
 
 
-def first_failure(folder: Path) -> dict[str, Any] | None:
-    """Earliest failure report of an attempt, with its rank; None if there is none.
-
-    Ranks that only lost a peer come last, because another rank's failure was the cause.
-    """
-    failures = []
-    for file in (folder / "failures").glob("rank-*.json"):
-        record = _read_json(file)
-        if record:
-            failures.append({**record, "rank": int(file.stem.partition("-")[2])})
-
-    return min(
-        failures,
-        key=lambda record: (record["lost_peer"], record["time"], record["rank"]),
-        default=None,
-    )
-
-
-def hung_rank(folder: Path) -> int | None:
-    """Rank that was reported as hung; None if there is none."""
-    rank = _read_json(folder / "hung.json").get("rank")
-    return None if rank is None else int(rank)
-
-
-def outcome_of(folder: Path, exit_code: int) -> tuple[str, str]:
-    """Determine the outcome of an attempt whose ranks have exited.
-
-    Args:
-        folder: the attempt folder.
-        exit_code: of the command that ran the ranks; used only if no file tells the outcome.
-
-    Returns:
-        The outcome, and the reason in one line.
-    """
-    outcome = _read_json(folder / "outcome.json")
-    hung = _read_json(folder / "hung.json")
-    failure = first_failure(folder)
-
-    # rank 0 reported an orderly exit
-    if outcome and outcome["outcome"] == Outcome.DONE:
-        return Outcome.DONE, f"step {outcome['step']}"
-    if outcome:
-        # without the launcher's stop file, it was the user's
-        is_user_stop = outcome["by"] == STOP_FILE_REASON and not (folder / "stop").is_file()
-        why = STOPPED_BY_USER if is_user_stop else _read_text(folder / "stop") or outcome["by"]
-        return Outcome.STOPPED, f"{why}, " + (
-            f"saved at step {outcome['step']}" if outcome["step"] else "before the first step"
-        )
-
-    # Known causes come first. A hang precedes other failures, as ranks that abort because of it
-    # report failures, too.
-    if failure and failure["refused"]:
-        return Outcome.REFUSED, str(failure["message"])
-    if failure and failure.get("diverged"):
-        return Outcome.DIVERGED, str(failure["message"])
-    if hung:
-        return Outcome.HUNG, f"rank {hung['rank']} on {hung['host']} {hung['what']}"
-    if failure:
-        return Outcome.FAILED, f"rank {failure['rank']} on {failure['host']}: {failure['message']}"
-
-    # no rank has reported anything
-    if (folder / "stop").is_file():
-        return Outcome.STOPPED, _read_text(folder / "stop")
-    if exit_code == errors.DIVERGED_EXIT_CODE:
-        return Outcome.DIVERGED, f"a rank ended with exit code {exit_code}: see {folder}/logs"
-    return _outcome_from_start_log(folder) or (
-        Outcome.FAILED,
-        f"the ranks ended with exit code {exit_code} and reported nothing: see {folder}/logs",
-    )
-
-
-def _outcome_from_start_log(folder: Path) -> tuple[str, str] | None:
-    """Outcome and reason according to start.log; None if it is empty."""
-    lines = [line.strip() for line in _read_text(folder / "start.log").splitlines() if line.strip()]
-    user_errors = [
-        line.removeprefix(USER_ERROR_PREFIX) for line in lines if line.startswith(USER_ERROR_PREFIX)
-    ]
-
-    # a line with bitlm's own prefix tells the user what to fix
-    if user_errors:
-        return Outcome.REFUSED, user_errors[0]
-    return (Outcome.FAILED, lines[0]) if lines else None
-
-
-def next_action(
-    attempts: Sequence[Attempt], max_restarts: int, cancelled: bool, excluded: Sequence[str] = ()
-) -> NextAction:
-    """Decide what follows the last of ``attempts``.
-
-    Only consecutive attempts without a new checkpoint count towards ``max_restarts``; a checkpoint
-    beyond all earlier ones resets the count. So a run of weeks may fail many times, but a crash
-    loop ends. A user error is fatal only before the submission's first progress; after that it is
-    probably transient. A run that diverged is not restarted: it is a function of its config, and
-    would diverge again.
-
-    Args:
-        attempts: oldest first; at least one.
-        max_restarts: allowed consecutive restarts without a new checkpoint.
-        cancelled: the user cancelled the run.
-        excluded: nodes found bad before the last attempt.
-    """
-    last = attempts[-1]
-
-    # these end the run, whatever happened before
-    if last.outcome == Outcome.DONE:
-        return NextAction(Action.END, f"trained: {last.reason}")
-    if cancelled:
-        return NextAction(Action.END, "cancelled")
-    if last.outcome == Outcome.STOPPED and last.reason.startswith(STOPPED_BY_USER):
-        return NextAction(Action.END, last.reason)
-    if last.outcome == Outcome.DIVERGED:
-        return NextAction(Action.GIVE_UP, last.reason)
-
-    num_without_progress, has_progress = _count_without_progress(attempts)
-    if last.outcome == Outcome.REFUSED and not has_progress:
-        return NextAction(Action.GIVE_UP, last.reason)
-    if num_without_progress > max_restarts:
-        return NextAction(
-            Action.GIVE_UP,
-            f"{num_without_progress} attempts in a row made no new checkpoint; "
-            f"the last: {last.reason}",
-        )
-
-    # only a new job can get other nodes
-    if last.outcome == Outcome.BAD_NODES:
-        return NextAction(Action.RESUBMIT, last.reason, tuple(excluded), num_without_progress)
-    return NextAction(
-        Action.REQUEUE if last.outcome == Outcome.STOPPED else Action.RESTART,
-        last.reason,
-        num_without_progress=num_without_progress,
-    )
-
-
-def _count_without_progress(attempts: Sequence[Attempt]) -> tuple[int, bool]:
-    """Count the trailing attempts of the last submission that made no new checkpoint.
-
-    Attempts that ended because nodes were excluded do not count: the number of nodes is finite, so
-    this cannot repeat forever.
-
-    Returns:
-        The count, and whether any attempt of the last submission made progress.
-    """
-    num_without_progress = 0
-    has_progress = False
-    furthest = -1
-
-    for attempt in attempts:
-        if attempt.submission != attempts[-1].submission:
-            num_without_progress = 0
-            has_progress = False
-        elif attempt.reached > max(furthest, attempt.checkpoint):
-            num_without_progress = 0
-            has_progress = True
-        elif attempt.outcome != Outcome.BAD_NODES:
-            num_without_progress += 1
-
-        # includes earlier submissions: repeating their steps is no progress
-        furthest = max(furthest, attempt.checkpoint, attempt.reached)
-
-    return num_without_progress, has_progress
-
-
 def is_cancelled(run: Path) -> bool:
     """True if the user cancelled the run."""
     return (run / LAUNCH / CANCELLED_FILE).exists()
-
-
-def _read_text(file: Path) -> str:
-    """Contents of a file; empty if it cannot be read."""
-    try:
-        return file.read_text(errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if the file is missing or holds none."""
-    try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-
-    return record if isinstance(record, dict) else {}

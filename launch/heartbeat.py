@@ -23,8 +23,10 @@ from threading import Event, Thread
 from types import TracebackType
 from typing import Any
 
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import DISK_FULL, write_atomically
+from bitlm_dist.formatting import format_time
 from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE, Limits
+from bitlm_dist.launch.rank_log import HANG_LINE
 from bitlm_dist.strict_json import to_json
 
 NO_STEP = -1
@@ -50,8 +52,8 @@ class Heartbeat:
         self._stop_event = Event()
         self._thread = Thread(target=self._run, daemon=True, name="heartbeat")
 
-        # last heartbeat that was seen of the next rank, and when it was new
-        self._next_beat = b""
+        # last heartbeat that was seen of the next rank with its time, and when it was new
+        self._next_beat = (b"", 0)
         self._has_next_beat = False
         self._next_beat_at = time.monotonic()
 
@@ -127,9 +129,16 @@ class Heartbeat:
         }
 
         # renamed into place, but not flushed to disk: a heartbeat need not survive a power cut
-        partial = self._beat_file(self._rank).with_name(f".rank-{self._rank}")
-        partial.write_text(to_json(beat))
-        partial.rename(self._beat_file(self._rank))
+        file = self._beat_file(self._rank)
+        partial = file.with_name(f".{file.name}")
+        try:
+            partial.write_text(to_json(beat))
+            partial.rename(file)
+        except OSError as error:
+            # a full disk is no hang; the time of the last beat can be renewed without space
+            if error.errno not in DISK_FULL or not file.exists():
+                raise
+            os.utime(file)
 
     def _ignore_global_pause(self) -> None:
         """Restart the timeouts if this thread itself was paused.
@@ -150,7 +159,8 @@ class Heartbeat:
         next_rank = (self._rank + 1) % self._world_size
         now = time.monotonic()
         try:
-            beat = self._beat_file(next_rank).read_bytes()
+            file = self._beat_file(next_rank)
+            beat = file.read_bytes(), file.stat().st_mtime_ns
         except FileNotFoundError:  # not started yet, or exited in an orderly way
             self._has_next_beat = False
             return
@@ -161,7 +171,7 @@ class Heartbeat:
             self._next_beat_at = now
             return
 
-        next_beat = json.loads(beat)
+        next_beat = json.loads(beat[0])
         if now - self._next_beat_at > (
             self._limits.heartbeat_timeout if next_beat["begun"] else self._limits.startup_timeout
         ):
@@ -216,7 +226,7 @@ class Heartbeat:
             write_atomically(file, to_json(record) + "\n")
 
     def _abort(self) -> None:
-        print("bitlm: a rank hangs; this one is here:", file=sys.stderr, flush=True)
+        print(f"{HANG_LINE} ({format_time()})", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
 
         # not sys.exit: the main thread may never return from a collective

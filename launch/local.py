@@ -2,35 +2,35 @@
 and stopped as in a batch job.
 """
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
+from bitlm_dist import errors
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import try_lock
+from bitlm_dist.files import DISK_FULL, try_lock
+from bitlm_dist.formatting import plural
 from bitlm_dist.launch import attempts, supervisor
-from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE, CANCELLED_FILE, LAUNCH, Action, NextAction
-from bitlm_dist.launch.rank import PARENT_VARIABLE
+from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Attempt, Outcome
+from bitlm_dist.launch.disk_room import with_disk_hint
+from bitlm_dist.launch.liveness import LAUNCHER_LOCK
+from bitlm_dist.launch.local_ranks import POLL, RankProcesses
+from bitlm_dist.launch.next_action import Action
+from bitlm_dist.launch.outcomes import first_failure
+from bitlm_dist.launch.supervisor import Decision
 
-POLL = 0.2  # seconds
-
-# seconds for the other ranks to notice a failed one and report it
-GRACE = 30.0
-
-# seconds for the other ranks to exit after one has exited in an orderly way
-LINGER = 600.0
+_T = TypeVar("_T")
 
 
 def run_local(
     run: Path, num_ranks: int, env: Mapping[str, str], echo: Callable[[str], None]
-) -> NextAction:
+) -> int:
     """Train until the run ends or is given up, restarting the ranks as needed.
 
     Args:
@@ -40,163 +40,169 @@ def run_local(
         echo: called with each line that rank 0 or the launcher prints.
 
     Returns:
-        The action that followed from the last attempt.
+        The exit code of the command, see :mod:`bitlm_dist.errors`.
     """
-    requests: list[str] = []
-    (run / LAUNCH / CANCELLED_FILE).unlink(missing_ok=True)
+    return _LocalLauncher(run, num_ranks, env, echo).run()
 
-    with _launcher_lock(run), _collect_stop_signals(requests):
-        while True:
-            folder = Path(supervisor.start_attempt(run, [socket.gethostname()])[0])
-            code = _RankProcesses(run, folder, num_ranks, env, echo).wait(requests)
-            action, reason, _, wait = supervisor.finish_attempt(folder, code)
 
-            # a signal cuts the backoff short
-            end = time.monotonic() + float(wait)
-            while action == Action.RESTART and not requests and time.monotonic() < end:
-                time.sleep(POLL)
+class _LocalLauncher:
+    """The launcher of one run; see :func:`run_local`."""
 
-            if action != Action.RESTART or requests:
-                return NextAction(Action(action), reason)
+    def __init__(
+        self, run: Path, num_ranks: int, env: Mapping[str, str], echo: Callable[[str], None]
+    ) -> None:
+        self._run = run
+        self._num_ranks = num_ranks
+        self._env = env
+        self._print_line = echo
+        self._requests: list[signal.Signals] = []  # received stop signals
+
+    def run(self) -> int:
+        """Run attempts until none follows, and return the exit code."""
+        (self._run / LAUNCH / CANCELLED_FILE).unlink(missing_ok=True)
+
+        with _launcher_lock(self._run), self._collect_stop_signals():
+            while True:
+                folder = self._when_there_is_room(
+                    lambda: Path(supervisor.start_attempt(self._run, [socket.gethostname()])[0])
+                )
+                self._log_start(attempts.read_attempt(folder), folder)
+                code = RankProcesses(folder, self._num_ranks, self._env, self._echo).wait(
+                    self._requests
+                )
+                decision = self._when_there_is_room(partial(supervisor.decide, folder, code))
+
+                # a request or `bitlm launch cancel` cuts the wait short
+                self._log_end(decision, folder)
+                if decision.next.action == Action.RESTART:
+                    self._sleep(decision.wait)
+                if decision.next.action != Action.RESTART or self._is_stop_requested():
+                    return self._exit_code(decision)
+
+    def _is_stop_requested(self) -> bool:
+        return bool(self._requests) or attempts.is_cancelled(self._run)
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self._is_stop_requested():
+            time.sleep(POLL)
+
+    def _when_there_is_room(self, write: Callable[[], _T]) -> _T:
+        """Call a function that writes to the run folder; wait while its disk is full.
+
+        Raises:
+            UserError: the disk is still full after all waits.
+        """
+        settings = supervisor.load_settings(self._run)
+        reason = ""
+        for number in range(settings["max_restarts"] + 1):
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in DISK_FULL:
+                    raise
+                reason = with_disk_hint(self._run, errors.os_error_message(error))
+
+            wait = min(supervisor.MAX_BACKOFF_SECONDS, settings["pause"] * 2**number)
+            if number == settings["max_restarts"] or self._is_stop_requested():
+                break
+            self._log(f"{reason}; trying again in {wait:.0f} s")
+            self._sleep(wait)
+
+        raise UserError(f"{reason}; then the same command goes on")
+
+    def _exit_code(self, decision: Decision) -> int:
+        outcome = decision.attempt.outcome
+        if outcome == Outcome.DONE:
+            return 0
+        if len(self._requests) > 1:  # ended at once, without a save
+            return 128 + self._requests[-1]
+        if decision.next.action != Action.GIVE_UP:
+            return errors.STOPPED_EXIT_CODE
+
+        codes = {
+            Outcome.DIVERGED: errors.DIVERGED_EXIT_CODE,
+            Outcome.REFUSED: errors.USER_ERROR_EXIT_CODE,
+        }
+        return codes.get(Outcome(outcome), 1)
+
+    def _log_start(self, attempt: Attempt, folder: Path) -> None:
+        where = f"step {attempt.checkpoint:,}" if attempt.checkpoint > 0 else "the beginning"
+        self._log(
+            f"attempt {attempt.number}: {plural(self._num_ranks, 'rank')} from {where}; "
+            f"logs in {folder / 'logs'}"
+        )
+
+    def _log_end(self, decision: Decision, folder: Path) -> None:
+        """Say how an attempt ended and what follows, in one line."""
+        attempt, following, wait = decision
+        if attempt.outcome == Outcome.DONE:
+            return  # rank 0 has said so
+        if attempt.outcome == Outcome.STOPPED:
+            at_once = "ended at once" if len(self._requests) > 1 else "stopped"
+            self._log(f"{at_once}: {attempt.reason}; the same command goes on")
+            return
+
+        what = f"attempt {attempt.number} {_VERBS[Outcome(attempt.outcome)]}: {attempt.reason}"
+        details = f"details: {_log_of_cause(folder)}"
+        if following.action == Action.RESTART:
+            soon = f"starting again in {wait:.0f} s" if wait else "starting again"
+            self._log(f"{what}; {soon}; {details}")
+        elif following.action == Action.GIVE_UP:
+            self._log(f"{what}; {details}")
+            if following.reason != attempt.reason:
+                self._log(f"given up: {following.reason}")
+        else:
+            self._log(f"{what}; {following.reason}; {details}")
+
+    @contextmanager
+    def _collect_stop_signals(self) -> Iterator[None]:
+        """Note stop signals instead of being ended by them."""
+
+        def note(number: int, frame: FrameType | None) -> None:
+            self._requests.append(signal.Signals(number))
+
+        old = {
+            number: signal.signal(number, note)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _log(self, text: str) -> None:
+        self._echo(f"bitlm: {text}")
+
+    def _echo(self, line: str) -> None:
+        with suppress(OSError):  # the terminal may be gone; the run goes on
+            self._print_line(line)
+
+
+_VERBS = {
+    Outcome.REFUSED: "was refused",
+    Outcome.FAILED: "failed",
+    Outcome.HUNG: "hung",
+    Outcome.LOST: "was lost",
+    Outcome.DIVERGED: "diverged",
+}
+
+
+def _log_of_cause(folder: Path) -> Path:
+    """The log of the rank that failed first; the folder of all logs if none did."""
+    failure = first_failure(folder)
+    file = folder / "logs" / f"rank-{failure['rank'] if failure else 0}.log"
+    return file if failure and file.is_file() else file.parent
 
 
 @contextmanager
 def _launcher_lock(run: Path) -> Iterator[None]:
     """Hold the run, so that no other launcher on this machine can train it."""
-    with (run / LAUNCH / "lock").open("w") as lock:
+    with (run / LAUNCH / LAUNCHER_LOCK).open("w") as lock:
         if not try_lock(lock):
             raise UserError(
                 f"run.dir = {run} is being trained by another `bitlm launch local`: "
                 "wait for it or end it"
             )
         yield
-
-
-@contextmanager
-def _collect_stop_signals(requests: list[str]) -> Iterator[None]:
-    """Append the names of received stop signals to ``requests`` instead of being ended by them."""
-
-    def note(number: int, frame: FrameType | None) -> None:
-        requests.append(signal.Signals(number).name)
-
-    old = {
-        number: signal.signal(number, note)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-
-
-class _RankProcesses:
-    """Processes of one attempt; constructing it starts them."""
-
-    def __init__(
-        self,
-        run: Path,
-        folder: Path,
-        num_ranks: int,
-        env: Mapping[str, str],
-        echo: Callable[[str], None],
-    ) -> None:
-        self._folder = folder
-        self._print_line = echo
-        self._log = folder / "logs" / "rank-0.log"
-        self._num_bytes_shown = 0
-        command = [
-            sys.executable,
-            "-u",
-            "-m",
-            "bitlm_dist.launch.rank",
-            "train",
-            str(run / LAUNCH / "config.yaml"),
-        ]
-
-        # let the kernel choose a free port
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-
-        environment = {
-            **os.environ,
-            **env,
-            ATTEMPT_VARIABLE: str(folder),
-            PARENT_VARIABLE: str(os.getpid()),
-        }
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-
-        with (folder / "start.log").open("ab") as early:
-            self._processes = [
-                subprocess.Popen(
-                    command,
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdin=subprocess.DEVNULL,
-                    stdout=early,
-                    stderr=early,
-                    start_new_session=True,  # Ctrl-C must reach the launcher alone
-                )
-                for rank in range(num_ranks)
-            ]
-
-    def wait(self, requests: list[str]) -> int:
-        """Wait until all ranks have exited; the failure of one ends the others.
-
-        The first entry of ``requests`` asks the ranks to save and exit, a second one kills them.
-
-        Returns:
-            The first nonzero exit code, else 0.
-        """
-        num_handled = 0
-        first_exit_at = 0.0
-        code = 0
-
-        try:
-            while True:
-                codes = [process.poll() for process in self._processes]
-                self._forward_log()
-
-                if len(requests) > num_handled:
-                    num_handled = len(requests)
-                    attempts.request_stop(self._folder, requests[0])
-                    self._echo(
-                        f"bitlm: {requests[0]}: saving; once more ends it at once"
-                        if num_handled == 1
-                        else "bitlm: ending"
-                    )
-                    if num_handled > 1:
-                        return 1
-
-                # the clock of GRACE or LINGER starts at the first exit, and again at a failure
-                failed = [exit_code for exit_code in codes if exit_code]
-                if (failed and not code) or (0 in codes and not first_exit_at):
-                    code = failed[0] if failed else 0
-                    first_exit_at = time.monotonic()
-
-                if None not in codes or (
-                    first_exit_at and time.monotonic() - first_exit_at > (GRACE if code else LINGER)
-                ):
-                    return code
-                time.sleep(POLL)
-        finally:
-            for process in self._processes:
-                process.kill()
-                process.wait()
-            self._forward_log()
-
-    def _echo(self, line: str) -> None:
-        with suppress(OSError):  # the terminal may be gone; the run goes on
-            self._print_line(line)
-
-    def _forward_log(self) -> None:
-        """Echo the complete lines that rank 0 has logged since the last call."""
-        with suppress(FileNotFoundError), self._log.open("rb") as stream:
-            stream.seek(self._num_bytes_shown)
-            new = stream.read()
-            complete_lines = new[: new.rfind(b"\n") + 1]
-            self._num_bytes_shown += len(complete_lines)
-
-            for line in complete_lines.decode(errors="replace").splitlines():
-                self._echo(line)

@@ -1,9 +1,6 @@
 """Status of a launched run, from the batch system, its attempts and its metrics."""
 
-import json
-import time
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +8,22 @@ from typing import Any
 from bitlm_dist.checkpoint.steps import folder_of, read_health
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import load_config, load_run_config, with_absolute_paths
-from bitlm_dist.errors import UserError
 from bitlm_dist.launch import attempts, slurm, submit, supervisor
+from bitlm_dist.launch.attempts import Attempt
+from bitlm_dist.launch.history import history_of
+from bitlm_dist.launch.liveness import is_running, silent_seconds
+from bitlm_dist.launch.records import EVALUATIONS, METRICS, last_records, read_jsonl
 
-# the same names as in bitlm_dist.training.metrics, which would import torch
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
 NUM_RECENT_STEPS = 20  # for the mean speed, from which the remaining time follows
-NUM_LOG_LINES = 20
+RUNNING = "running"
+WAITING = "waiting to start the next attempt"
+MEMORY_KEYS = (
+    "host_memory_bytes",
+    "host_memory_peak_bytes",
+    "device_memory_bytes",
+    "device_memory_peak_bytes",
+)
+_ACTIVE_STATES = (RUNNING, WAITING, "RUNNING", "COMPLETING")  # local, and Slurm's
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,20 @@ class Status:
         tokens_per_second: positions per second over the latest steps.
         predicted_tokens_per_second: tokens that carry loss, per second over the latest steps.
         checkpoint: step of the latest complete checkpoint; -1 if there is none.
-        seconds_left: remaining training time at the current speed; None if unknown.
+        seconds_left: remaining training time at the current speed; None if unknown, or if the run
+            is not running.
         excluded: nodes that are no longer used.
+        loss: training loss of the latest step.
+        validation: the latest evaluation of training, in bits per byte of text.
+        best_validation: the best one so far.
+        best_validation_step: its step.
+        seconds: all attempts together, without the waits between them.
+        goodput: share of ``seconds`` that was spent in steps that a checkpoint holds.
+        data_wait: share of the time of the latest steps that was spent waiting for data.
+        host_memory_bytes: memory of rank 0's process; so are the next three.
+        host_memory_peak_bytes: its maximum.
+        device_memory_bytes: memory on its GPU.
+        device_memory_peak_bytes: its maximum.
     """
 
     state: str
@@ -51,6 +68,17 @@ class Status:
     checkpoint: int
     seconds_left: float | None
     excluded: list[str]
+    loss: float | None
+    validation: float | None
+    best_validation: float | None
+    best_validation_step: int | None
+    seconds: float
+    goodput: float | None
+    data_wait: float | None
+    host_memory_bytes: int | None
+    host_memory_peak_bytes: int | None
+    device_memory_bytes: int | None
+    device_memory_peak_bytes: int | None
 
 
 def status_of(run: Path) -> Status:
@@ -66,13 +94,15 @@ def status_of(run: Path) -> Status:
     config = load_config(folder / "config.yaml").config
 
     # speed of the latest steps, and what it predicts
-    recent = list(deque(_read_jsonl(run / METRICS), maxlen=NUM_RECENT_STEPS))
-    step = int(recent[-1]["step"]) if recent else 0
+    recent = last_records(run / METRICS, NUM_RECENT_STEPS)
+    last = recent[-1] if recent else {}
+    step = int(last.get("step", 0))
     rate = _rate(recent, "tokens")
-    num_tokens_left = (config.training.steps - step) * config.training.global_batch_tokens
+    state = _job_state(run, job_ids, all_attempts)
+    history = history_of(run, all_attempts)
 
     return Status(
-        state=_job_state(run, job_ids, all_attempts),
+        state=state,
         job=job_ids[-1] if job_ids else "",
         attempts=len(all_attempts),
         last=f"{ended[-1].outcome}: {ended[-1].reason}" if ended else "",
@@ -81,9 +111,59 @@ def status_of(run: Path) -> Status:
         tokens_per_second=rate,
         predicted_tokens_per_second=_rate(recent, "predicted_tokens"),
         checkpoint=attempts.latest_checkpoint_step(run),
-        seconds_left=num_tokens_left / rate if rate else None,
+        seconds_left=_seconds_left(config, step, rate, state),
         excluded=supervisor.excluded_nodes(run),
+        loss=last.get("loss"),
+        **_evaluations(run),
+        seconds=history.seconds,
+        goodput=history.goodput,
+        data_wait=_data_wait(recent),
+        **{name: last.get(name) for name in MEMORY_KEYS},
     )
+
+
+def _seconds_left(config: Config, step: int, rate: float | None, state: str) -> float | None:
+    """Remaining training time; None if it is unknown, as nothing trains the run."""
+    steps_left = config.training.steps - step
+    if steps_left <= 0:
+        return 0.0
+    if not rate or state not in _ACTIVE_STATES:
+        return None
+    return steps_left * config.training.global_batch_tokens / rate
+
+
+def _training_evaluations(run: Path) -> list[dict[str, Any]]:
+    """Evaluations during training; `bitlm eval` may append ones of other text or other weights."""
+    return [
+        entry
+        for entry in read_jsonl(run / EVALUATIONS)
+        if "step" in entry and entry.get("by", "train") == "train"
+    ]
+
+
+def _evaluations(run: Path) -> dict[str, Any]:
+    """Latest and best validation score of training, as fields of :class:`Status`."""
+    scores: list[tuple[float, int]] = [
+        (entry["validation"]["bits_per_byte"], int(entry["step"]))
+        for entry in _training_evaluations(run)
+        if entry.get("validation", {}).get("bits_per_byte") is not None
+    ]
+    best = min(scores, default=(None, None))
+    return {
+        "validation": scores[-1][0] if scores else None,
+        "best_validation": best[0],
+        "best_validation_step": best[1],
+    }
+
+
+def _data_wait(recent: Sequence[dict[str, Any]]) -> float | None:
+    """Share of the time of the latest steps spent waiting for data; None if not recorded."""
+    waits = [entry.get("data_wait_seconds") for entry in recent[1:]]
+    known = [wait for wait in waits if wait is not None]
+    elapsed = recent[-1]["seconds"] - recent[0]["seconds"] if recent else 0.0
+    if not known or len(known) < len(waits) or elapsed <= 0:
+        return None
+    return min(1.0, sum(known) / elapsed)
 
 
 def _rate(recent: list[dict[str, Any]], name: str) -> float | None:
@@ -104,8 +184,8 @@ def _rate(recent: list[dict[str, Any]], name: str) -> float | None:
     return float(last[name] - first[name]) / elapsed
 
 
-def _job_state(run: Path, job_ids: list[str], all_attempts: list[attempts.Attempt]) -> str:
-    if not job_ids:
+def _job_state(run: Path, job_ids: list[str], all_attempts: list[Attempt]) -> str:
+    if submit.is_local(run) or not job_ids:
         return _local_state(run, all_attempts)
 
     job = slurm.show_job(job_ids[-1])
@@ -116,20 +196,23 @@ def _job_state(run: Path, job_ids: list[str], all_attempts: list[attempts.Attemp
     return f"{job['JobState']} ({job['Reason']})" if waits else job["JobState"]
 
 
-def _local_state(run: Path, all_attempts: list[attempts.Attempt]) -> str:
-    """State of a run without a batch system, from the files of its last attempt."""
-    if not all_attempts or all_attempts[-1].outcome:
+def _local_state(run: Path, all_attempts: list[Attempt]) -> str:
+    """State of a run without a batch system, from its lock and the files of its last attempt."""
+    has_ended = bool(all_attempts and all_attempts[-1].outcome)
+    if is_running(run, all_attempts):
+        return WAITING if has_ended or not all_attempts else RUNNING
+    if has_ended or not all_attempts:
         return "ended" if all_attempts else "not begun"
 
-    beats = (attempts.attempt_folder(run, all_attempts[-1].number) / "beats").glob("rank-*")
-    newest = max((beat.stat().st_mtime for beat in beats), default=all_attempts[-1].began)
-    silent = time.time() - newest
+    silent = silent_seconds(run, all_attempts[-1])
+    return f"no sign of life for {silent:,.0f} s: its launcher was ended"
 
-    return (
-        "running"
-        if silent < all_attempts[-1].limits.heartbeat_timeout
-        else f"no sign of life for {silent:,.0f} s: its launcher was ended"
-    )
+
+def is_active(run: Path) -> bool:
+    """True if a run is queued or running, so that another attempt may follow."""
+    if submit.is_local(run):
+        return is_running(run, attempts.read_attempts(run))
+    return any(submit.is_active(job) for job in submit.job_ids(run)[-1:])
 
 
 def is_trained(run: Path, config: Config) -> bool:
@@ -139,7 +222,7 @@ def is_trained(run: Path, config: Config) -> bool:
 
     steps = config.training.steps
     eval_interval = config.evaluation.every_steps
-    evaluated = max((entry["step"] for entry in _read_jsonl(run / EVALUATIONS)), default=0)
+    evaluated = max((entry["step"] for entry in _training_evaluations(run)), default=0)
     newest = attempts.latest_checkpoint_step(run)
 
     # A run that ended in NaN is not complete: started again, it must report the divergence again.
@@ -148,62 +231,3 @@ def is_trained(run: Path, config: Config) -> bool:
         and (not eval_interval or evaluated >= steps)
         and read_health(folder_of(run / "checkpoints", newest)) is not False
     )
-
-
-def _read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    if not file.is_file():
-        return
-
-    with file.open() as stream:
-        for line in stream:
-            try:
-                yield json.loads(line)
-            except ValueError:
-                continue  # the last line may be half-written
-
-
-def read_log_tail(run: Path, rank: int | None, attempt_number: int | None) -> tuple[str, list[str]]:
-    """Read the end of a rank's log.
-
-    Args:
-        run: the run folder.
-        rank: global rank; None: the rank that failed first, else rank 0.
-        attempt_number: number of the attempt; None: the latest.
-
-    Returns:
-        A title, and the last lines of the log.
-
-    Raises:
-        UserError: the attempt or the log does not exist.
-    """
-    submit.launch_folder(run)
-    all_attempts = attempts.read_attempts(run)
-    chosen = next(
-        (attempt for attempt in reversed(all_attempts) if attempt_number in (None, attempt.number)),
-        None,
-    )
-    if chosen is None:
-        # without a number the text would hold two blanks
-        raise UserError(
-            f"{run} has no attempt {attempt_number or ''}: "
-            f"`bitlm launch status {run}` says how many there are".replace("  ", " ")
-        )
-
-    # a rank that hangs makes others fail, so it comes before them
-    folder = attempts.attempt_folder(run, chosen.number)
-    failure = attempts.first_failure(folder)
-    failed_rank = attempts.hung_rank(folder)
-    failed_rank = failed_rank if failed_rank is not None else int(failure["rank"]) if failure else 0
-    rank = failed_rank if rank is None else rank
-
-    file = folder / "logs" / f"rank-{rank}.log"
-    title = f"attempt {chosen.number}, rank {rank}"
-    if failure and failure["rank"] == rank:
-        clock = time.strftime("%H:%M:%S", time.localtime(failure["time"]))
-        title += f", the first to fail, at {clock}: {failure['message']}"
-
-    if not file.is_file():
-        raise UserError(
-            f"{file} is not there: the rank never started, see the job's own log in {run}/launch"
-        )
-    return title, file.read_text(errors="replace").splitlines()[-NUM_LOG_LINES:]

@@ -4,7 +4,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from bitlm_dist.files import try_lock, write_atomically
 from bitlm_dist.launch import attempts, slurm, supervisor
 from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Limits
 from bitlm_dist.launch.cluster import Cluster
+from bitlm_dist.launch.liveness import LAUNCHER_LOCK, is_running
 from bitlm_dist.launch.render import Job, render
 from bitlm_dist.launch.snapshot import save_code
 from bitlm_dist.launch.supervisor import SETTINGS
@@ -33,6 +34,14 @@ class SubmittedJob:
 
     run: Path
     job: str
+
+
+@dataclass(frozen=True)
+class LocalJob:
+    """Ranks on this machine, and their environment variables."""
+
+    num_ranks: int
+    env: dict[str, str]
 
 
 def build_job(config: Config, cluster: Cluster, num_nodes: int, exclude: tuple[str, ...]) -> Job:
@@ -98,8 +107,19 @@ def check_can_start(job: Job) -> None:
     _check_no_active_job(job.run_folder)
 
 
-def write_job_files(job: Job, config: Config) -> None:
-    """Write the files that the job needs into the run folder."""
+def write_job_files(job: Job, config: Config, is_local: bool = False) -> None:
+    """Write the files that the job needs into the run folder.
+
+    If they cannot be written, what this call has created is removed.
+
+    Args:
+        job: the job.
+        config: its config, with absolute paths.
+        is_local: the job runs on this machine, without Slurm.
+
+    Raises:
+        OSError: the run folder cannot be written.
+    """
     folder = job.run_folder / LAUNCH
     checkpoints = external_checkpoint_folder(config)
     if checkpoints is not None:
@@ -107,12 +127,29 @@ def write_job_files(job: Job, config: Config) -> None:
         _make_checkpoint_folder(checkpoints)
 
     settings = {
-        **job_settings(job),
+        **job_settings(job, is_local),
         "checkpoints": None if checkpoints is None else str(checkpoints),
     }
-    write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
-    write_atomically(folder / "config.yaml", to_yaml(config))
-    save_code(folder)
+    with _removing_new_files_on_error(folder):
+        write_atomically(folder / SETTINGS, to_json(settings, indent=1) + "\n")
+        write_atomically(folder / "config.yaml", to_yaml(config))
+        save_code(folder)
+
+
+@contextmanager
+def _removing_new_files_on_error(folder: Path) -> Iterator[None]:
+    """Remove what a failed start has created in a folder, and the folders that it has made."""
+    old_files = set(folder.iterdir()) if folder.is_dir() else set()
+    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except OSError:
+        for path in set(folder.iterdir()) - old_files if folder.is_dir() else ():
+            path.unlink()
+        for path in new_folders:
+            with suppress(OSError):  # never made, or used by somebody else by now
+                path.rmdir()
+        raise
 
 
 def _make_checkpoint_folder(checkpoints: Path) -> None:
@@ -125,11 +162,14 @@ def _make_checkpoint_folder(checkpoints: Path) -> None:
         ) from error
 
 
-def job_settings(job: Job) -> dict[str, Any]:
-    """Settings of the supervisor inside the job."""
+def job_settings(job: Job, is_local: bool = False) -> dict[str, Any]:
+    """Settings of the supervisor inside the job, and of `bitlm launch resume` for a local one."""
     cluster = job.cluster
+    local = {"ranks": cluster.ranks_per_node, "env": cluster.env}
     return {
         "submission": _submission_time(),
+        "launcher": cluster.launcher,
+        "local": local if is_local else None,
         "exclude": job.exclude,
         "max_restarts": cluster.max_restarts,
         "pause": cluster.restart_backoff,
@@ -166,33 +206,92 @@ def resume_run(run: Path) -> SubmittedJob:
     Raises:
         UserError: the run was not launched or has been moved, or a job of it is queued or running.
     """
-    script = launch_folder(run) / SCRIPT
-    if not script.is_file():
-        raise UserError(
-            f"{run} was launched on a machine without Slurm: run the same `bitlm launch local` "
-            "again"
-        )
-
-    # the script names the original folder, too
-    original_folder = load_config(run / LAUNCH / "config.yaml").config.run.dir
-    if not original_folder.exists() or not original_folder.samefile(run):
-        raise UserError(
-            f"{run} was launched as {original_folder} and has been moved: "
-            f"use `bitlm launch slurm {run}/config.yaml`"
-        )
-
+    check_not_moved(run, "slurm")
     with _submission_lock(run):
-        # a new submission restarts the count of attempts without progress
-        write_atomically(
-            run / LAUNCH / SETTINGS,
-            to_json({**supervisor.load_settings(run), "submission": _submission_time()}, indent=1)
-            + "\n",
-        )
+        _start_new_submission(run)
         return SubmittedJob(run, _queue_job(run))
 
 
+def resume_local_run(run: Path) -> LocalJob:
+    """Prepare a local run for being started again by :func:`~bitlm_dist.launch.local.run_local`.
+
+    Raises:
+        UserError: the run has been moved, is being trained, or an older version started it.
+    """
+    local = supervisor.load_settings(run).get("local")
+    if local is None:
+        logs = (run / LAUNCH).glob("attempts/*/logs/rank-*.log")
+        num_ranks = max((int(log.stem.partition("-")[2]) + 1 for log in logs), default=1)
+        raise UserError(
+            f"{run} was started by an older version: "
+            f"use `bitlm launch local {run}/launch/config.yaml -n {num_ranks}`"
+        )
+
+    check_not_moved(run, "local")
+    with _submission_lock(run):
+        _start_new_submission(run)
+    return LocalJob(local["ranks"], local["env"])
+
+
+def check_not_moved(run: Path, command: str) -> None:
+    """Refuse a run that was moved, as its saved files name the original folder.
+
+    Args:
+        run: the run folder.
+        command: of `bitlm launch`, which started the run.
+
+    Raises:
+        UserError: it was moved.
+    """
+    original_folder = launched_config(run).run.dir
+    if not original_folder.exists() or not original_folder.samefile(run):
+        raise UserError(
+            f"{run} was launched as {original_folder} and has been moved: "
+            f"use `bitlm launch {command} {run}/config.yaml`"
+        )
+
+
+def launched_config(run: Path) -> Config:
+    """The config that a run was launched with; its paths are absolute."""
+    return load_config(run / LAUNCH / "config.yaml").config
+
+
+def is_local(run: Path) -> bool:
+    """True if the last command that started a run was `bitlm launch local`.
+
+    Raises:
+        UserError: the run was not launched.
+    """
+    folder = launch_folder(run)
+    # older versions did not record it, but wrote no script
+    return bool(supervisor.load_settings(run).get("local")) or not (folder / SCRIPT).is_file()
+
+
+def _start_new_submission(run: Path) -> None:
+    """Restart the count of attempts without progress."""
+    settings = {**supervisor.load_settings(run), "submission": _submission_time()}
+    write_atomically(run / LAUNCH / SETTINGS, to_json(settings, indent=1) + "\n")
+
+
+def cancel_local_run(run: Path) -> int | None:
+    """Checkpoint and stop a local run.
+
+    Returns:
+        Number of the attempt that will end, 0 between two attempts; None if nothing runs.
+    """
+    all_attempts = attempts.read_attempts(run)
+    if not is_running(run, all_attempts):
+        return None
+
+    write_atomically(run / LAUNCH / CANCELLED_FILE, "")
+    if not all_attempts or all_attempts[-1].outcome:
+        return 0
+    attempts.request_stop(attempts.attempt_folder(run, all_attempts[-1].number), "cancelled")
+    return all_attempts[-1].number
+
+
 def cancel_run(run: Path) -> list[str]:
-    """Checkpoint and stop the run, and remove its queued jobs.
+    """Checkpoint and stop a run on Slurm, and remove its queued jobs.
 
     Returns:
         Ids of the jobs that were queued or running.
@@ -206,12 +305,6 @@ def cancel_run(run: Path) -> list[str]:
     for job in active:
         running = slurm.show_job(job).get("JobState") == "RUNNING"
         slurm.cancel_job(job, *(["--batch", "--signal=USR2"] if running else []))
-
-    # without Slurm, the attempt is stopped by its file
-    all_attempts = attempts.read_attempts(run)
-    if not active and all_attempts and not all_attempts[-1].outcome:
-        attempts.request_stop(attempts.attempt_folder(run, all_attempts[-1].number), "cancelled")
-
     return active
 
 
@@ -270,7 +363,7 @@ def _queue_job(run: Path) -> str:
 def _submission_lock(run: Path) -> Iterator[None]:
     """Hold the run, so that nobody else can submit it, and lift an earlier cancellation."""
     (run / LAUNCH).mkdir(parents=True, exist_ok=True)
-    with (run / LAUNCH / "lock").open("w") as lock:
+    with (run / LAUNCH / LAUNCHER_LOCK).open("w") as lock:
         if not try_lock(lock):
             raise UserError(
                 f"{run} is being submitted or trained by another `bitlm launch`: wait for it"

@@ -10,13 +10,16 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
+from bitlm_dist.formatting import format_time
 from bitlm_dist.launch import attempts
-from bitlm_dist.launch.attempts import LAUNCH, Limits
+from bitlm_dist.launch.attempts import LAUNCH, Attempt, Limits
+from bitlm_dist.launch.next_action import Action, NextAction, next_action
 from bitlm_dist.launch.node_health import bad_nodes
+from bitlm_dist.launch.outcomes import outcome_of
 from bitlm_dist.strict_json import to_json
 
 SETTINGS = "settings.json"
@@ -26,6 +29,14 @@ EXCLUDED = "excluded.json"
 FIRST_PORT = 15_000
 NUM_PORTS = 15_000
 MAX_BACKOFF_SECONDS = 300.0  # longest wait between a failure and the next attempt
+
+
+class Decision(NamedTuple):
+    """An attempt that has ended, the action that follows, and the seconds to wait before it."""
+
+    attempt: Attempt
+    next: NextAction
+    wait: float
 
 
 def load_settings(run: Path) -> dict[str, Any]:
@@ -94,7 +105,7 @@ def check_nodes(folder: Path) -> list[str]:
         return ["go"]
 
     reason = "; ".join(f"{node}: {why}" for node, why in bad.items())
-    outcome, words = attempts.outcome_of(folder, 0)
+    outcome, words = outcome_of(folder, 0)
     refused = outcome == attempts.Outcome.REFUSED
 
     # of two nodes, a single bad one is half, and may still be excluded
@@ -112,18 +123,16 @@ def check_nodes(folder: Path) -> list[str]:
     return ["bad"]
 
 
-def finish_attempt(folder: Path, exit_code: int) -> list[str]:
+def decide(folder: Path, exit_code: int) -> Decision:
     """Record the end of an attempt whose ranks have exited, and decide what follows.
 
     The wait before a restart in the same allocation doubles with every failure without a new
-    checkpoint: the batch system may still be finding out that a node is dead.
+    checkpoint: the batch system may still be finding out that a node is dead, or the user may be
+    making room on a disk.
 
     Args:
         folder: the attempt folder.
         exit_code: of the command that ran the ranks.
-
-    Returns:
-        The action, its reason, the nodes to exclude (comma-separated), and the seconds to wait.
     """
     run = attempts.run_folder_of(folder)
     attempt = attempts.read_attempt(folder)
@@ -131,30 +140,42 @@ def finish_attempt(folder: Path, exit_code: int) -> list[str]:
 
     # check_nodes may have ended it already
     if not attempt.outcome:
-        attempts.record_end(run, attempt, *attempts.outcome_of(folder, exit_code))
+        attempts.record_end(run, attempt, *outcome_of(folder, exit_code))
 
     # a late launcher must decide on its own attempt, not on one that has begun since
     past_attempts = [
         other for other in attempts.read_attempts(run) if other.number <= attempt.number
     ]
-    decision = attempts.next_action(
+    decision = next_action(
         past_attempts, settings["max_restarts"], attempts.is_cancelled(run), excluded_nodes(run)
     )
-
-    print(
-        f"bitlm: attempt {attempt.number}: "
-        f"{past_attempts[-1].outcome}: {past_attempts[-1].reason}; {decision.action}",
-        file=sys.stderr,
-    )
-    if decision.action == attempts.Action.GIVE_UP:
-        print(f"bitlm: {decision.reason}", file=sys.stderr)
 
     wait = (
         min(MAX_BACKOFF_SECONDS, settings["pause"] * 2 ** (decision.num_without_progress - 1))
         if decision.num_without_progress
         else 0
     )
+    return Decision(past_attempts[-1], decision, wait)
+
+
+def finish_attempt(folder: Path, exit_code: int) -> list[str]:
+    """Record the end of an attempt and report on standard error, see :func:`decide`.
+
+    Returns:
+        The action, its reason, the nodes to exclude (comma-separated), and the seconds to wait.
+    """
+    attempt, decision, wait = decide(folder, exit_code)
+
+    outcome = f"{attempt.outcome}: {attempt.reason}"
+    _log(f"attempt {attempt.number}: {outcome}; {decision.action}")
+    if decision.action == Action.GIVE_UP:
+        _log(decision.reason)
+
     return [decision.action, decision.reason, ",".join(decision.exclude), f"{wait:.0f}"]
+
+
+def _log(text: str) -> None:
+    print(f"{format_time()} bitlm: {text}", file=sys.stderr)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The command `bitlm launch`."""
 
+import re
 from dataclasses import asdict
-from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,6 +12,7 @@ from bitlm_dist.cli.console import (
     AsJson,
     ConfigWords,
     Run,
+    console,
     load_config_from_words,
     path_expander,
     print_line,
@@ -19,14 +20,25 @@ from bitlm_dist.cli.console import (
 )
 from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.config_loading import with_absolute_paths
+from bitlm_dist.disks import format_bytes
+from bitlm_dist.formatting import (
+    format_duration,
+    format_percent,
+    format_time,
+    format_value,
+    plural,
+)
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
     from bitlm_dist.launch.cluster import Cluster
+    from bitlm_dist.launch.history import History
+    from bitlm_dist.launch.status import Status
 
 launch_app = typer.Typer(
     no_args_is_help=True, help="Start and manage runs on a cluster or on this machine."
 )
+TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ")
 MaxRestarts = Annotated[
     int | None,
     typer.Option(help="Consecutive restarts without a new checkpoint before giving up."),
@@ -114,10 +126,9 @@ def local_command(
 ) -> None:
     """Train on this machine, supervised and restarted as on a cluster.
 
-    Ctrl-C saves a checkpoint and stops the run.
+    Ctrl-C saves a checkpoint and stops the run, with exit code 75; the same command goes on.
     """
     from bitlm_dist.launch import submit
-    from bitlm_dist.launch.attempts import Action, Outcome, read_attempts
     from bitlm_dist.launch.local import run_local
 
     settings = _load_cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
@@ -127,49 +138,124 @@ def local_command(
     if _is_trained(config):
         return
 
-    submit.write_job_files(job, config)
-    decision = run_local(config.run.dir, ranks, settings.env, print_line)
-    if decision.action != Action.END:
-        print_line(f"bitlm: {decision.reason}")
-    if decision.action in (Action.END, Action.REQUEUE):
-        raise typer.Exit(0)
+    submit.write_job_files(job, config, is_local=True)
+    raise typer.Exit(run_local(config.run.dir, ranks, settings.env, _print_log_line))
 
-    # the run was given up
-    diverged = read_attempts(config.run.dir)[-1].outcome == Outcome.DIVERGED
-    raise typer.Exit(errors.DIVERGED_EXIT_CODE if diverged else 1)
+
+def _print_log_line(line: str) -> None:
+    """Print a line of a launcher or rank, with the time where the output is no terminal."""
+    has_time = console.is_terminal or TIME_PATTERN.match(line)
+    print_line(line if has_time else f"{format_time()} {line}")
 
 
 @launch_app.command("status")
 def status_command(run: Run, as_json: AsJson = False) -> None:
-    """Show state, attempts, step, speed, latest checkpoint and time left."""
+    """Show state, attempts, step, loss, speed, memory, latest checkpoint and time left."""
     from bitlm_dist.launch.status import status_of
 
     status = status_of(run)
     if as_json:
         print(to_json(asdict(status)))
-        return
+    else:
+        print_table(str(run), ("", "value"), _status_rows(status))
 
-    # a value that is not known yet is an empty cell
-    time_left = (
-        "" if status.seconds_left is None else str(timedelta(seconds=round(status.seconds_left)))
-    )
-    speeds = [
-        "" if rate is None else f"{rate:,.0f}"
-        for rate in (status.tokens_per_second, status.predicted_tokens_per_second)
-    ]
+
+def _status_rows(status: "Status") -> list[tuple[str, str]]:
+    """The rows of a status; what is not known is left out."""
+    from bitlm_dist.launch.outcomes import first_clause
+
+    memory = _format_memory(status.host_memory_bytes, status.host_memory_peak_bytes)
+    gpu_memory = _format_memory(status.device_memory_bytes, status.device_memory_peak_bytes)
+    predicted = _format_known(status.predicted_tokens_per_second, "{:,.0f}")
     rows = [
         ("state", status.state),
         ("job", status.job),
-        ("attempts", status.attempts),
-        ("last attempt that ended", status.last),
+        ("attempts", str(status.attempts)),
+        ("last attempt that ended", first_clause(status.last)),
         ("step", f"{status.step:,} of {status.steps:,}"),
-        ("tokens per second", speeds[0]),
-        ("predicted tokens per second", speeds[1]),
-        ("newest checkpoint", "none" if status.checkpoint < 0 else f"step {status.checkpoint:,}"),
-        ("time left", time_left),
-        ("nodes left out", ", ".join(status.excluded) or "none"),
+        ("loss", _format_known(status.loss, "{:.4f}")),
+        ("validation", _format_validation(status)),
+        ("tokens per second", _format_known(status.tokens_per_second, "{:,.0f}")),
+        ("predicted tokens per second", predicted),
+        ("waiting for data", _format_share(status.data_wait)),
+        ("memory of rank 0", memory),
+        ("memory of its GPU", gpu_memory),
+        ("latest checkpoint", "none" if status.checkpoint < 0 else f"step {status.checkpoint:,}"),
+        ("time so far", format_duration(status.seconds) if status.attempts else ""),
+        ("of it in lasting steps", _format_share(status.goodput)),
+        ("time left", format_duration(status.seconds_left) if status.seconds_left else ""),
+        ("excluded nodes", ", ".join(status.excluded)),
     ]
-    print_table(str(run), ("", "value"), rows)
+    return [row for row in rows if row[1]]
+
+
+def _format_known(value: float | None, pattern: str) -> str:
+    return "" if value is None else pattern.format(value)
+
+
+def _format_share(value: float | None) -> str:
+    return "" if value is None else format_percent(value)
+
+
+def _format_memory(now: int | None, peak: int | None) -> str:
+    if now is None:
+        return ""
+    return format_bytes(now) + ("" if peak is None else f", at most {format_bytes(peak)}")
+
+
+def _format_validation(status: "Status") -> str:
+    """Latest and best score of the evaluations during training."""
+    if status.validation is None:
+        return ""
+    latest = f"{status.validation:.4f} bits per byte"
+    if status.validation == status.best_validation:
+        return f"{latest}, the best so far"
+    return f"{latest}; best {status.best_validation:.4f} at step {status.best_validation_step:,}"
+
+
+@launch_app.command("history")
+def history_command(run: Run, as_json: AsJson = False) -> None:
+    """Show every attempt: when, its steps, why it ended, and what was lost."""
+    from bitlm_dist.launch.history import history_of
+    from bitlm_dist.launch.outcomes import first_clause
+    from bitlm_dist.launch.submit import launch_folder
+
+    launch_folder(run)
+    history = history_of(run)
+    if as_json:
+        print(to_json({"run": str(run), **asdict(history)}))
+        return
+    if not history.attempts:
+        print_line(f"{run}: no attempt has begun")
+        return
+
+    rows = [
+        (
+            str(attempt.attempt),
+            format_time(attempt.began),
+            "–" if attempt.ended is None else format_time(attempt.ended),
+            f"{attempt.seconds / 60:,.1f}",
+            f"{attempt.first_step:,} to {format_value(attempt.last_step, '{:,}')}",
+            f"{attempt.saved_step:,}" if attempt.saved_step else "–",
+            format_value(attempt.steps_lost, "{:,}"),
+            f"{attempt.outcome}: {first_clause(attempt.reason)}" if attempt.outcome else "running",
+        )
+        for attempt in history.attempts
+    ]
+    columns = ("attempt", "from", "to", "minutes", "steps", "saved", "lost", "outcome")
+    print_table(str(run), columns, rows)
+    print_line(_format_total(history))
+
+
+def _format_total(history: "History") -> str:
+    """The sums of a history, in a sentence."""
+    total = (
+        f"{plural(len(history.attempts), 'attempt')} in {format_duration(history.seconds)}, "
+        f"{plural(history.steps_lost, 'step')} lost"
+    )
+    if history.goodput is None:
+        return total
+    return f"{total}; {format_percent(history.goodput)} of the time was spent in lasting steps"
 
 
 @launch_app.command("logs")
@@ -177,14 +263,30 @@ def logs_command(
     run: Run,
     rank: Annotated[
         int | None,
-        typer.Option(min=0, help="Rank; default: the one that failed first; if none did, rank 0."),
+        typer.Option(
+            min=0, help="Rank; default: the one that hung or failed first; if none did, rank 0."
+        ),
     ] = None,
     attempt: Annotated[
         int | None, typer.Option(min=1, help="Attempt; default: the latest.")
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option(
+            "--follow", "-f", help="Print new lines until the run ends; follows new attempts, too."
+        ),
+    ] = False,
 ) -> None:
-    """Print the end of a rank's log."""
-    from bitlm_dist.launch.status import read_log_tail
+    """Print the end of a rank's log, and why its attempt ended."""
+    from bitlm_dist.launch.logs import follow_log, read_log_tail
+    from bitlm_dist.launch.status import is_active
+    from bitlm_dist.launch.submit import launch_folder
+
+    launch_folder(run)
+    if follow:
+        for line in follow_log(run, rank, attempt, lambda: is_active(run)):
+            print_line(line)
+        return
 
     title, lines = read_log_tail(run, rank, attempt)
     print_line(title)
@@ -195,23 +297,42 @@ def logs_command(
 @launch_app.command("cancel")
 def cancel_command(run: Run) -> None:
     """Checkpoint and stop the run; `bitlm launch resume` continues it."""
-    from bitlm_dist.launch.submit import cancel_run
+    from bitlm_dist.launch import submit
 
-    jobs = cancel_run(run)
+    goes_on = f"`bitlm launch resume {run}` goes on from there"
+    if submit.is_local(run):
+        number = submit.cancel_local_run(run)
+        if number is None:
+            print_line(f"{run}: nothing runs here; `bitlm launch resume {run}` starts it again")
+        else:
+            what = f"attempt {number} saves and ends" if number else "no attempt follows"
+            print_line(f"{run}: {what}; {goes_on}")
+        return
+
+    jobs = submit.cancel_run(run)
     message = (
-        f"job {', '.join(jobs)} saves and ends"
+        f"job {', '.join(jobs)} saves and ends; {goes_on}"
         if jobs
-        else "no job is queued or running; what runs here saves and ends"
+        else "no job is queued or running"
     )
     print_line(f"{run}: {message}")
 
 
 @launch_app.command("resume")
 def resume_command(run: Run) -> None:
-    """Queue a stopped run again, with its saved batch script."""
-    from bitlm_dist.launch.submit import resume_run
+    """Start a stopped run again: queue its batch script, or train here if it was local."""
+    from bitlm_dist.launch import submit
+    from bitlm_dist.launch.local import run_local
 
-    submission = resume_run(run)
-    print_line(
-        f"{submission.run}: job {submission.job}; `bitlm launch status {submission.run}` shows it"
-    )
+    if not submit.is_local(run):
+        submission = submit.resume_run(run)
+        print_line(
+            f"{submission.run}: job {submission.job}; "
+            f"`bitlm launch status {submission.run}` shows it"
+        )
+        return
+
+    local = submit.resume_local_run(run)
+    config = submit.launched_config(run)
+    if not _is_trained(config):
+        raise typer.Exit(run_local(config.run.dir, local.num_ranks, local.env, _print_log_line))

@@ -1,0 +1,40 @@
+"""Failures that a full disk explains: they end as soon as the user has made room."""
+
+from contextlib import suppress
+from pathlib import Path
+
+from bitlm_dist.disks import MIN_FREE_BYTES, free_bytes
+
+_SIGNS = ("no space left", "quota exceeded", "quota is used up", "has no room for")
+_REMEDY = "make room on "
+
+
+def with_disk_hint(run: Path, reason: str) -> str:
+    """Add the disk on which to make room to the reason of a failure, if a full disk is the cause.
+
+    A rank that cannot write its log has no words either, so the disk itself is looked at, too.
+
+    Args:
+        run: the run folder.
+        reason: why the attempt failed.
+    """
+    is_full = any(sign in reason.lower() for sign in _SIGNS)
+    folders = (run / "checkpoints", run)
+    with suppress(OSError):
+        full = next((f for f in folders if free_bytes(f.resolve()) < MIN_FREE_BYTES), None)
+        if full is not None or is_full:
+            return f"{reason}; {_REMEDY}{_mount_point(full or folders[0])}"
+    return reason
+
+
+def needs_room(reason: str) -> bool:
+    """True if the reason of a failure is a full disk."""
+    return _REMEDY in reason
+
+
+def _mount_point(path: Path) -> Path:
+    """The folder at which the disk of a path is mounted."""
+    path = path.resolve()
+    while not path.is_mount() and path != path.parent:
+        path = path.parent
+    return path

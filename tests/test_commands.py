@@ -42,9 +42,13 @@ OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w.-]*")
 AT_PROMPT = re.compile(rf"^(?:{'|'.join(PROGRAMS)}) ", re.MULTILINE)
 TARGET = re.compile(r"(?:^|[;&] *)make +([a-z-]+)")
 FILE = re.compile(r"(?:pytest|python|bash)\b.*? ((?:tests|docs|\.ci)/[\w./-]+)")
+NAME = re.compile(r"(?:--)?(?P<key>[a-z]\w*(?:\.\w+)+)(?=$|[ :=])")  # of a config key, or of a file
+FILES = (".py", ".lock", ".safetensors", ".json")
 HELP = {"--help", "-h"}
 
-KEYS = {f"--{key}" for key, _ in all_fields()}
+KEYS = {key for key, _ in all_fields()}
+PREFIXES = {key.rsplit(".", dots)[0] for key in KEYS for dots in (1, 2)}  # of sections
+BITLM = typer.main.get_command(app)
 CONFIGS = {file.stem for file in (ROOT / "configs").glob("*.yaml")}
 
 # All that the test takes from the commands so as to be done in a minute, by subcommand. The words
@@ -101,7 +105,7 @@ def command_lines(page: Path) -> Iterator[str]:
 
 def commands_named(words: list[str]) -> list:
     """The commands that words of a line name; ``train|generate`` names two."""
-    found = [typer.main.get_command(app)]
+    found = [BITLM]
     for word in words:
         if not all(hasattr(command, "commands") for command in found):
             break
@@ -139,12 +143,19 @@ def line_problems(line: str) -> Iterator[str]:
             yield from override_problems(words[1:])
 
 
+def keys_named(page: Path) -> set[str]:
+    """Config keys that the prose of a page names."""
+    matches = (NAME.match(code) for code in INLINE_CODE.findall(BLOCK.sub("", page.read_text())))
+    names = {match["key"] for match in matches if match is not None}
+    return {n for n in names if n.split(".")[0] in PREFIXES and not n.endswith(FILES)}
+
+
 def option_problems(command, words: str) -> Iterator[str]:
     known = HELP | {option for parameter in command.params for option in parameter.opts}
     takes_keys = command.context_settings.get("ignore_unknown_options", False)
 
     for option in OPTION.findall(words):
-        is_key = takes_keys and option in KEYS
+        is_key = takes_keys and option.removeprefix("--") in KEYS
         if option not in known and not is_key:
             yield f"{command.name} has no option {option}"
 
@@ -156,7 +167,7 @@ def override_problems(words: list[str]) -> Iterator[str]:
     overrides = [
         word
         for key, value in pairs
-        if key in KEYS and not re.fullmatch(r"[A-Z]+", value)
+        if key.removeprefix("--") in KEYS and not re.fullmatch(r"[A-Z]+", value)
         for word in (key, value)
     ]
     try:
@@ -177,6 +188,7 @@ def test_commands_exist_and_blocks_are_marked(page):
 
     for line in command_lines(page):
         problems += line_problems(line)
+    problems += [f"there is no key {key}" for key in keys_named(page) - PREFIXES - KEYS]
     assert not problems, "\n".join(problems)
 
 

@@ -1,12 +1,10 @@
 """Progress bars and the loss chart."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isfinite
-from typing import Any
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,8 +17,7 @@ from rich.progress import (
 
 from bitlm_dist.cli.console import stderr_console
 
-# Where the output is not a terminal, a line every so many steps, or seconds if there are no steps.
-PLAIN_LOG_STEPS = 50
+# Where the output is not a terminal, a line every so many seconds.
 PLAIN_LOG_SECONDS = 30.0
 
 
@@ -80,68 +77,14 @@ def _plain_work_log(what: str, total: int | None, unit: str) -> Callable[[int], 
     return print_status
 
 
-@contextmanager
-def training_progress(
-    console: Console, start_step: int, num_steps: int
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Show the progress of training: a bar on a terminal, otherwise a line now and then.
-
-    Two rates are shown: tokens per second counts all positions, as memory and FLOPs do; predicted
-    tokens are those that the model learns from.
-
-    Yields:
-        A function to call with the metrics of each step.
-    """
-    if not console.is_terminal:
-
-        def print_metrics(metrics: Mapping[str, Any]) -> None:
-            if metrics["step"] % PLAIN_LOG_STEPS == 0 or metrics["step"] == num_steps:
-                text = "step {step}/{steps}  loss {loss:.4f}  grad norm {grad_norm:.3f}  "
-                text += "{tokens_per_second:,.0f} tokens/s, "
-                text += "{predicted_tokens_per_second:,.0f} of them predicted"
-                console.print(text.format(steps=num_steps, **metrics), soft_wrap=True)
-
-        yield print_metrics
-        return
-
-    columns = (
-        TextColumn("step"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s, {task.fields[predicted]:,.0f} predicted"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        # there is no loss or rate to show before the first step
-        task = bar.add_task(
-            "train",
-            total=num_steps,
-            completed=start_step,
-            loss=float("nan"),
-            rate=0.0,
-            predicted=0.0,
-        )
-
-        def update(metrics: Mapping[str, Any]) -> None:
-            rates = {
-                "rate": metrics["tokens_per_second"],
-                "predicted": metrics["predicted_tokens_per_second"],
-            }
-            bar.update(task, completed=metrics["step"], loss=metrics["loss"], **rates)
-
-        yield update
-
-
-def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8) -> str:
+def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8, title: str = "") -> str:
     """Draw the loss of a run over its steps as text.
 
     Args:
         losses: loss of every step; non-finite ones are skipped.
         width: maximum number of columns; each is the mean of its steps.
         height: number of rows.
+        title: first line, if any.
 
     Returns:
         The lines of the chart; empty if fewer than two losses are finite.
@@ -176,4 +119,4 @@ def loss_chart(losses: Sequence[float], width: int = 60, height: int = 8) -> str
 
     axis = f"{'loss':>9} └" + "─" * width
     steps = f"{'':>11}1{len(losses):>{max(width - 1, 1)},}"
-    return "\n".join([*rows, axis, steps])
+    return "\n".join([*([title] if title else []), *rows, axis, steps])

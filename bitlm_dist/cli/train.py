@@ -1,6 +1,7 @@
 """The command `bitlm train`."""
 
 import os
+import shlex
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from bitlm_dist.cli.console import (
 )
 from bitlm_dist.cli.evaluate import open_evaluator
 from bitlm_dist.config import Config, warnings_of
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import STOPPED_EXIT_CODE, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -42,10 +43,19 @@ def train_command(
         bool,
         typer.Option("--print-config", help="Print every value and its source as YAML, and exit."),
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Print warnings and errors alone.")
+    ] = False,
 ) -> None:
     """Start or resume a training run.
 
     Every config key can be overridden: --training.steps 500 --model.block_size=8.
+
+    The loss that is shown is the training objective: for BitLM a sum of terms in nats per bit, for
+    a softmax nats per token. Evaluations (evaluation.every_steps) are in bits per byte of text.
+
+    Ctrl-C, SIGTERM or a file `stop` in the run folder save and end the run with exit code 75; the
+    same command goes on from there.
     """
     loaded = load_config_from_words(words or [])
     if print_config:
@@ -57,19 +67,29 @@ def train_command(
 
     from bitlm_dist.cpu_contention import CpuContention
     from bitlm_dist.launch.heartbeat import Heartbeat
-    from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
+    from bitlm_dist.launch.rank_info import export_rank_info, is_launched, read_rank_info
+    from bitlm_dist.training.run_claim import check_start
 
     ranks = read_rank_info(os.environ)
     busy_cores = CpuContention()
     if ranks.world_size > 1:
         export_rank_info(ranks, os.environ)
 
+    # Before torch is imported, which takes seconds.
+    check_start(loaded.config, ranks.rank)
+    if ranks.rank == 0 and not quiet:
+        print_line(f"bitlm train: {loaded.config.run.dir}: loading torch…")
+
     # The heart beats before the slow imports, so that a rank that hangs in them is noticed.
     with Heartbeat.from_environment(os.environ, ranks.rank, ranks.world_size) as heartbeat:
         from bitlm_dist.parallel.layout import build_layout
 
         layout = build_layout(loaded.config.parallel, ranks.world_size, ranks.rank)
-        _train(loaded.config, resume, layout, heartbeat, busy_cores)
+        stopped = _train(loaded.config, resume, layout, heartbeat, busy_cores, quiet)
+
+    # A launcher reads the outcome from its files; to any other it is a failure if a rank fails.
+    if stopped and not is_launched(os.environ):
+        raise typer.Exit(STOPPED_EXIT_CODE)
 
 
 def _train(
@@ -78,9 +98,14 @@ def _train(
     layout: "ParallelLayout",
     heartbeat: "Heartbeat",
     busy_cores: "CpuContention",
-) -> None:
-    """Train on this rank; rank 0 prints and reports the outcome to the launcher."""
-    from bitlm_dist.cli.progress import training_progress
+    quiet: bool,
+) -> bool:
+    """Train on this rank; rank 0 prints and reports the outcome to the launcher.
+
+    Returns:
+        True if the run was stopped on request before its end.
+    """
+    from bitlm_dist.cli.train_progress import training_progress
     from bitlm_dist.launch import attempts
     from bitlm_dist.training.trainer import Trainer
 
@@ -95,13 +120,14 @@ def _train(
         trainer.close()
         trainer.raise_if_diverged()
         if is_rank_zero:
-            print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
+            if not quiet:
+                print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
             attempts.report_outcome(os.environ, attempts.Outcome.DONE, start_step, "")
-        return
+        return False
 
     if is_rank_zero:
-        _print_start(trainer, config, busy_cores)
-    if trainer.device.type == "cuda":
+        _print_start(trainer, config, busy_cores, quiet)
+    if trainer.device.type == "cuda" and not quiet:
         _print_device(trainer.device, layout.rank)
 
     # Entered first, the trainer is closed last, after the progress bar.
@@ -114,31 +140,36 @@ def _train(
             if config.evaluation.every_steps
             else None
         )
-        observe = (
-            stack.enter_context(training_progress(console, start_step, num_steps))
-            if is_rank_zero
+        display = (
+            stack.enter_context(training_progress(console, config, start_step))
+            if is_rank_zero and not quiet
             else None
         )
-        trainer.fit(observe=observe, evaluate=evaluator)
+        trainer.fit(observe=display, evaluate=evaluator, display=display)
 
     if is_rank_zero:
         outcome = attempts.Outcome.DONE if trainer.is_done else attempts.Outcome.STOPPED
         attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
-        _print_end(trainer)
+        if not quiet:
+            _print_end(trainer)
+    return trainer.stopped_by is not None and not trainer.is_done
 
 
-def _print_start(trainer: "Trainer", config: Config, busy_cores: "CpuContention") -> None:
+def _print_start(
+    trainer: "Trainer", config: Config, busy_cores: "CpuContention", quiet: bool
+) -> None:
     """Print the facts about the run, and warnings."""
     import torch
 
     from bitlm_dist.parallel.device import warning_of_unused_gpus
 
-    print_line(
-        f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, "
-        f"step {trainer.step} of {config.training.steps}; attention by {trainer.attention_backend}"
-    )
-    print_line(trainer.dataset.summary())
-    print_line(_format_epochs(trainer.epochs_at_end(), config))
+    if not quiet:
+        print_line(
+            f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, step {trainer.step} "
+            f"of {config.training.steps}; attention by {trainer.attention_backend}"
+        )
+        print_line(trainer.dataset.summary())
+        print_line(_format_epochs(trainer.epochs_at_end(), config))
 
     if trainer.device.type == "cpu":
         for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
@@ -157,14 +188,32 @@ def _print_device(device: "torch.device", rank: int) -> None:
 
 
 def _print_end(trainer: "Trainer") -> None:
-    """Print the loss chart of a finished run, or how to continue one that was stopped."""
+    """Print the loss chart of a finished run and what to do next, or how to continue another."""
+    from bitlm_dist.checkpoint.steps import folder_of
     from bitlm_dist.cli.progress import loss_chart
 
     if trainer.is_done:
-        print_line(loss_chart(trainer.folder.losses()))
-    if trainer.stopped_by:
+        title = f"training loss, {_loss_unit(trainer.config)}"
+        if chart := loss_chart(trainer.folder.losses(), title=title):
+            print_line(chart)
+        print_line(
+            f"trained: step {trainer.step} of {trainer.config.training.steps}, checkpoint "
+            f"{folder_of(trainer.folder.checkpoints, trainer.step)}; "
+            f"next: bitlm eval {shlex.quote(str(trainer.folder.path))}"
+        )
+    elif trainer.stopped_by:
         where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
         print_line(f"{trainer.stopped_by}: {where}; the same command goes on from there")
+
+
+def _loss_unit(config: Config) -> str:
+    """The unit of the training objective; docs/run-folder.md has its terms."""
+    if config.model.output == "softmax":
+        return "nats per token"
+    # the other terms are cross-entropies, also where the first one is a squared error
+    has_squared_error = config.head.output == "bits" and config.diffusion.loss in ("x", "v")
+    first = "squared error, plus " if has_squared_error else ""
+    return f"{first}nats per bit, summed over its terms"
 
 
 def _format_epochs(epochs: Mapping[str, float], config: Config) -> str:

@@ -1,8 +1,12 @@
-"""Whether a config may train in a folder: an empty one, or that of its own run.
+"""Whether a config can start to train: its data, its packages, and its run folder.
 
-Imports no torch, so that a refusal comes at once.
+A folder is free for a run if it is empty, or that run's own. Imports no torch, so that a refusal
+comes at once.
 """
 
+import os
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ from bitlm_dist.config_loading import (
     load_run_config,
     with_absolute_paths,
 )
-from bitlm_dist.errors import UserError
+from bitlm_dist.data.manifest import read_manifest
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.launch.attempts import check_run_folder
 from bitlm_dist.paths import absolute_path
 from bitlm_dist.training.checkpoint_folder import checkpoint_steps
 from bitlm_dist.training.metrics import METRICS
+from bitlm_dist.training.wandb_log import check_wandb
 
 # Prefixes of keys that may change when a run resumes. Any other change would make it another run.
 CHANGEABLE_KEYS = (
@@ -47,6 +53,59 @@ CONSENT_KEYS = {
     GLOBAL_BATCH_KEY: "checkpoint.new_global_batch",
     SOURCES_KEY: "data.new_mixture",
 }
+
+
+def check_start(config: Config, rank: int) -> None:
+    """Check all that a look at files and packages tells.
+
+    Args:
+        config: the config.
+        rank: rank of this process; only the first one uses the run folder.
+
+    Raises:
+        UserError: the data are missing or unfinished, a package is missing, or the run folder is
+            another run's or cannot be written. Nothing was changed.
+    """
+    check_wandb(config.logging)
+    if config.data.path is None:
+        raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
+    read_manifest(config.data.path)
+    if rank > 0:
+        return
+
+    run = config.run.dir
+    try:
+        check_claim(run, config)
+        _check_writable(run)
+    except OSError as error:
+        raise UserError(f"run.dir = {run} cannot be used: {os_error_message(error)}") from error
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """The folders that must be made for ``path`` to be one, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty_folders(folders: list[Path]) -> None:
+    """Remove folders as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _check_writable(run: Path) -> None:
+    """Make the folder and a file in it, and remove both.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    created = missing_folders(run)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run) as probe:
+            os.posix_fallocate(probe.fileno(), 0, 1)  # finds full disks and quotas
+    finally:
+        remove_empty_folders(created)
 
 
 def has_started(run: Path) -> bool:

@@ -33,7 +33,12 @@ from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, CheckpointFolder
 from bitlm_dist.training.evaluation_records import BY_TRAINING, EVALUATIONS
 from bitlm_dist.training.metrics import LOG_FILES, METRICS
-from bitlm_dist.training.run_claim import check_claim, has_started
+from bitlm_dist.training.run_claim import (
+    check_claim,
+    has_started,
+    missing_folders,
+    remove_empty_folders,
+)
 from bitlm_dist.training.stop_signals import STOP_FILE
 from bitlm_dist.training.trained_files import CODES as CODES
 from bitlm_dist.training.trained_files import missing_codes_error
@@ -161,8 +166,7 @@ class RunFolder:
                 )
 
     def _acquire_lock(self) -> None:
-        missing = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
-        self._created_folders = missing
+        self._created_folders = missing_folders(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
 
         since = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -192,9 +196,8 @@ class RunFolder:
             self._lock_file.close()
             self._lock_file = None
 
-        for folder in [] if is_used else self._created_folders:
-            with suppress(OSError):  # not empty, or never made
-                folder.rmdir()
+        if not is_used:
+            remove_empty_folders(self._created_folders)
         self._created_folders = []
 
     def _check_same_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:

@@ -44,13 +44,12 @@ from bitlm_dist.training.metrics import MetricsLog, NullMetricsLog
 from bitlm_dist.training.optimizer import learning_rates
 from bitlm_dist.training.periodic_evaluation import PeriodicEvaluation
 from bitlm_dist.training.resource_usage import memory_usage
-from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY
+from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY, check_start
 from bitlm_dist.training.run_folder import RunFolder, environment
 from bitlm_dist.training.sample_text import SampleText
 from bitlm_dist.training.sharded_head import check_head_engine
 from bitlm_dist.training.stop_signals import STOP_SIGNALS, StopMonitor, StopRequested, stop_reason
 from bitlm_dist.training.teacher import Teacher
-from bitlm_dist.training.wandb_log import check_wandb
 from bitlm_dist.training.weights import (
     checkpoint_shards,
     checkpoint_slot_name,
@@ -82,8 +81,8 @@ class Trainer:
     ) -> None:
         self.config = config
         self.layout = layout
-        if config.data.path is None:
-            raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
+        check_start(config, layout.rank)
+        assert config.data.path is not None
 
         self.attention_backend = prepare_device(config)
         _check_supported(config, layout)
@@ -637,8 +636,6 @@ def _check_supported(config: Config, layout: ParallelLayout) -> None:
     """
     resolve_micro_batch_size(config, layout)
     check_head_engine(config, layout)
-    check_wandb(config.logging)
-
     if config.evaluation.every_steps and layout.model_parallel_size > 1:
         raise UserError(
             f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in "

@@ -6,6 +6,8 @@ from typing import Annotated
 import typer
 
 from bitlm_dist.cli.console import (
+    AsJson,
+    check_output_file,
     check_plot,
     path_argument,
     path_option,
@@ -13,6 +15,7 @@ from bitlm_dist.cli.console import (
     print_table,
 )
 from bitlm_dist.errors import UserError
+from bitlm_dist.strict_json import to_json
 
 
 def compare_command(
@@ -33,22 +36,36 @@ def compare_command(
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown, with the command of each run.")
     ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare runs: bits per byte, its ratio to the first run, and cost.
 
-    The values are those of the evaluations during training.
+    The values are those of the latest evaluation of each run, by training or by `bitlm eval`. A
+    ratio is printed only for runs that were scored on the same text.
     """
     from bitlm_dist.evaluation import compare as comparison
+    from bitlm_dist.evaluation import compare_plot
+    from bitlm_dist.evaluation.run_records import load_records
 
+    if markdown and as_json:
+        raise UserError("--markdown and --json exclude each other: leave out one of them")
     check_plot(plot)
-    if axis not in (None, *comparison.AXES):
-        raise UserError(f"--axis {axis}: choose from {', '.join(comparison.AXES)}")
+    check_output_file("--plot", plot)
+    if axis not in (None, *compare_plot.AXES):
+        raise UserError(f"--axis {axis}: choose from {', '.join(compare_plot.AXES)}")
 
-    records = [comparison.load_record(run) for run in runs]
+    records = load_records(runs)
     if plot:
-        comparison.plot(records, comparison.choose_axis(records, axis), plot)
+        try:
+            compare_plot.plot(records, compare_plot.choose_axis(records, axis), plot)
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--plot needs {error.name}, which is missing: pip install matplotlib"
+            ) from None
 
-    if markdown:
+    if as_json:
+        print(to_json(comparison.json_report(records)))
+    elif markdown:
         print(comparison.markdown_table(records))
     else:
         print_table("", comparison.COLUMNS, comparison.table_rows(records))

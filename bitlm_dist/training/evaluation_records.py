@@ -59,12 +59,19 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
     for line in file.read_bytes().splitlines() if file.is_file() else []:
         # A killed process may leave a truncated line, which is skipped.
         with suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("validation"), dict):
+            if _is_record(record := json.loads(line)):
                 records.append(record)
 
     held_out = [r for r in records if r.get("split", "validation") == "validation"]
-    return sorted(held_out, key=lambda record: int(record["step"]))
+    return sorted(held_out, key=lambda record: record["step"])
+
+
+def _is_record(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("step"), int)
+        and isinstance(value.get("validation"), dict)
+    )
 
 
 def scored_text(record: Mapping[str, Any]) -> ScoredText | None:

@@ -6,7 +6,7 @@ from typer.testing import CliRunner
 
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.compare import load_record
+from bitlm_dist.evaluation.run_records import load_record
 
 pytestmark = pytest.mark.integration
 

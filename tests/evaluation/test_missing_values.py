@@ -11,15 +11,11 @@ from bitlm_dist.cli.evaluate import _print_report
 from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.errors import UserError
-from bitlm_dist.evaluation.compare import (
-    best_bits_per_byte,
-    choose_axis,
-    load_record,
-    markdown_table,
-    plot,
-    table_rows,
-)
+from bitlm_dist.evaluation.compare import markdown_table, table_rows
+from bitlm_dist.evaluation.compare_plot import choose_axis, plot
+from bitlm_dist.evaluation.judgement import best_bits_per_byte, judge
 from bitlm_dist.evaluation.likelihood import evaluate
+from bitlm_dist.evaluation.run_records import load_record
 from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.model.language_model import Batch
 
@@ -96,6 +92,7 @@ def test_padding_alone_has_no_value_at_all(model):
     assert (report.brier, report.accuracy_by_time) == ([], {})
 
     _print_report("nothing", asdict(report))
+    assert judge(asdict(report)) == "There was no text to judge the model by."
 
 
 def test_one_short_document_has_a_likelihood_but_no_spread_no_whole_block_and_no_other_context(

@@ -70,6 +70,8 @@ def check_start(config: Config, rank: int) -> None:
     if config.data.path is None:
         raise UserError("data.path is not set: name the folder that `bitlm prep` wrote")
     read_manifest(config.data.path)
+    if config.distillation.teacher is not None:
+        load_run_config(config.distillation.teacher)
     if rank > 0:
         return
 
@@ -78,7 +80,13 @@ def check_start(config: Config, rank: int) -> None:
         check_claim(run, config)
         _check_writable(run)
     except OSError as error:
-        raise UserError(f"run.dir = {run} cannot be used: {os_error_message(error)}") from error
+        raise run_folder_error(run, error) from error
+
+
+def run_folder_error(run: Path, error: OSError) -> UserError:
+    """The error that tells of a run folder which the system does not let us use."""
+    where = "" if error.filename else f" = {run}"  # the system's text names the path, or none
+    return UserError(f"run.dir{where} cannot be used: {os_error_message(error)}")
 
 
 def missing_folders(path: Path) -> list[Path]:

@@ -24,7 +24,7 @@ from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
-from bitlm_dist.errors import UserError, os_error_message
+from bitlm_dist.errors import UserError
 from bitlm_dist.files import fsync_folder, fsync_tree, open_locked, write_atomically
 from bitlm_dist.package_versions import PACKAGES, package_version
 from bitlm_dist.parallel import mesh
@@ -38,6 +38,7 @@ from bitlm_dist.training.run_claim import (
     has_started,
     missing_folders,
     remove_empty_folders,
+    run_folder_error,
 )
 from bitlm_dist.training.stop_signals import STOP_FILE
 from bitlm_dist.training.trained_files import CODES as CODES
@@ -131,9 +132,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"run.dir = {self.path} cannot be used: {os_error_message(error)}"
-            ) from error
+            raise run_folder_error(self.path, error) from error
 
     @property
     def lock_owner(self) -> str:

@@ -28,15 +28,22 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"bitlm {metadata.version('bitlm-dist')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
-    if version:
-        print(f"bitlm {metadata.version('bitlm-dist')}")
-        raise typer.Exit
+    """Options of the program itself."""
 
 
 app.add_typer(bench, name="bench")

@@ -119,7 +119,10 @@ def bench_generate(
     first = next(iter(configs))
     if "softmax" in baselines:
         configs["softmax"] = softmax_baseline_config(config)
-    check_memory({name: generation_bytes(c, workload.vocab_size) for name, c in configs.items()})
+    with show("checking memory"):
+        check_memory(
+            {name: generation_bytes(c, workload.vocab_size) for name, c in configs.items()}
+        )
 
     variants = {
         name: Variant(build_generation_runner, (c, workload)) for name, c in configs.items()

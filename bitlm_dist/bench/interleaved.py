@@ -9,6 +9,7 @@ import multiprocessing
 import resource
 import signal
 import statistics
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +24,8 @@ import torch
 
 from bitlm_dist.errors import UserError, filter_third_party_warnings
 from bitlm_dist.parallel import mesh
+
+MAX_CLOSING_SECONDS = 10.0  # for the processes to close their files
 
 
 class BenchRunner(ABC):
@@ -161,16 +164,22 @@ def _start_children(
     except BaseException:
         # an interrupted or failed bench does not wait for the repeats that are under way
         for process, _ in children.values():
-            process.kill()
+            process.terminate()
         raise
     finally:
-        for process, pipe in children.values():
+        for _, pipe in children.values():
             pipe.close()
-            # a child that hangs does not notice that the pipe is closed
-            process.join(timeout=10)
-            if process.is_alive():
-                process.kill()
-                process.join()
+        _await_end([process for process, _ in children.values()])
+
+
+def _await_end(processes: Sequence[BaseProcess]) -> None:
+    """Wait for processes that were asked to end, and kill those that hang."""
+    deadline = time.monotonic() + MAX_CLOSING_SECONDS
+    for process in processes:
+        process.join(timeout=max(0.0, deadline - time.monotonic()))
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 @contextmanager
@@ -221,6 +230,8 @@ def _receive(name: str, connection: Connection) -> Any:
 def _serve(connection: Connection, variant: Variant) -> None:
     """Child process: build the runner, then answer requests until the parent hangs up."""
     filter_third_party_warnings()
+    # ends with all clean-up, which a signal's default would skip
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     runner = None
 
     try:

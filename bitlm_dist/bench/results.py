@@ -206,7 +206,7 @@ def results_table(results: Results) -> tuple[list[str], list[list[str]]]:
         ],
         [
             f"{results.first} / this side",
-            *(f"{ratios[name]:.2f}" if name in ratios else "" for name in results.sides),
+            *(format_value(ratios.get(name), "{:.2f}") for name in results.sides),
         ],
         [
             "predicted tokens/s",

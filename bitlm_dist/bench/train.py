@@ -204,7 +204,8 @@ def bench_train(
         configs["plain"] = config
 
     # all models are in memory at the same time
-    check_memory({name: training_bytes(c, workload.vocab_size) for name, c in configs.items()})
+    with show("checking memory"):
+        check_memory({name: training_bytes(c, workload.vocab_size) for name, c in configs.items()})
     timings = _time_steps(configs, workload, repeats, show)
 
     bits = num_bits_needed(workload.vocab_size)

@@ -1,6 +1,6 @@
 import importlib
 import json
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,10 +29,23 @@ def variants(monkeypatch):
 @pytest.mark.distributed
 def test_variants_take_turns_and_warm_up_unseen(tmp_path, variants):
     order = tmp_path / "order"
+    phases = []
+
+    @contextmanager
+    def show(what, total=None, unit="", *, animated=True):
+        done = []
+        yield done.append
+        phases.append((what, total, done))
+
     timings = time_interleaved(
-        {n: Variant(variants.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2
+        {n: Variant(variants.Counter, (order, n)) for n in "ab"}, repeats=3, warmup=2, show=show
     )
     assert order.read_text() == "ab" * 5
+    assert phases == [
+        ("setting up a", None, []),
+        ("setting up b", None, []),
+        ("measuring", 10, list(range(1, 11))),
+    ]
     assert all(
         len(t.tokens_per_second) == 3
         and t.spread[0] <= t.median <= t.spread[1]

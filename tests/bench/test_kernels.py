@@ -71,6 +71,16 @@ def test_attention_inside_blocks_is_measured_in_bytes():
         assert (side["forward_work"], side["backward_work"]) == (4 * column, 7 * column)
 
 
+def test_repeats_of_all_lengths_are_counted():
+    from bitlm_dist.bench.kernels import bench_kernels
+    from bitlm_dist.kernels.bench import AttentionShape
+
+    done = []
+    shapes = [AttentionShape(1, length, 1, 1, 8, 4) for length in (8, 16)]
+    bench_kernels("in-block", shapes, 2, ["torch"], done.append)
+    assert done == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

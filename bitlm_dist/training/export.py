@@ -10,8 +10,10 @@ An exported folder has the files of a run folder, except for the checkpoints::
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,11 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.steps import read_train_state
 from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, ShardEntry, TensorIndex, current_name
 from bitlm_dist.config_loading import load_run_config, to_yaml
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import fsync_folder, fsync_tree, sha256_of, write_atomically
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import run_folder_of
+from bitlm_dist.training.run_claim import missing_folders, remove_empty_folders
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import checkpoint_ema_name, checkpoint_weight_name
 
@@ -54,41 +57,71 @@ def export_checkpoint(
         UserError: the checkpoint is damaged or has no moving average, or ``out`` exists.
     """
     run = RunFolder(run_folder_of(checkpoint))
-    _raise_if_exists(out)
-    store.verify(checkpoint)
-    state = read_train_state(checkpoint)
+    with _built_folder(out) as building:
+        store.verify(checkpoint)
+        state = read_train_state(checkpoint)
 
-    index = tensor_files.read_index(checkpoint)
-    names = _exported_names(index, use_ema)
-    if not names:
-        raise UserError(
-            f"{checkpoint} holds no moving average: export without --averaged, "
-            "or train with optimizer.ema"
+        index = tensor_files.read_index(checkpoint)
+        names = _exported_names(index, use_ema)
+        if not names:
+            raise UserError(
+                f"{checkpoint} holds no moving average: export without --averaged, "
+                "or train with optimizer.ema"
+            )
+
+        files = _write_weights(building, checkpoint, names, index, max_file_bytes)
+        files |= _write_run_files(building, run)
+        record = {
+            "format": EXPORT_FORMAT,
+            "step": state["step"],
+            "tokens": state["tokens"],
+            "averaged": use_ema,
+        }
+        write_atomically(
+            building / EXPORT_RECORD,
+            to_json({**record, "files": files, "environment": environment()}, indent=1) + "\n",
         )
-
-    # renamed when it is complete, so that `out` is never half-written
-    building = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-
-    files = _write_weights(building, checkpoint, names, index, max_file_bytes)
-    files |= _write_run_files(building, run)
-    record = {
-        "format": EXPORT_FORMAT,
-        "step": state["step"],
-        "tokens": state["tokens"],
-        "averaged": use_ema,
-    }
-    write_atomically(
-        building / EXPORT_RECORD,
-        to_json({**record, "files": files, "environment": environment()}, indent=1) + "\n",
-    )
-
-    fsync_tree(building)
-    building.rename(out)
-    fsync_folder(out.parent)
+        fsync_tree(building)
 
     return sum(file["bytes"] for name, file in files.items() if name.endswith(WEIGHTS_SUFFIX))
+
+
+@contextmanager
+def _built_folder(folder: Path) -> Iterator[Path]:
+    """Build a folder under a temporary name, and rename it when it is complete.
+
+    The temporary folder is made before the work, which may take long, and removed if the work
+    fails, together with the parents that were made for it.
+
+    Raises:
+        UserError: ``folder`` exists.
+        OSError: it cannot be made or written; the error names it.
+    """
+    _raise_if_exists(folder)
+    building = folder.with_name(f".{folder.name}.partial")
+    created = missing_folders(folder.parent)
+
+    try:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        yield building
+        building.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(building, ignore_errors=True)
+        remove_empty_folders(created)
+
+        # the user knows the folder, not its temporary name
+        reason = error.__cause__ if isinstance(error, UserError) else error
+        if isinstance(reason, OSError) and _is_about(reason, building):
+            raise OSError(reason.errno, reason.strerror, os.fspath(folder)) from error
+        raise
+
+    fsync_folder(folder.parent)
+
+
+def _is_about(error: OSError, folder: Path) -> bool:
+    """Whether an error is about a folder or a file in it; a write to a full disk names no file."""
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(folder)
 
 
 def _write_weights(
@@ -212,21 +245,22 @@ def import_checkpoint(source: Path, run: Path) -> None:
         }
     )
 
-    building = run.with_name(f".{run.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    folder = RunFolder(building)
-    folder.acquire(config, source / "tokenizer", RunFolder(source).codes())
-    folder.write_metadata(config, source / "tokenizer", RunFolder(source).codes())
+    with _built_folder(run) as building:
+        folder = RunFolder(building)
+        folder.acquire(config, source / "tokenizer", RunFolder(source).codes())
+        folder.write_metadata(config, source / "tokenizer", RunFolder(source).codes())
 
-    files = [source / name for name in record["files"] if name.endswith(WEIGHTS_SUFFIX)]
-    state = {"tokens": record["tokens"], "weights_only": True}
-    state |= {"config": config.model_dump(mode="json"), "environment": environment()}
-    store.save(
-        folder.checkpoints, record["step"], list(_iter_entries(files)), _iter_tensors(files), state
-    )
-
-    folder.release()
-    building.rename(run)
+        files = [source / name for name in record["files"] if name.endswith(WEIGHTS_SUFFIX)]
+        state = {"tokens": record["tokens"], "weights_only": True}
+        state |= {"config": config.model_dump(mode="json"), "environment": environment()}
+        store.save(
+            folder.checkpoints,
+            record["step"],
+            list(_iter_entries(files)),
+            _iter_tensors(files),
+            state,
+        )
+        folder.release()
 
 
 def _iter_entries(files: Sequence[Path]) -> Iterator[ShardEntry]:
@@ -254,9 +288,15 @@ def _load_verified_record(source: Path) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((source / EXPORT_RECORD).read_text())
         format_version = int(record["format"])
         files = dict(record["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise UserError(
-            f"{source} is not an exported folder: {EXPORT_RECORD} cannot be read ({error})"
+            f"{source} is not an exported folder: {EXPORT_RECORD} cannot be read: "
+            f"{os_error_message(error)}"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{source} is not an exported folder: {EXPORT_RECORD} in it is of another program, "
+            "or damaged"
         ) from None
 
     # a newer format may list its files in another way

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pytest
 import torch
@@ -6,6 +8,7 @@ from safetensors.torch import load_file
 
 from bitlm_dist.config_loading import load_run_config
 from bitlm_dist.errors import UserError
+from bitlm_dist.training import export
 from bitlm_dist.training.export import export_checkpoint, import_checkpoint
 from bitlm_dist.training.trainer import Trainer
 from bitlm_dist.training.weights import load_trained_model, model_state_dict
@@ -88,7 +91,7 @@ def test_bad_input_is_named_and_nothing_is_left(run, tiny, tmp_path):
         (lambda: import_checkpoint(tmp_path / "out", run), "run exists"),
         (
             lambda: import_checkpoint(run, tmp_path / "back"),
-            "run is not an exported folder: export.json cannot be read",
+            "run is not an exported folder: export.json cannot be read: .*: check the path$",
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -108,9 +111,53 @@ def test_bad_input_is_named_and_nothing_is_left(run, tiny, tmp_path):
     with pytest.raises(UserError, match="has export format 9, this version reads up to 1: upgrade"):
         import_checkpoint(tmp_path / "out", tmp_path / "back")
 
+    record.write_text("{}")
+    with pytest.raises(UserError, match=r"export.json in it is of another program, or damaged$"):
+        import_checkpoint(tmp_path / "out", tmp_path / "back")
+
     assert not (tmp_path / "back").exists()
     other = Trainer(tiny("--run.dir", str(tmp_path / "plain")))
     other.fit(until=1)
     other.close()
     with pytest.raises(UserError, match="holds no moving average: export without --averaged"):
         export_checkpoint(newest(tmp_path / "plain"), tmp_path / "averaged", use_ema=True)
+
+
+def test_what_cannot_be_written_is_named_and_nothing_is_left(run, tmp_path, monkeypatch):
+    def fail(problem):
+        def raising(*arguments):
+            raise problem
+
+        return raising
+
+    checkpoint = newest(run)
+    full_disk = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    out = tmp_path / "new" / "out"
+    before = sorted(tmp_path.rglob("*"))
+    for step in ("_write_run_files", "write_atomically", "fsync_tree"):
+        for problem in (full_disk, KeyboardInterrupt()):
+            with monkeypatch.context() as patch, pytest.raises(type(problem)) as caught:
+                patch.setattr(export, step, fail(problem))
+                export_checkpoint(checkpoint, out)
+            assert sorted(tmp_path.rglob("*")) == before
+            assert getattr(caught.value, "filename", str(out)) == str(out)
+
+    # before the work
+    (tmp_path / "file").touch()
+    for out, reason in (
+        (tmp_path / "file" / "out", "Not a directory"),
+        (tmp_path / ("x" * 252), "File name too long"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=reason) as caught:
+            patch.setattr(export.store, "verify", None)
+            export_checkpoint(checkpoint, out)
+        assert caught.value.filename == str(out)
+
+    export_checkpoint(checkpoint, tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    for place in ("training.run_folder.write_atomically", "checkpoint.store.write_atomically"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space") as caught:
+            patch.setattr(f"bitlm_dist.{place}", fail(full_disk))
+            import_checkpoint(tmp_path / "out", tmp_path / "back")
+        assert caught.value.filename == str(tmp_path / "back")
+        assert sorted(tmp_path.rglob("*")) == before

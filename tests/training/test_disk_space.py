@@ -1,9 +1,15 @@
+import re
+
 import pytest
 
 from bitlm_dist.checkpoint.steps import MANIFEST
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.disk_space import check_disk_space, estimate_checkpoint_bytes
+from bitlm_dist.training.disk_space import (
+    FreeSpaceWatch,
+    check_disk_space,
+    estimate_checkpoint_bytes,
+)
 from bitlm_dist.training.trainer import Trainer
 
 
@@ -49,6 +55,30 @@ def test_room_is_known_before_the_first_step(tiny, small_disk, capsys):
     trainer = Trainer(tiny("--run.dir", str(run), "--checkpoint.keep", "50"))
     assert "52 more checkpoints of about" in capsys.readouterr().err
     trainer.close()
+
+
+def test_a_disk_that_fills_up_is_told_of_once_and_while_there_is_time(small_disk, capsys):
+    config = load_config(None, ["--checkpoint.keep", "1"]).config.checkpoint
+    root = small_disk / "checkpoints"
+    watch = FreeSpaceWatch(root, config)
+    watch.check(2**20)
+    assert capsys.readouterr().err == ""
+
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(2 * 2**20))
+    for _ in range(2):
+        watch.check(2**20)
+    assert re.fullmatch(
+        r"bitlm: warning: .*checkpoints has 2 MiB free, and up to 3 more checkpoints of about "
+        r"1 MiB each will be kept there at once \(checkpoint.keep = 1\): make room, or .*\n",
+        capsys.readouterr().err,
+    )
+
+    filler.unlink()
+    watch.check(2**20)
+    filler.write_bytes(bytes(2 * 2**20))
+    watch.check(2**20)
+    assert capsys.readouterr().err.count("warning") == 1, "anew, as there was room in between"
 
 
 def test_what_is_there_and_what_a_kill_left_count(small_disk):

@@ -1,11 +1,13 @@
 """Curves over restarts: metrics.jsonl, TensorBoard and Weights & Biases have each step once."""
 
+import gc
 import json
 import struct
 import sys
 import time
 import types
 from collections import Counter
+from contextlib import suppress
 
 import pytest
 
@@ -107,8 +109,97 @@ def server(monkeypatch):
         found.last = FakeRun(found.runs.setdefault(settings["id"], {}))
         return found.last
 
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    fake = types.SimpleNamespace(init=init, Html=lambda text: text)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
     return found
+
+
+def fill(disk):
+    """Fill a disk to its last byte."""
+    with suppress(OSError), (disk / "filler").open("wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(4096))
+
+
+def train_on_a_full_disk(config, disk):
+    """Write until the disk is full, and then more, until an error ends it."""
+    log = MetricsLog(disk, config, step=0)
+    write(log, 1, 2)
+    fill(disk)
+    try:
+        for step in range(3, 6):
+            log.write({"step": step, **{f"metric {i}": float(i) for i in range(2000)}})
+            log.flush()
+        raise UserError("the first error")
+    finally:
+        log.close()
+
+
+def test_what_a_full_disk_does_not_take_hides_no_error_and_is_one_line_each(
+    tiny, small_disk, capfd
+):
+    """TensorBoard's thread fails by itself, and its writer again at every later call."""
+    with pytest.raises(UserError, match="the first error"):
+        train_on_a_full_disk(tiny("--logging.tensorboard", "true"), small_disk)
+
+    no_room = "no space left on device: make room on that disk, or choose a folder on another one"
+    assert capfd.readouterr().err.splitlines() == [
+        f"bitlm: {small_disk}/metrics.jsonl cannot be written now: {no_room}; "
+        "its lines are kept in memory",
+        f"bitlm: TensorBoard's events cannot be written: {no_room}; "
+        "this process writes no more of them",
+        f"bitlm: {small_disk}/metrics.jsonl lacks 3 lines: {no_room}",
+    ]
+    gc.collect()  # closes TensorBoard's file, which the disk waits for
+
+
+def test_lines_that_found_no_room_are_written_when_the_log_is_closed(tiny, small_disk):
+    log = MetricsLog(small_disk, tiny(), step=0)
+    write(log, 1, 1)
+    fill(small_disk)
+    log.write({"step": 2, "loss": "x" * 5000})
+    (small_disk / "filler").unlink()
+    log.close()
+    assert [json.loads(line)["step"] for line in (small_disk / "metrics.jsonl").open()] == [1, 2]
+
+
+def test_records_of_eval_are_no_evaluations_of_training_and_go_with_their_step(tmp_path):
+    """`bitlm eval` appends to the same file; training drops what a killed process left behind."""
+    lines = [{"step": 3}, {"step": 4, "by": "train"}, {"step": 5, "by": "eval"}]
+    lines += [{"step": 6, "by": "train"}, {"step": 7, "by": "eval"}]
+    for name in ("evaluations.jsonl", "samples.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    folder = RunFolder(tmp_path)
+    assert [folder.last_evaluation(step) for step in (2, 3, 5, 9)] == [0, 3, 4, 6]
+
+    folder.drop_metrics_after(5)
+    for name in ("evaluations.jsonl", "samples.jsonl"):
+        kept = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        assert kept == lines[:3]
+
+
+def test_samples_are_text_for_people(tiny, tmp_path, server):
+    words = ("--logging.wandb_project", "p", "--logging.wandb_group", "g")
+    log = MetricsLog(tmp_path, tiny(*words, "--logging.tensorboard", "true"), step=0)
+    samples = [{"prompt": "In the", "text": " beginning\n<was>"}, {"prompt": "", "text": "x"}]
+    log.write({"step": 1})
+    log.write_samples({"step": 1, "tokens": 256}, samples)
+    log.close()
+
+    (line,) = [json.loads(line) for line in (tmp_path / "samples.jsonl").open()]
+    assert line.pop("time") == pytest.approx(time.time(), abs=60)
+    assert line == {"step": 1, "tokens": 256, "samples": samples}
+    assert [call["group"] for call in server.calls] == ["g"]
+    (rows,) = server.runs.values()
+    assert rows[1]["samples"] == "<pre>In the beginning\n&lt;was&gt;</pre><pre>x</pre>"
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (event,) = events.Tensors("samples/text_summary")
+    assert event.step == 1
+    assert event.tensor_proto.string_val == [b"    In the beginning\n    <was>\n\n---\n\n    x"]
 
 
 def restart(folder, config):

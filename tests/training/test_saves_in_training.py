@@ -27,7 +27,9 @@ def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(
         return plain(root, step)
 
     monkeypatch.setattr(store, "create_partial_folder", begin)
-    with pytest.raises(UserError, match="step 6: the disk is full"):
+    with pytest.raises(
+        UserError, match="step 6: the disk is full; then the same command goes on from step 3$"
+    ):
         trainer.fit()
     trainer.close()
     assert asked == [1, 2, 3, 4, 5, 6]
@@ -41,15 +43,17 @@ def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(
     )
 
 
-def test_a_last_save_that_fails_is_an_error(tiny, monkeypatch):
+def test_a_last_save_that_fails_is_an_error(tiny, monkeypatch, capsys):
     def begin(root, step):
         raise OSError("the disk is full")
 
     trainer = Trainer(tiny())
     monkeypatch.setattr(store, "create_partial_folder", begin)
-    with pytest.raises(UserError, match="the checkpoint of the last step, 2, could not be written"):
+    message = "the checkpoint of the last step, 2, could not be written: .*: the disk is full; "
+    with pytest.raises(UserError, match=f"^{message}then the same command goes on from the begin"):
         trainer.fit(until=2)
     trainer.close()
+    assert capsys.readouterr().err == "", "training does not go on, and the error says all"
 
 
 def test_stall_and_total_of_every_save_are_on_record(tiny, tmp_path):

@@ -231,5 +231,5 @@ def _format_share(value: float | None, reference: float | None) -> str:
 
 def _format_accuracies(accuracies: Mapping[str, float]) -> str:
     """Format pairs of time and accuracy, three to a line so that no pair is broken in a table."""
-    pairs = [f"{t}: {100 * accuracy:5.1f}%" for t, accuracy in accuracies.items()]
+    pairs = [f"{t}:{100 * accuracy:6.1f}%" for t, accuracy in accuracies.items()]
     return "\n".join("  ".join(pairs[i : i + 3]) for i in range(0, len(pairs), 3))

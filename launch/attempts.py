@@ -33,7 +33,7 @@ from pathlib import Path
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import write_atomically
-from bitlm_dist.launch.records import METRICS, last_records, read_json
+from bitlm_dist.launch.records import METRICS, last_records, read_json, read_text
 from bitlm_dist.strict_json import to_json
 
 LAUNCH = "launch"
@@ -280,6 +280,11 @@ def stop_files(environment: Mapping[str, str]) -> list[Path]:
 def request_stop(folder: Path, reason: str) -> None:
     """Ask the ranks of an attempt to save and exit."""
     write_atomically(folder / "stop", reason + "\n")
+
+
+def requested_stop(environment: Mapping[str, str]) -> str:
+    """Why the launcher has asked this process to stop; empty if it has not."""
+    return next((reason for file in stop_files(environment) if (reason := read_text(file))), "")
 
 
 def report_outcome(

@@ -11,7 +11,7 @@ from bitlm_dist.formatting import plural
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Attempt, Outcome
 from bitlm_dist.launch.outcomes import first_clause, first_failure, hung_rank, outcome_of
-from bitlm_dist.launch.rank_log import LogFollower, last_lines, stacks_in
+from bitlm_dist.launch.rank_log import LogFollower, last_lines, main_stack_in
 
 NUM_LINES = 20
 MAX_TRACEBACK_LINES = 100
@@ -46,16 +46,15 @@ def read_log_tail(run: Path, rank: int | None, attempt_number: int | None) -> Ra
     shown = (cause or 0) if rank is None else rank
     title = f"attempt {chosen.number}, rank {shown}{_explain(chosen, folder, shown)}"
 
-    # the log of a rank that printed nothing, as it was killed or stopped, need not exist
     file = folder / "logs" / f"rank-{shown}.log"
     if not file.is_file():
-        if rank is None and cause is not None:
-            return RankLog(f"{title}; it printed nothing", [])
         raise UserError(
             f"{file} is not there: the rank never started, see the job's own log in {run}/launch"
         )
 
-    lines = last_lines(file, NUM_LINES, MAX_TRACEBACK_LINES)
+    # the traceback of an error that training has survived is no news
+    max_traceback_lines = MAX_TRACEBACK_LINES if shown == cause else 0
+    lines = last_lines(file, NUM_LINES, max_traceback_lines) or ["it printed nothing"]
     if rank is None and hung_rank(folder) is not None:
         lines += _stacks_of_others(folder, shown)
     return RankLog(title, lines)
@@ -162,7 +161,7 @@ def _explain(attempt: Attempt, folder: Path, shown: int) -> str:
     if failure and failure["rank"] == shown and not failure["lost_peer"]:
         clock = time.strftime("%H:%M:%S", time.localtime(failure["time"]))
         if "exit_code" in failure:
-            return f", which {failure['message']}, at {clock}"
+            return f", which at {clock} {failure['message']}"
         return f", the first to fail, at {clock}: {failure['message']}"
     return f"; {first_clause(reason)}" if reason else ""
 
@@ -175,11 +174,10 @@ def _stacks_of_others(folder: Path, hung: int) -> Iterator[str]:
         if _rank_of_log(log) != hung
     ]
     for log in logs[:MAX_STACKS]:
-        yield f"--- rank {_rank_of_log(log)} was here ({log}):"
-        stacks = list(stacks_in(log))
-        yield from stacks[:MAX_STACK_LINES] or ["it printed none"]
+        yield f"--- rank {_rank_of_log(log)} was here; {log} has all its threads:"
+        yield from main_stack_in(log)[:MAX_STACK_LINES] or ["it printed no stack"]
     if len(logs) > MAX_STACKS:
-        others = plural(len(logs) - MAX_STACKS, "other rank")
+        others = plural(len(logs) - MAX_STACKS, "more rank")
         yield f"--- the stacks of {others} are in {folder / 'logs'}"
 
 

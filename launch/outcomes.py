@@ -26,12 +26,20 @@ MAX_CLAUSE_LENGTH = 120  # characters of a reason in a table
 def first_failure(folder: Path) -> dict[str, Any] | None:
     """Earliest failure report of an attempt, with its rank; None if there is none.
 
-    Ranks that only lost a peer come last, because another rank's failure was the cause.
+    Ranks that only lost a peer come last, because another rank's failure was the cause. Of those
+    that refused to train for the same reason it is the first rank, as it has printed the reason.
     """
-    return min(
-        failures_of(folder).values(),
+    failures = failures_of(folder).values()
+    first = min(
+        failures,
         key=lambda record: (record["lost_peer"], record["time"], record["rank"]),
         default=None,
+    )
+    if first is None or not first["refused"]:
+        return first
+    return min(
+        (record for record in failures if record["message"] == first["message"]),
+        key=lambda record: record["rank"],
     )
 
 

@@ -1,7 +1,6 @@
 """Logs of the ranks: following a file that grows, and what matters in it."""
 
 import re
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +8,7 @@ HANG_LINE = "bitlm: a rank hangs; this one is here"  # followed by the stacks of
 
 _TRACEBACK = "Traceback (most recent call last)"
 _FATAL_ERROR = "Fatal Python error"
+_AFTER_DEATH = "resource_tracker"  # Python's helper, which cleans up after a killed process
 _FAILED_RANK = re.compile(r"bitlm: rank \d+ on \S+ failed: ")  # ends a traceback
 
 # Lines of bitlm's own, which come after the traceback of an error that training survives.
@@ -65,15 +65,20 @@ def last_lines(file: Path, count: int, max_traceback_lines: int) -> list[str]:
         count: number of lines.
         max_traceback_lines: number of lines of a traceback that is shown as a whole.
     """
-    lines = file.read_text(errors="replace").splitlines()
-    tail = lines[-max_traceback_lines:]
-    start = next((i for i, line in enumerate(tail) if _TRACEBACK in line), len(tail))
-    return tail[min(start, max(0, len(tail) - count)) :]
+    text = file.read_text(errors="replace")
+    lines = [line for line in text.splitlines() if _AFTER_DEATH not in line]
+    tail = lines[-max(count, max_traceback_lines) :]
+    starts = [i for i, line in enumerate(tail) if _TRACEBACK in line] if max_traceback_lines else []
+    return tail[min([*starts, max(0, len(tail) - count)]) :]
 
 
-def stacks_in(file: Path) -> Iterator[str]:
-    """The stacks that a rank printed when it ended because another one hung; none if it did not."""
+def main_stack_in(file: Path) -> list[str]:
+    """The stack that a rank's main thread had when another rank hung; empty if it printed none."""
     lines = file.read_text(errors="replace").splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith(HANG_LINE)]
-    if starts:
-        yield from lines[starts[-1] + 1 :]
+    if not starts:
+        return []
+
+    # faulthandler prints the main thread last, with a blank line between threads
+    threads = "\n".join(lines[starts[-1] + 1 :]).strip().split("\n\n")
+    return threads[-1].splitlines()

@@ -130,6 +130,7 @@ def local_command(
     """
     from bitlm_dist.launch import submit
     from bitlm_dist.launch.local import run_local
+    from bitlm_dist.training.run_claim import check_start
 
     settings = _load_cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
     config = with_absolute_paths(load_config_from_words(words or []).config)
@@ -138,6 +139,7 @@ def local_command(
     if _is_trained(config):
         return
 
+    check_start(config, rank=0)  # what the ranks would refuse in a moment
     submit.write_job_files(job, config, is_local=True)
     raise typer.Exit(run_local(config.run.dir, ranks, settings.env, _print_log_line))
 
@@ -232,17 +234,16 @@ def history_command(run: Run, as_json: AsJson = False) -> None:
     rows = [
         (
             str(attempt.attempt),
-            format_time(attempt.began),
-            "–" if attempt.ended is None else format_time(attempt.ended),
+            format_time(attempt.began)[5:].replace("T", " "),  # the year is known
+            "–" if attempt.ended is None else format_time(attempt.ended)[5:].replace("T", " "),
             f"{attempt.seconds / 60:,.1f}",
             f"{attempt.first_step:,} to {format_value(attempt.last_step, '{:,}')}",
-            f"{attempt.saved_step:,}" if attempt.saved_step else "–",
             format_value(attempt.steps_lost, "{:,}"),
             f"{attempt.outcome}: {first_clause(attempt.reason)}" if attempt.outcome else "running",
         )
         for attempt in history.attempts
     ]
-    columns = ("attempt", "from", "to", "minutes", "steps", "saved", "lost", "outcome")
+    columns = ("attempt", "from", "to", "minutes", "steps", "lost", "outcome")
     print_table(str(run), columns, rows)
     print_line(_format_total(history))
 

@@ -191,6 +191,7 @@ def _print_end(trainer: "Trainer") -> None:
     """Print the loss chart of a finished run and what to do next, or how to continue another."""
     from bitlm_dist.checkpoint.steps import folder_of
     from bitlm_dist.cli.progress import loss_chart
+    from bitlm_dist.launch.attempts import requested_stop
 
     if trainer.is_done:
         title = f"training loss, {_loss_unit(trainer.config)}"
@@ -203,7 +204,8 @@ def _print_end(trainer: "Trainer") -> None:
         )
     elif trainer.stopped_by:
         where = f"saved at step {trainer.step}" if trainer.step else "before the first step"
-        print_line(f"{trainer.stopped_by}: {where}; the same command goes on from there")
+        why = requested_stop(os.environ) or trainer.stopped_by
+        print_line(f"{why}: {where}; the same command goes on from there")
 
 
 def _loss_unit(config: Config) -> str:

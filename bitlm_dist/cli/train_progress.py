@@ -247,15 +247,18 @@ def training_progress(
         return
 
     left = _TimeLeftColumn()
-    columns = (
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TextColumn("loss {task.fields[loss]}"),
-        TextColumn("{task.fields[rate]} tokens/s, {task.fields[predicted]} predicted"),
-        TimeElapsedColumn(),
-        left,
+    # each from the width on at which it fits beside those that matter more
+    widths_and_columns = (
+        (0, TextColumn("{task.description}")),
+        (0, MofNCompleteColumn()),
+        (60, BarColumn()),
+        (0, TextColumn("loss {task.fields[loss]}")),
+        (80, TextColumn("{task.fields[rate]} tokens/s")),
+        (100, TextColumn("{task.fields[predicted]} predicted")),
+        (70, TimeElapsedColumn()),
+        (50, left),
     )
+    columns = (column for width, column in widths_and_columns if console.width >= width)
     with Progress(*columns, console=console) as bar:
         # there is no loss or rate to show before the first step
         task = bar.add_task(

@@ -15,6 +15,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training.checkpointing import CheckpointManager
+from bitlm_dist.training.weights import load_job_shards
 
 
 def together(root: str) -> dict[str, Any]:
@@ -63,7 +64,12 @@ def together(root: str) -> dict[str, Any]:
 
     for tensor in tensors.values():
         tensor.shards[0].tensor.fill_(-1.0)
-    tensor_files.load_shards(folder_of(Path(root), 1), tensors)
+    load_job_shards(folder_of(Path(root), 1), tensors, layout)
+    try:
+        # What no rank has a place for is refused by all, whatever each of them holds.
+        load_job_shards(folder_of(Path(root), 1), {"shared": tensors["shared"]}, layout)
+    except UserError as error:
+        found["unwanted"] = str(error)
     found["fallback"] = CheckpointManager(
         Path(root), CheckpointConfig(fallback=True), layout
     ).find_resume_point()

@@ -35,6 +35,12 @@ def test_each_rank_reads_back_what_it_holds(found):
         assert ("last" in read) == (rank == RANKS - 1)
 
 
+def test_what_no_rank_holds_is_refused_by_all_and_what_one_holds_by_none(found):
+    """Above, each rank has loaded what it holds: one of them more than the others."""
+    for report in found[1]:
+        assert "step-00000001: holds everywhere, last, which the model" in report["unwanted"]
+
+
 def test_ranks_write_about_as_much_each(found):
     sizes = [
         (folder_of(found[0], 1) / store.rank_file_name(rank)).stat().st_size

@@ -14,7 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitlm_dist.data_prep.decompression import COMPRESSED_SUFFIXES, compression_suffix
+from bitlm_dist.data_prep.remote_errors import remote_problem
 from bitlm_dist.errors import UserError
+from bitlm_dist.formatting import plural
 
 FILE_FORMATS = (".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS_IN_WORDS = f"plain, {', '.join(COMPRESSED_SUFFIXES[:-1])} or {COMPRESSED_SUFFIXES[-1]}"
@@ -105,7 +107,7 @@ def left_out_summary(left_out: Counter[str], max_reasons: int = 8) -> str:
         parts.append(f"{rest:,} of other kinds")
 
     total = sum(left_out.values())
-    return f"{total:,} file{'s' * (total > 1)} left out: {', '.join(parts)}"
+    return f"{plural(total, 'file')} left out: {', '.join(parts)}"
 
 
 def _find_local(path: Path, source_index: int, left_out: Counter[str]) -> list[InputFile]:
@@ -236,17 +238,11 @@ def _find_remote(url: str, source_index: int, left_out: Counter[str]) -> list[In
             ]
 
         listing: dict[str, Any] = system.find(root, detail=True)
-    except ImportError as error:
-        raise UserError(f"{without_query(url)}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{without_query(url)} does not exist") from None
-    # Each protocol has exceptions of its own. Their messages may hold the URL with its key.
+        if not listing:
+            system.info(root)  # raises where find takes a lost connection for an empty folder
+    # Each protocol has exceptions of its own.
     except Exception as error:
-        raise UserError(
-            f"{without_query(url)} cannot be read: {type(error).__name__}: {error}".replace(
-                url, without_query(url)
-            )
-        ) from None
+        raise UserError(remote_problem(url, error)) from None
 
     # Sorted, as the order in which a server lists its files must not matter.
     base = root.rstrip("/") + "/"

@@ -19,7 +19,7 @@ import numpy as np
 from bitlm_dist.data.manifest import MANIFEST, SPLITS
 from bitlm_dist.data_prep.output_units import LENGTHS_FILE, UNITS_DIR, read_unit_record
 from bitlm_dist.data_prep.tokenizer import TOKENIZER_DIR
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import DISK_FULL, sha256_of, try_lock, write_atomically
 from bitlm_dist.strict_json import to_json
 
@@ -66,9 +66,8 @@ def acquired(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
                 f"{out}: the disk is full: make room and run the same command again, "
                 "which continues from the finished units"
             ) from None
-        raise UserError(
-            f"{out} cannot be written: {error.filename or ''} {error.strerror or error}"
-        ) from None
+        where = "" if error.filename else f"{out}: "
+        raise UserError(f"{where}{os_error_message(error)}") from None
 
 
 def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:

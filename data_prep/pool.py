@@ -30,7 +30,7 @@ class Pool:
     Attributes:
         num_workers: Number of workers.
         job: The job that all tasks belong to.
-        worker_usage: Resources used by each process, available after :meth:`shut_down`.
+        worker_usage: Resources used by each process; a worker's is there after :meth:`shut_down`.
         pipe_seconds: CPU seconds that this process spent on handing tasks over, by thread.
     """
 
@@ -98,7 +98,7 @@ class Pool:
 
     def shut_down(self) -> None:
         """Shut the processes down cleanly; no task may be pending."""
-        self.worker_usage = [process.shut_down() for process in self._processes]
+        self.worker_usage += [process.shut_down() for process in self._processes]
         self._kill()
 
     def _kill(self) -> None:

@@ -25,61 +25,42 @@ import itertools
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitlm_dist.data.manifest import MANIFEST, MANIFEST_VERSION
 from bitlm_dist.data_prep import mds, output_dir, output_units, sources
+from bitlm_dist.data_prep.bpe_training import requested_bpe_size, train_bpe_in_child
 from bitlm_dist.data_prep.corpus_statistics import write_statistics
 from bitlm_dist.data_prep.deduplication import Deduplicator
 from bitlm_dist.data_prep.input_files import InputFile, find_files, left_out_summary, without_query
 from bitlm_dist.data_prep.output_units import Unit
 from bitlm_dist.data_prep.pool import Pool
-from bitlm_dist.data_prep.report import SourceCounts, drop_summary, render_markdown
+from bitlm_dist.data_prep.progress import NotifyCallback, Progress, ProgressCallback
+from bitlm_dist.data_prep.report import (
+    SourceCounts,
+    drop_remedy,
+    drop_summary,
+    render_markdown,
+)
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.data_prep.single_document import validation_offset
 from bitlm_dist.data_prep.stage_timer import StageTimer
 from bitlm_dist.data_prep.summary import Report, build_manifest, build_report
-from bitlm_dist.data_prep.tokenizer import (
-    MIN_BPE_VOCAB_SIZE,
-    TOKENIZER_DIR,
-    Tokenizer,
-    find_tokenizer,
-    train_bpe,
-)
+from bitlm_dist.data_prep.tokenizer import TOKENIZER_DIR, Tokenizer, find_tokenizer
 from bitlm_dist.data_prep.worker import Job
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import fsync_tree, write_atomically
+from bitlm_dist.formatting import format_percent, plural
 from bitlm_dist.strict_json import to_json
 
-BPE_PREFIX = "bpe:"
-MAX_BPE_BYTES = 500_000_000  # of text to train a BPE on
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Progress of a preparation.
-
-    Attributes:
-        phase: Name of the current phase.
-        done: Bytes of the input files, as stored, that were read so far.
-        total: Bytes of all input files, as stored; 0: unknown.
-        text_bytes: Bytes of text read so far.
-        num_documents: Documents read so far.
-    """
-
-    phase: str
-    done: int
-    total: int
-    text_bytes: int
-    num_documents: int
-
-
-ProgressCallback = Callable[[Progress], None]
-NotifyCallback = Callable[[str], None]
+# Phases of a preparation, as the user sees them; training a BPE is another one, between the two.
+READING = "reading"
+TOKENIZING = "tokenizing"
+FINISHING = "finishing"
 
 
 def prepare(
@@ -103,7 +84,7 @@ def prepare(
             a single document, the fraction at its end.
         settings: Settings that decide which documents are kept.
         num_workers: Processes that read and tokenize; the output does not depend on it.
-        on_progress: Called after each chunk.
+        on_progress: Called when a phase begins, and after each chunk or unit.
         notify: Called with each message for the user, e.g. about files that are left out.
 
     Raises:
@@ -174,15 +155,7 @@ def _limit_workers(num_workers: int, files: Sequence[InputFile]) -> int:
 
 def _load_tokenizer(name: str) -> Tokenizer | None:
     """Load the tokenizer called ``name``, or return None if it is yet to be trained."""
-    if not name.startswith(BPE_PREFIX):
-        return Tokenizer(find_tokenizer(name))
-
-    if not name[len(BPE_PREFIX) :].isdigit() or int(name[len(BPE_PREFIX) :]) < MIN_BPE_VOCAB_SIZE:
-        raise UserError(
-            f"--tokenizer {name}: write bpe:SIZE with a size of at least {MIN_BPE_VOCAB_SIZE}, "
-            "e.g. bpe:4096"
-        )
-    return None
+    return None if requested_bpe_size(name) else Tokenizer(find_tokenizer(name))
 
 
 class _Preparation:
@@ -212,6 +185,10 @@ class _Preparation:
 
         self._settings = pool.job.settings
         self._validation_fraction = pool.job.validation_fraction
+        # Servers may not report the size of a file.
+        self._total_bytes = sum(file.size for file in files) if all(f.size for f in files) else 0
+        # What was read in the current phase, up to the end of a chunk.
+        self._position = Progress(READING)
         # Remarks for report.md.
         self._notes: list[str] = []
         self._timer = StageTimer()
@@ -220,19 +197,22 @@ class _Preparation:
     def run(self, tokenizer_name: str, existing_tokenizer: Tokenizer | None) -> Report:
         """Run all steps in order; each skips work that an earlier call finished."""
         tokenizer = self._build_tokenizer(tokenizer_name, existing_tokenizer)
+        self._note_vocab_size(tokenizer, requested_bpe_size(tokenizer_name))
         self._pool.set_tokenizer(tokenizer)
 
         totals = SourceCounts(self._inputs)
         names, num_reused = self._write_units(tokenizer, totals)
         if not names:
-            reasons = drop_summary(totals.sum())
+            counts = totals.sum()
             raise UserError(
                 f"{', '.join(map(without_query, self._inputs))}: no document is left; "
-                f"dropped: {reasons}"
+                f"dropped: {drop_summary(counts)}{drop_remedy(counts)}"
             )
 
+        self._report(Progress(FINISHING))
         with self._timer("index"):
             splits = self._merge_units(names)
+        self._note_missing_validation(splits)
         with self._timer("statistics"):
             write_statistics(self._out, names, tokenizer, self._pool, self._timer)
 
@@ -273,31 +253,47 @@ class _Preparation:
         if existing_tokenizer:
             existing_tokenizer.save(building)
         else:
-            texts = self._kept_documents(SourceCounts(self._inputs), f"training {name}")
-            train_bpe(
-                _limit_bytes(texts, MAX_BPE_BYTES),
-                int(name[len(BPE_PREFIX) :]),
-                building / "tokenizer.json",
-            )
+            self._train_tokenizer(name, building / "tokenizer.json")
 
         # Renamed once it is complete: a kill leaves no partial tokenizer.
         fsync_tree(building)
         building.rename(tokenizer_dir)
         return existing_tokenizer or Tokenizer.from_folder(tokenizer_dir)
 
+    def _train_tokenizer(self, name: str, file: Path) -> None:
+        """Train the BPE called ``name`` on the kept documents."""
+        vocab_size = requested_bpe_size(name)
+        assert vocab_size is not None
+
+        usage = train_bpe_in_child(
+            (text for text, _ in self._kept_documents(SourceCounts(self._inputs), READING)),
+            vocab_size,
+            file,
+            lambda: self._report(Progress(f"training {name}")),
+        )
+        self._pool.worker_usage.append(usage)
+
+    def _note_vocab_size(self, tokenizer: Tokenizer, requested: int | None) -> None:
+        """Tell that a BPE came out smaller than requested."""
+        if requested is not None and tokenizer.vocab_size < requested:
+            self._add_note(
+                f"the tokenizer has {tokenizer.vocab_size:,} tokens, not {requested:,}: "
+                "the text has no more pairs to merge"
+            )
+
+    def _report(self, progress: Progress) -> None:
+        if self._on_progress:
+            self._on_progress(progress)
+
     def _kept_documents(self, totals: SourceCounts, phase: str) -> Iterator[tuple[bytes, bytes]]:
         """Yield (text, SHA-256) of the kept documents in corpus order, counting in ``totals``."""
         # Training a BPE reads the corpus once more; each pass needs an empty index.
-        deduplication_dir = self._work_dir / phase.replace(":", "-")
         deduplicator = Deduplicator(
-            deduplication_dir, self._settings.exact_dedup, self._settings.near_dedup
+            self._work_dir / phase, self._settings.exact_dedup, self._settings.near_dedup
         )
 
-        num_read = text_bytes = 0
-        # Servers may not report the size of a file.
-        total_bytes = (
-            sum(file.size for file in self._files) if all(file.size for file in self._files) else 0
-        )
+        self._position = Progress(phase, total=self._total_bytes)
+        self._report(self._position)
         for future in self._batches_in_order():
             batch = future.result()
             self._timer.add(batch.seconds)
@@ -305,8 +301,6 @@ class _Preparation:
                 reasons = deduplicator.drop_reasons(batch.hashes, batch.signatures)
 
             totals.add(batch, reasons)
-            num_read += batch.counts["read"]
-            text_bytes += sum(map(len, batch.texts))
             for text, text_hash, reason in zip(batch.texts, batch.hashes, reasons, strict=True):
                 if not reason:
                     yield text, text_hash
@@ -314,10 +308,15 @@ class _Preparation:
             # Raised only now, so that a rerun can reuse the units of documents before the bad line.
             if batch.error:
                 raise UserError(batch.error)
-            if self._on_progress:
-                self._on_progress(
-                    Progress(phase, batch.corpus_offset, total_bytes, text_bytes, num_read)
-                )
+            self._position = replace(
+                self._position,
+                done=batch.corpus_offset,
+                text_bytes=self._position.text_bytes + sum(map(len, batch.texts)),
+                num_documents=self._position.num_documents + batch.counts["read"],
+            )
+            # Tokenizing takes most of the time, so that phase is as far as its units are.
+            if phase == READING:
+                self._report(self._position)
 
     def _batches_in_order(self) -> "Iterator[Future[Any]]":
         """Submit chunks and yield their futures in corpus order, keeping all workers busy."""
@@ -341,7 +340,7 @@ class _Preparation:
             The names of all units, and the number of those that already existed.
         """
         names: list[str] = []
-        waiting: deque[Future[Any]] = deque()
+        waiting: deque[tuple[Future[Any], Progress]] = deque()
         num_reused = 0
         # Everything besides the documents that decides the bytes of a unit.
         key = to_json(
@@ -353,23 +352,32 @@ class _Preparation:
             ]
         )
 
-        for unit in self._split_into_units(self._kept_documents(totals, "preparing"), key):
+        for unit in self._split_into_units(self._kept_documents(totals, TOKENIZING), key):
             names.append(unit.name)
             if output_units.is_done(self._out, unit.name):
                 num_reused += 1
+                # Units are reported in order.
+                if not waiting:
+                    self._report(self._position)
                 continue
 
             # A manifest marks a folder as complete, which this one no longer is.
             (self._out / MANIFEST).unlink(missing_ok=True)
-            waiting.append(self._pool.submit(unit))
+            waiting.append((self._pool.submit(unit), self._position))
 
             # Bounds the number of units in memory.
-            while len(waiting) > self._pool.max_in_flight or (waiting and waiting[0].done()):
-                self._timer.add(waiting.popleft().result())
+            while len(waiting) > self._pool.max_in_flight or (waiting and waiting[0][0].done()):
+                self._finish_unit(*waiting.popleft())
 
-        for future in waiting:
-            self._timer.add(future.result())
+        for future, position in waiting:
+            self._finish_unit(future, position)
+        self._report(self._position)
         return names, num_reused
+
+    def _finish_unit(self, future: "Future[Any]", position: Progress) -> None:
+        """Wait for a unit, and report that all before ``position`` is tokenized."""
+        self._timer.add(future.result())
+        self._report(position)
 
     def _split_into_units(
         self, documents: Iterator[tuple[bytes, bytes]], key: str
@@ -391,15 +399,29 @@ class _Preparation:
         )
         held_out = sum(len(unit.texts[i]) for i in unit.validation_indices or ())
 
-        self._notes.append(
-            f"the corpus is one document: its last {100 * held_out / len(text):.1f} % "
-            f"({held_out:,} bytes) are the validation split"
+        self._add_note(
+            f"the corpus is one document: its last {format_percent(held_out / len(text))} "
+            f"({plural(held_out, 'byte')}) are the validation split"
             if held_out
             else "the corpus is one document, too short to hold out a part of it: "
             "there is no validation split"
         )
-        self._notify(self._notes[-1])
         yield unit
+
+    def _note_missing_validation(self, splits: Mapping[str, Mapping[str, int]]) -> None:
+        """Tell that evaluation will have nothing to read, although a part was to be held out."""
+        train = splits["train"]["documents"]
+        # A single document has a note of its own.
+        if self._validation_fraction and not splits["validation"]["documents"] and train > 1:
+            self._add_note(
+                f"none of {plural(train, 'document')} fell into the validation split: "
+                "raise --validation or give more documents, or there is nothing to evaluate on"
+            )
+
+    def _add_note(self, note: str) -> None:
+        """Tell the user something that report.md holds, too."""
+        self._notes.append(note)
+        self._notify(note)
 
     def _merge_units(self, names: Sequence[str]) -> dict[str, dict[str, int]]:
         """Write the indices over all units, and remove units whose text has changed since.
@@ -420,13 +442,3 @@ class _Preparation:
 
         output_units.remove_stale_units(self._out, names)
         return splits
-
-
-def _limit_bytes(texts: Iterator[tuple[bytes, bytes]], max_bytes: int) -> Iterator[str]:
-    """Yield texts until they have at least ``max_bytes`` bytes in total."""
-    num_bytes = 0
-    for text, _ in texts:
-        yield text.decode()
-        num_bytes += len(text)
-        if num_bytes >= max_bytes:
-            return

@@ -4,6 +4,7 @@ The page holds names of files and numbers but no times and no folders, so that e
 have equal reports.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
@@ -12,6 +13,7 @@ from typing import Any
 from bitlm_dist.data_prep import round_trip
 from bitlm_dist.data_prep.input_files import left_out_summary, without_query
 from bitlm_dist.data_prep.reading import CLEANING_CHANGES, DROP_REASONS, DocumentBatch
+from bitlm_dist.formatting import plural
 
 MAX_SOURCE_ROWS = 30  # keeps report.md to one page; manifest.json has all sources
 DESCRIPTIONS = {
@@ -29,6 +31,17 @@ DESCRIPTIONS = {
     "line_ends": "carriage returns replaced by line feeds",
     "control_characters": "control characters removed",
     "normalized": "documents normalized to NFC",
+}
+
+# What brings documents back that were dropped for a reason.
+REMEDIES = {
+    "not_utf8": "convert the files to UTF-8, e.g. with iconv",
+    "not_json": "give one JSON object per line",
+    "no_text": "name the key or column of the text with --field",
+    "too_short": "lower --min-chars",
+    "too_long": "raise --max-chars (0: no limit), or cut .txt files with --document-separator",
+    "other_language": "check --language and --language-probability",
+    "contaminated": "check --decontaminate and --hit-ratio",
 }
 
 
@@ -94,6 +107,12 @@ def drop_summary(counts: Mapping[str, int]) -> str:
     )
 
 
+def drop_remedy(counts: Mapping[str, int]) -> str:
+    """The remedy for the most frequent reason, after a colon; "" if there is none."""
+    reason = max(DROP_REASONS, key=lambda reason: counts[reason])
+    return f": {REMEDIES[reason]}" if counts[reason] and reason in REMEDIES else ""
+
+
 def tokenizer_warnings(manifest: Mapping[str, Any]) -> list[str]:
     """Warnings about the tokenizer, one line each."""
     tokenizer = manifest["tokenizer"]
@@ -132,7 +151,7 @@ def render_markdown(manifest: Mapping[str, Any]) -> str:
             tokenizer_warnings(manifest)
             or [
                 f"Every document is given back: {checks['decoded']:,} of "
-                f"{checks['documents']:,} documents were decoded."
+                f"{plural(checks['documents'], 'document')} were decoded."
             ]
         ),
         "",
@@ -141,7 +160,7 @@ def render_markdown(manifest: Mapping[str, Any]) -> str:
     lines += ["## Settings", ""]
     lines += _table(
         ("setting", "value"),
-        [(name, _value(value)) for name, value in manifest["settings"].items()],
+        [(name, _setting_value(name, value)) for name, value in manifest["settings"].items()],
     )
     return "\n".join(lines)
 
@@ -173,7 +192,10 @@ def _split_rows(manifest: Mapping[str, Any]) -> list[tuple[object, ...]]:
     ]
 
 
-def _value(value: object) -> str:
+def _setting_value(name: str, value: object) -> str:
+    # The value itself, which identifies a folder, stays as earlier versions wrote it.
+    if name == "inputs":
+        return re.sub("^1 files", "1 file", str(value))
     return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.formatting import format_percent, plural
 
 DECODE_ONE_IN = 100  # documents
 MIN_DECODED = 20  # documents of the corpus, if it has as many
@@ -133,9 +134,9 @@ def lossy_warning(manifest: Mapping[str, Any]) -> str | None:
     )
     return (
         f"{manifest['tokenizer']['file']} does not give every text back: "
-        f"{result['changed']:,} of {result['decoded']:,} decoded documents changed "
-        f"and lost {100 * lost_fraction:.3g} % of their characters; "
-        f"the tokens of {result['other_bytes']:,} of {result['documents']:,} documents differ "
-        f"in bytes from the text, with {100 * bytes_ratio:.2f} % of its bytes overall"
+        f"{result['changed']:,} of {plural(result['decoded'], 'decoded document')} changed "
+        f"and lost {format_percent(lost_fraction)} of their characters; "
+        f"the tokens of {result['other_bytes']:,} of {plural(result['documents'], 'document')} "
+        f"differ in bytes from the text, with {100 * bytes_ratio:.2f} % of its bytes overall"
         f"{first or ''}; bits per byte will be marked as approximate"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlm_dist.data_prep.decompression import MAX_UNPACK_RATIO
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import sha256_of
 
 ON_ERROR = ("stop", "skip")
@@ -126,4 +126,4 @@ def _hash_of(file: Path) -> str:
     try:
         return sha256_of(file)[:16]
     except OSError as error:
-        raise UserError(f"--decontaminate {file} cannot be read: {error.strerror}") from None
+        raise UserError(f"--decontaminate {os_error_message(error)}") from None

@@ -15,6 +15,7 @@ from typing import BinaryIO, cast
 
 from bitlm_dist.data_prep import decompression, json_values, tables
 from bitlm_dist.data_prep.input_files import InputFile
+from bitlm_dist.data_prep.remote_errors import remote_problem
 from bitlm_dist.data_prep.separators import BOM, split_documents
 from bitlm_dist.data_prep.settings import Settings
 from bitlm_dist.errors import UserError
@@ -84,7 +85,11 @@ def iter_chunks(files: Iterable[InputFile], settings: Settings) -> Iterator[Chun
         except UserError:
             # It already names the file.
             raise
-        except (OSError, EOFError, zlib.error) as error:
+        except Exception as error:
+            if "://" in file.path:  # each protocol has exceptions of its own
+                raise UserError(remote_problem(file.path, error)) from None
+            if not isinstance(error, OSError | EOFError | zlib.error):
+                raise
             text = getattr(error, "strerror", None) or error
             raise UserError(f"{file.display_path} cannot be read: {text}") from None
         corpus_offset += file.size
@@ -96,8 +101,8 @@ def too_long_message(settings: Settings) -> str:
     """Message for a file that is a single document with too many characters."""
     return (
         f"is one document of more than {settings.max_chars:,} characters (--max-chars): "
-        "cut it with --document-separator TEXT, allow more, "
-        "or leave such files out with --on-error skip"
+        r"cut it at its blank lines with --document-separator '\n\n', "
+        "allow more (0: no limit), or leave such files out with --on-error skip"
     )
 
 

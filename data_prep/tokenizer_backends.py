@@ -18,7 +18,7 @@ import tokenizers
 from numpy.typing import NDArray
 
 from bitlm_dist.data_prep.token_bytes import byte_lengths_from_decoder
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.strict_json import to_json
 
 BOS_NAMES = (
@@ -336,6 +336,8 @@ def open_tokenizer_file(file: Path, bos: str | None = None, eos: str | None = No
         return HuggingFace(file, bos, eos)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"tokenizer {os_error_message(error)}") from None
     except Exception as error:  # the libraries raise bare Exception
         reason = " ".join(str(error).split())
         raise UserError(

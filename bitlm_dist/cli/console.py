@@ -41,6 +41,8 @@ def path_expander(name: str) -> Callable[[str], str]:
     """
 
     def expand(text: str) -> str:
+        if not text:  # Path("") is the current folder
+            raise UserError(f"{name} is empty: name a path")
         # An existing name with a dollar sign or tilde was quoted in the shell and is meant as is.
         if Path(text).exists():
             return text
@@ -57,12 +59,16 @@ def path_argument(metavar: str, words: str) -> Any:
     return typer.Argument(metavar=metavar, help=words, parser=_parse_path)
 
 
-def path_option(name: str, words: str, metavar: str = "PATH") -> Any:
+def path_option(name: str, words: str, metavar: str = "PATH", help_panel: str | None = None) -> Any:
     """Declare an option that is a path, or a list of paths."""
-    return typer.Option(name, metavar=metavar, help=words, parser=_parse_path)
+    return typer.Option(
+        name, metavar=metavar, help=words, parser=_parse_path, rich_help_panel=help_panel
+    )
 
 
 def _parse_path(text: str) -> Path:
+    if not text:  # Path("") is the current folder
+        raise typer.BadParameter("is empty: name a path")
     try:
         # an existing name is meant as is, as in path_expander
         return Path(text) if Path(text).exists() else Path(expand_path(text))

@@ -1,19 +1,33 @@
 """The command `bitlm prep`."""
 
 import os
-from contextlib import ExitStack
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from bitlm_dist.cli.console import AsJson, console, path_expander, path_option, print_line
+from bitlm_dist.errors import (
+    INTERRUPTED_EXIT_CODE,
+    TERMINATED_EXIT_CODE,
+    log_to_stderr,
+)
+from bitlm_dist.formatting import plural
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
+    from bitlm_dist.data_prep.progress import ProgressCallback
     from bitlm_dist.data_prep.settings import Settings
     from bitlm_dist.data_prep.summary import Report
+
+READING_PANEL = "Reading documents"
+FILTERS_PANEL = "Leaving documents out"
+RUNNING_PANEL = "Running"
 
 Sources = Annotated[
     list[str],
@@ -35,56 +49,100 @@ Validation = Annotated[
     float, typer.Option(help="Fraction of documents to hold out; of a single document, its end.")
 ]
 TextField = Annotated[
-    str, typer.Option(help="JSON key or column of the text; a.b is key b of object a.")
+    str,
+    typer.Option(
+        help="JSON key or column of the text; a.b is key b of object a.",
+        rich_help_panel=READING_PANEL,
+    ),
 ]
 DocumentSeparator = Annotated[
     str | None,
     typer.Option(
         metavar="TEXT",
         help=r"Separator of the documents in a .txt file; \n is a line break, \t a tab.",
+        rich_help_panel=READING_PANEL,
     ),
 ]
-MinChars = Annotated[int, typer.Option(help="Drop documents with fewer characters.")]
+OnError = Annotated[
+    str,
+    typer.Option(
+        help="At an invalid line: stop, or skip and count it.", rich_help_panel=READING_PANEL
+    ),
+]
+MaxUnpackRatio = Annotated[
+    int,
+    typer.Option(
+        help="Maximum ratio of unpacked to compressed size, beyond 100 MB; 0: no limit.",
+        rich_help_panel=READING_PANEL,
+    ),
+]
+MinChars = Annotated[
+    int,
+    typer.Option(
+        help="Drop documents with fewer characters.",
+        rich_help_panel=FILTERS_PANEL,
+    ),
+]
 MaxChars = Annotated[
     int,
     typer.Option(
-        help="Drop documents with more characters; 0: no limit, so memory use has none either."
+        help="Drop documents with more characters; 0: no limit, so memory use has none either.",
+        rich_help_panel=FILTERS_PANEL,
     ),
 ]
-ExactDedup = Annotated[bool, typer.Option(help="Drop copies of earlier documents.")]
+ExactDedup = Annotated[
+    bool,
+    typer.Option(help="Drop copies of earlier documents.", rich_help_panel=FILTERS_PANEL),
+]
 NearDedup = Annotated[
     float | None,
-    typer.Option(help="Drop documents this similar (Jaccard) to an earlier one, e.g. 0.8."),
+    typer.Option(
+        help="Drop documents this similar (Jaccard) to an earlier one, e.g. 0.8.",
+        rich_help_panel=FILTERS_PANEL,
+    ),
 ]
 Decontaminate = Annotated[
     list[Path] | None,
     path_option(
-        "--decontaminate", "Evaluation text that must not be trained on; may be repeated.", "FILE"
+        "--decontaminate",
+        "Evaluation text that must not be trained on; may be repeated.",
+        "FILE",
+        FILTERS_PANEL,
     ),
 ]
 HitRatio = Annotated[
     float,
     typer.Option(
-        help="Drop a document if at least this fraction of its 13-grams is in the evaluation text."
+        help="Drop a document if at least this fraction of its 13-grams is in the evaluation text.",
+        rich_help_panel=FILTERS_PANEL,
     ),
 ]
 Language = Annotated[
-    str | None, typer.Option(help="Keep only documents in this language, e.g. en.")
+    str | None,
+    typer.Option(
+        help="Keep only documents in this language, e.g. en.", rich_help_panel=FILTERS_PANEL
+    ),
 ]
-LanguageProbability = Annotated[float, typer.Option(help="Minimum probability of the language.")]
-OnError = Annotated[str, typer.Option(help="At an invalid line: stop, or skip and count it.")]
+LanguageProbability = Annotated[
+    float,
+    typer.Option(help="Minimum probability of the language.", rich_help_panel=FILTERS_PANEL),
+]
 UnitMb = Annotated[
     int,
     typer.Option(
-        help="Megabytes of text per unit of output, one shard or more; raise it for terabytes."
+        help="Megabytes of text per unit of output, one shard or more; raise it for terabytes.",
+        rich_help_panel=RUNNING_PANEL,
     ),
 ]
-MaxUnpackRatio = Annotated[
-    int,
-    typer.Option(help="Maximum ratio of unpacked to compressed size, beyond 100 MB; 0: no limit."),
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Worker processes; default: one per usable CPU.", rich_help_panel=RUNNING_PANEL
+    ),
 ]
-Workers = Annotated[int | None, typer.Option(help="Worker processes; default: one per usable CPU.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", help="Print nothing.", rich_help_panel=RUNNING_PANEL)
+]
 
 
 def prep_command(
@@ -113,6 +171,10 @@ def prep_command(
 
     After an interruption the same command continues where it stopped.
     """
+    silent = quiet or as_json
+    if not silent:
+        print_line(f"preparing {_name_sources(sources)} into {out}")
+
     # Must precede the import of numpy, whose own threads would compete with the workers.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from bitlm_dist.data_prep.settings import Settings
@@ -132,9 +194,7 @@ def prep_command(
         document_separator and document_separator.replace(r"\n", "\n").replace(r"\t", "\t"),
         max_unpack_ratio,
     )
-    report = _prepare(
-        sources, tokenizer, out, validation, settings, workers, silent=quiet or as_json
-    )
+    report = _prepare(sources, tokenizer, out, validation, settings, workers, silent)
     if as_json:
         print(to_json(asdict(report)))
     elif not quiet:
@@ -160,26 +220,74 @@ def _prepare(
     tokenizer = path_expander("--tokenizer")(tokenizer)
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
 
+    def run(observe: "ProgressCallback | None", notify: Callable[[str], None]) -> "Report":
+        return prepare(sources, tokenizer, out, validation, settings, processes, observe, notify)
+
     try:
-        with ExitStack() as stack:
-            observe = None if silent else stack.enter_context(preparation_progress(console))
-            notice = (lambda line: None) if silent else print_line
-            return prepare(
-                sources, tokenizer, out, validation, settings, processes, observe, notice
-            )
-    except KeyboardInterrupt:
-        # the units that were finished are on disk and will be reused
-        print_line(f"{out} is not finished: the same command goes on from there")
-        raise typer.Exit(130) from None
+        with _terminated_by_exception():
+            if silent:
+                return run(None, lambda line: None)
+            with preparation_progress(console) as observe:
+                return run(observe, print_line)
+    except (KeyboardInterrupt, _Terminated) as request:
+        _exit_unfinished(out, is_interrupted=isinstance(request, KeyboardInterrupt))
+
+
+class _Terminated(BaseException):
+    """SIGTERM; no Exception, so that no handler of errors takes it for one."""
+
+
+@contextmanager
+def _terminated_by_exception() -> Iterator[None]:
+    """Have SIGTERM raise an exception, so that the workers end and temporary files go."""
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _exit_unfinished(out: Path, is_interrupted: bool) -> NoReturn:
+    """Say what an interrupted preparation left, and exit."""
+    from bitlm_dist.data.manifest import MANIFEST
+    from bitlm_dist.data_prep.output_dir import SETTINGS_FILE
+
+    # The units that were finished are on disk and will be reused.
+    if (out / MANIFEST).is_file():
+        log_to_stderr(f"{out} is complete, as it was")
+    elif (out / SETTINGS_FILE).is_file():
+        log_to_stderr(f"{out} is not finished: the same command goes on from there")
+    elif not is_interrupted:
+        log_to_stderr("terminated before anything was written")
+    raise typer.Exit(INTERRUPTED_EXIT_CODE if is_interrupted else TERMINATED_EXIT_CODE) from None
+
+
+def _name_sources(sources: Sequence[str]) -> str:
+    """Name the first source, without a URL's query, which may hold a key."""
+    first = sources[0].partition("?")[0] if "://" in sources[0] else sources[0]
+    others = len(sources) - 1
+    return f"{first} and {plural(others, 'other')}" if others else first
 
 
 def _print_report(out: Path, report: "Report") -> None:
+    size = report.text_bytes
+    text = f"{size / 1e6:,.1f} MB" if size >= 1e6 else plural(size, "byte")
+    reused = f" ({report.units_reused:,} there before)" if report.units_reused else ""
     print_line(
-        f"{out}: {report.documents:,} documents, {report.tokens:,} tokens, "
-        f"{report.text_bytes / 1e6:.1f} MB of text in {report.units} units "
-        f"({report.units_reused} were there); "
-        f"unigram entropy {report.unigram_nats:.3f} nats per token; "
-        f"dropped: {report.dropped_in_words}"
+        f"{out}: {plural(report.documents, 'document')}, {plural(report.tokens, 'token')}, "
+        f"{text} of text in {plural(report.units, 'unit')}{reused}"
+    )
+    print_line(
+        f"dropped: {report.dropped_in_words}; "
+        f"unigram entropy {report.unigram_nats:.3f} nats per token"
     )
     for warning in report.warnings:
         print_line(f"warning: {warning}")
+
+    folder = shlex.quote(str(out))
+    run_dir = shlex.quote(f"runs/{out.absolute().name}")
+    print_line(f"next: bitlm train quickstart --data.path {folder} --run.dir {run_dir}")

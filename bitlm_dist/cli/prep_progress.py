@@ -1,5 +1,6 @@
 """Progress of `bitlm prep`: a bar per phase on a terminal, otherwise a line now and then."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,18 +10,24 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
     TaskID,
-    TaskProgressColumn,
     TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
 
-from bitlm_dist.cli.progress import PLAIN_LOG_SECONDS
+from bitlm_dist.cli import progress
+from bitlm_dist.cli.progress import timestamp
+from bitlm_dist.formatting import format_duration, plural
+
+MIN_RATE_SECONDS = 1.0  # of a phase, before its rate and the time left mean anything
 
 
 class PreparationStatus(Protocol):
-    """Progress of a preparation, see :class:`bitlm_dist.data_prep.prepare.Progress`."""
+    """Progress of a preparation, see :class:`bitlm_dist.data_prep.progress.Progress`."""
 
     @property
     def phase(self) -> str:
@@ -29,7 +36,7 @@ class PreparationStatus(Protocol):
 
     @property
     def done(self) -> int:
-        """Bytes of the corpus, as stored, that were read."""
+        """Bytes of the corpus, as stored, that are finished in this phase."""
         ...
 
     @property
@@ -39,12 +46,12 @@ class PreparationStatus(Protocol):
 
     @property
     def text_bytes(self) -> int:
-        """Bytes of text so far."""
+        """Bytes of text that are finished in this phase."""
         ...
 
     @property
     def num_documents(self) -> int:
-        """Documents read so far."""
+        """Documents that are finished in this phase."""
         ...
 
 
@@ -53,73 +60,119 @@ def preparation_progress(console: Console) -> Iterator[Callable[[PreparationStat
     """Show the progress of a preparation: a bar on a terminal, otherwise a line now and then.
 
     Yields:
-        A function to call with every update of the progress.
+        A function to call when a phase begins, and with every update of the progress.
     """
-    rate = _preparation_rate()
-    if not console.is_terminal:
-        yield _plain_preparation_log(console, rate)
-        return
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[documents]:,} documents"),
-        TextColumn("{task.fields[rate]:.1f} MB/s"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def update(progress: PreparationStatus) -> None:
-            # a bar per phase, as each has a total of its own
-            if progress.phase not in tasks:
-                tasks[progress.phase] = bar.add_task(
-                    progress.phase, total=progress.total or None, documents=0, rate=0.0
-                )
-            bar.update(
-                tasks[progress.phase],
-                completed=progress.done,
-                documents=progress.num_documents,
-                rate=rate(progress),
-            )
-
-        yield update
+    if console.is_interactive:
+        with _PhaseBars(console) as bars:
+            yield bars.update
+    else:
+        with _PhaseLog(console) as log:
+            yield log.update
 
 
-def _preparation_rate() -> Callable[[PreparationStatus], float]:
-    """Make a function that returns the MB of text per second of the current phase."""
-    phase_starts: dict[str, float] = {}
-    start_time = time.perf_counter()
+class _PhaseBars:
+    """A bar per phase, as each has a total of its own; a spinner where the total is unknown."""
 
-    def rate(progress: PreparationStatus) -> float:
-        # the first phase began before its first update
-        phase_start = phase_starts.setdefault(
-            progress.phase, start_time if not phase_starts else time.perf_counter()
+    def __init__(self, console: Console) -> None:
+        columns = (
+            SpinnerColumn(finished_text=" "),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(max_width=40)),
+            TextColumn("{task.fields[status]}"),
+            _Times(),
         )
-        return progress.text_bytes / 1e6 / max(time.perf_counter() - phase_start, 1e-3)
+        self._bars = Progress(*columns, console=console)
+        self._phase: str | None = None
+        self._task = TaskID(0)
 
-    return rate
+    def update(self, status: PreparationStatus) -> None:
+        """Show ``status`` in the bar of its phase, which ends the bar of the phase before."""
+        if status.phase != self._phase:
+            self._end_phase()
+            self._phase = status.phase
+            self._task = self._bars.add_task(status.phase, total=status.total or None, status="")
+
+        seconds = self._bars.tasks[self._task].elapsed or 0.0
+        self._bars.update(
+            self._task, completed=status.done, status=", ".join(_facts(status, seconds))
+        )
+
+    def _end_phase(self) -> None:
+        if self._phase is not None:
+            self._bars.update(self._task, total=1, completed=1)
+
+    def __enter__(self) -> "_PhaseBars":
+        self._bars.start()
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *exception: object) -> None:
+        # The bar of a phase that failed stays where it was.
+        if exception_type is None:
+            self._end_phase()
+        self._bars.stop()
 
 
-def _plain_preparation_log(
-    console: Console, rate: Callable[[PreparationStatus], float]
-) -> Callable[[PreparationStatus], None]:
-    """Make a function that prints a line if the last one was some time ago."""
-    last = time.perf_counter()
+class _Times(ProgressColumn):
+    """Time that a phase has taken, and while it runs the time that is left if that is known."""
 
-    def print_status(progress: PreparationStatus) -> None:
-        nonlocal last
-        speed = rate(progress)  # on every call, as it notes when phases begin
-        if time.perf_counter() - last < PLAIN_LOG_SECONDS:
-            return
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=True))
 
-        last = time.perf_counter()
-        percent = f"{100 * progress.done / progress.total:.0f}%  " if progress.total else ""
-        text = f"{progress.phase}  {percent}{progress.num_documents:,} documents  "
-        text += f"{progress.text_bytes / 1e6:,.1f} MB of text  {speed:.1f} MB/s"
-        console.print(text, soft_wrap=True, markup=False)
+    def render(self, task: Task) -> Text:
+        seconds = (task.finished_time if task.finished else task.elapsed) or 0.0
+        text = format_duration(seconds)
+        left = task.time_remaining
+        if not task.finished and left is not None and seconds >= MIN_RATE_SECONDS:
+            text += f", left {format_duration(left)}"
+        return Text(text, style="progress.elapsed")
 
-    return print_status
+
+class _PhaseLog:
+    """A line with the time when a phase begins, and every PLAIN_LOG_SECONDS while it lasts."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: PreparationStatus | None = None
+        self._phase_start = 0.0
+        self._ended = threading.Event()
+        # A phase may last long without an update.
+        self._thread = threading.Thread(target=self._print_regularly, daemon=True)
+
+    def update(self, status: PreparationStatus) -> None:
+        """Note ``status``, and print the name of a phase that begins."""
+        if self._status is None or status.phase != self._status.phase:
+            self._phase_start = time.monotonic()
+            self._console.print(f"{timestamp()} {status.phase}", soft_wrap=True, markup=False)
+        self._status = status
+
+    def _print_regularly(self) -> None:
+        while not self._ended.wait(progress.PLAIN_LOG_SECONDS):
+            if self._status is not None:
+                self._print_status(self._status)
+
+    def _print_status(self, status: PreparationStatus) -> None:
+        seconds = time.monotonic() - self._phase_start
+        facts = [*_facts(status, seconds), format_duration(seconds)]
+        if 0 < status.done < status.total:
+            facts.append(f"left {format_duration(seconds * (status.total / status.done - 1))}")
+        self._console.print(
+            f"{timestamp()} {status.phase}: {', '.join(facts)}", soft_wrap=True, markup=False
+        )
+
+    def __enter__(self) -> "_PhaseLog":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def _facts(status: PreparationStatus, seconds: float) -> list[str]:
+    """What is known of a phase that has taken ``seconds``; empty if that is nothing."""
+    facts = [f"{100 * status.done // status.total} %"] if status.total else []
+    if status.num_documents:
+        facts.append(plural(status.num_documents, "document"))
+    if status.text_bytes and seconds >= MIN_RATE_SECONDS:
+        facts.append(f"{status.text_bytes / 1e6 / seconds:.1f} MB/s")
+    return facts

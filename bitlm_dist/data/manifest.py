@@ -20,6 +20,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: The folder is missing, empty, of another version, or was not prepared to the end.
     """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"data.path = {folder} is a file: name the folder that `bitlm prep` wrote")
     if not folder.is_dir():
         where = f"{folder}{relative_to_note(folder)}"
         raise UserError(

@@ -15,7 +15,11 @@ from numpy.typing import NDArray
 from bitlm_dist.config import Config, SourceConfig
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixture import BEGINNING, Mixture, Origin
-from bitlm_dist.data.packed_dataset import PackedDataset, collate_sequences
+from bitlm_dist.data.packed_dataset import (
+    PackedDataset,
+    collate_sequences,
+    few_sequences_warning,
+)
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.language_model import Batch
 
@@ -121,6 +125,10 @@ class MixtureDataset:
             f"{name}: {dataset.summary()}"
             for name, dataset in zip(self._names, self._datasets, strict=True)
         )
+
+    def warnings(self, sequences_per_step: int) -> list[str]:
+        """Warnings about steps of this size, one line each."""
+        return few_sequences_warning(sum(map(len, self._datasets)), sequences_per_step)
 
     def close(self) -> None:
         """Close the shards of all sources."""

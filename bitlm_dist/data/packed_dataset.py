@@ -14,6 +14,7 @@ from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixture import BEGINNING
 from bitlm_dist.data.packing import PackingPlan, assemble_sequence, pack
 from bitlm_dist.data.shards import DocumentShards
+from bitlm_dist.formatting import format_percent, plural
 from bitlm_dist.model.language_model import Batch
 
 
@@ -34,6 +35,17 @@ def collate_sequences(
     pairs = [get_sequence(first + i) for i in range(num_sequences)]
     tokens, ids = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs, strict=True))
     return Batch(tokens, ids, torch.arange(first, first + num_sequences, device=device))
+
+
+def few_sequences_warning(sequences_per_epoch: int, sequences_per_step: int) -> list[str]:
+    """A warning, if every step reads all of the text; else nothing."""
+    if sequences_per_epoch > sequences_per_step:
+        return []
+    return [
+        f"an epoch has {plural(sequences_per_epoch, 'sequence')} and a step takes "
+        f"{sequences_per_step:,}, so every step reads all of the text: prepare more text, or "
+        "lower data.sequence_length or training.global_batch_tokens"
+    ]
 
 
 class PackedDataset:
@@ -202,14 +214,19 @@ class PackedDataset:
 
     def summary(self) -> str:
         """Summarize the size of the dataset and the cost of packing in one line."""
-        padding, repeated, cut = (f"{100 * fraction:.2g} %" for fraction in self._plan(0).stats)
+        padding, repeated, cut = (format_percent(fraction) for fraction in self._plan(0).stats)
         text_bytes = self.manifest["splits"][self._split]["bytes"]
         return (
-            f"{len(self):,} sequences per epoch: {len(self) * self._sequence_length:,} positions, "
+            f"{plural(len(self), 'sequence')} per epoch: "
+            f"{len(self) * self._sequence_length:,} positions, "
             f"of which {self.num_predicted_tokens:,} are predicted tokens "
-            f"({text_bytes:,} bytes of text); {self._packer}: {padding} padding, "
+            f"({plural(text_bytes, 'byte')} of text); {self._packer}: {padding} padding, "
             f"{repeated} repeated, {cut} of the documents cut"
         )
+
+    def warnings(self, sequences_per_step: int) -> list[str]:
+        """Warnings about steps of this size, one line each."""
+        return few_sequences_warning(len(self), sequences_per_step)
 
     def epoch_batches(
         self, batch_size: int, max_sequences: int, device: torch.device

@@ -67,6 +67,17 @@ def damaged_shards(folder: Path, manifest: Mapping[str, Any], split: str) -> tup
     return len(shards), problems
 
 
+def _split_remedy(manifest: Mapping[str, Any]) -> str:
+    """What to do about a split without documents."""
+    fraction = manifest.get("settings", {}).get("validation")
+    if not fraction:
+        return "prepare it with --validation, or read another split"
+    return (
+        f"no document fell into it (--validation {fraction}): prepare more documents, or a larger "
+        "part of them, into a new folder; or read another split"
+    )
+
+
 def _read_index(split: Path) -> list[dict[str, Any]]:
     shards: list[dict[str, Any]] = json.loads((split / "index.json").read_text())["shards"]
     return shards
@@ -161,10 +172,7 @@ class DocumentShards:
         self.folder = folder / split
         manifest = read_manifest(folder)
         if not manifest["splits"][split]["documents"]:
-            raise UserError(
-                f"{folder} has no {split} split: "
-                "prepare it with --validation, or read another split"
-            )
+            raise UserError(f"{folder} has no {split} split: {_split_remedy(manifest)}")
         for name in SPLIT_FILES:
             check_file(folder, manifest, f"{split}/{name}")
         self.document_lengths: NDArray[np.int64] = np.load(self.folder / "lengths.npy")

@@ -14,6 +14,7 @@ from bitlm_dist.data.shards import DocumentShards
 from bitlm_dist.data_prep import output_units, round_trip
 from bitlm_dist.data_prep.prepare import prepare
 from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.formatting import format_percent
 
 TEXTS = [f"the cat in THE hat {i}  two blanks.\nthe cat, the cat in the cat" for i in range(40)]
 ASKS = {
@@ -75,7 +76,7 @@ def test_a_preparation_says_what_it_does_not_apply_and_counts_the_bytes_of_token
     output = CliRunner().invoke(app, words, catch_exceptions=False).output
     asked = "truncation to 4 tokens, padding, BPE dropout 0.3"
     line = f"warning: tokenizer.json asks for {asked}: not applied, documents are encoded whole"
-    assert output.splitlines()[1:] == [line]
+    assert [row for row in output.splitlines() if row.startswith("warning")] == [line]
     manifest = read_manifest(tmp_path / "out")
     assert manifest["round_trip"]["lossless"]
     assert (
@@ -116,7 +117,8 @@ def test_a_tokenizer_that_does_not_give_the_text_back_is_said_with_what_is_lost(
     )
     assert found["other_bytes"] == (len(TEXTS) if kind == "bert" else 0)
     assert found["lost"] == LOST[kind] * found["decoded"]
-    assert f"lost {100 * found['lost'] / found['characters']:.3g} % of their characters" in line
+    percent = format_percent(found["lost"] / found["characters"])
+    assert f"lost {percent} of their characters" in line
     assert "the cat in THE hat" in found["first"]["text"]
     assert f"{found['first']['text']!r} became {found['first']['decoded']!r}" in line
 

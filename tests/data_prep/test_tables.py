@@ -249,7 +249,7 @@ def test_a_file_that_is_too_long_for_a_document_names_the_separator(tmp_path, si
         error = str(raised)
     assert error.startswith(
         f"{file} is one document of more than 20 characters (--max-chars): "
-        "cut it with --document-separator"
+        r"cut it at its blank lines with --document-separator '\n\n', allow more (0: no limit)"
     )
     file.write_text("y" * 20 + "\x00" * 9)
     assert read(file, max_chars=20)[0] == ["y" * 20], "as long as any may be, once it is clean"

@@ -13,7 +13,8 @@ every file, and renamed::
         latest -> step-00000120
 
 The format is independent of the layout that wrote it, and nothing in it is ever executed: tensors
-are safetensors, the rest is JSON.
+are safetensors, the rest is JSON. Torch is imported by what writes tensors; to list and verify
+checkpoints takes none.
 """
 
 import hashlib
@@ -25,11 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.steps import (
     HEALTH,
     MANIFEST,
@@ -39,10 +37,14 @@ from bitlm_dist.checkpoint.steps import (
     read_health,
     read_train_state,
 )
-from bitlm_dist.checkpoint.tensors import INDEX, FileDigest, ShardEntry, index_text
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import fsync_folder, sha256_of, write_atomically
 from bitlm_dist.strict_json import to_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bitlm_dist.checkpoint.tensors import FileDigest, ShardEntry
 
 FORMAT = 2
 LATEST = "latest"
@@ -101,8 +103,8 @@ def finalize(
     root: Path,
     step: int,
     train_state: Mapping[str, Any],
-    entries_per_rank: Sequence[Sequence[ShardEntry]],
-    digests: Iterable[FileDigest],
+    entries_per_rank: "Sequence[Sequence[ShardEntry]]",
+    digests: "Iterable[FileDigest]",
 ) -> Path:
     """Complete a checkpoint, once all ranks have written their files.
 
@@ -116,6 +118,8 @@ def finalize(
     Returns:
         The checkpoint's folder.
     """
+    from bitlm_dist.checkpoint.tensors import INDEX, index_text
+
     partial_folder = partial_folder_of(root, step)
     final = folder_of(root, step)
 
@@ -188,12 +192,14 @@ def remove(folder: Path) -> Thread:
 def save(
     root: Path,
     step: int,
-    entries: Sequence[ShardEntry],
-    tensors: Iterable[Tensor],
+    entries: "Sequence[ShardEntry]",
+    tensors: "Iterable[Tensor]",
     train_state: Mapping[str, Any],
 ) -> Path:
     """Write a checkpoint from a single process that holds all of it."""
-    digest = tensor_files.write_safetensors(
+    from bitlm_dist.checkpoint.tensors import write_safetensors
+
+    digest = write_safetensors(
         create_partial_folder(root, step) / rank_file_name(0), entries, tensors
     )
     return finalize(root, step, train_state, [entries], [digest])
@@ -222,9 +228,14 @@ def verify(folder: Path, rank: int = 0, world_size: int = 1) -> None:
             if os.path.getsize(file) != expected["bytes"] or sha256_of(file) != expected["sha256"]:
                 raise DamagedError(f"checkpoint file {file} is damaged")
         except OSError as error:
-            raise DamagedError(f"checkpoint file {file} cannot be read ({error})") from error
+            raise _unreadable(file, error) from error
         except (KeyError, TypeError):
             raise DamagedError(f"checkpoint file {folder / MANIFEST} is damaged") from None
+
+
+def _unreadable(file: Path, error: OSError) -> DamagedError:
+    reason = os_error_message(OSError(error.errno, error.strerror, os.fspath(file)))
+    return DamagedError(f"checkpoint file {reason}")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -243,7 +254,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         format_version = int(manifest.get("format", 1))
         if format_version == FORMAT:
             return dict(manifest["files"])
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise DamagedError(f"checkpoint file {file} is damaged") from None
 
     advice = (
@@ -272,8 +285,14 @@ def checkpoint_summary(folder: Path) -> dict[str, Any]:
             "healthy": read_health(folder),
             "folder": str(folder),
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"checkpoint {folder} is damaged ({error})") from None
+    except FileNotFoundError as error:
+        raise DamagedError(f"checkpoint {folder} is damaged: {error.filename} is missing") from None
+    except OSError as error:
+        raise _unreadable(folder / STATE, error) from error
+    except (ValueError, KeyError, TypeError):
+        raise DamagedError(
+            f"checkpoint {folder} is damaged: {MANIFEST} or {STATE} lacks entries"
+        ) from None
 
 
 def latest_healthy(root: Path) -> Path | None:

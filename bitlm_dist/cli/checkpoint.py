@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bitlm_dist.cli.console import AsJson, Run, path_argument, print_line, print_table
+from bitlm_dist.cli.progress import work_progress
+from bitlm_dist.config_loading import value_as_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import relative_to_note
 from bitlm_dist.strict_json import to_json
@@ -60,6 +62,7 @@ def verify_command(
         Path,
         path_argument("RUN|CHECKPOINT", "Run folder (all its checkpoints) or checkpoint folder."),
     ],
+    as_json: AsJson = False,
 ) -> None:
     """Verify the hashes of a checkpoint, or of all checkpoints of a run.
 
@@ -69,17 +72,35 @@ def verify_command(
     from bitlm_dist.checkpoint.store import verify
 
     # a folder with a manifest is a checkpoint, any other a run
-    results = []
-    for folder in [run] if (run / MANIFEST).is_file() else _checkpoint_folders(run):
-        try:
-            verify(folder)
-        except UserError as error:
-            results.append((folder.name, "damaged", str(error)))
-        else:
-            results.append((folder.name, "whole", ""))
+    folders = [run] if (run / MANIFEST).is_file() else _checkpoint_folders(run)
+    if not folders:
+        raise UserError(f"{run} holds no checkpoint yet")
 
-    print_table("", ("checkpoint", "status", "action"), results)
-    if any(state == "damaged" for _, state, _ in results):
+    problems: dict[Path, str | None] = {}
+    with work_progress("hashing", len(folders), "checkpoints") as advance:
+        for number, folder in enumerate(folders, 1):
+            try:
+                verify(folder)
+            except UserError as error:
+                problems[folder] = str(error)
+            else:
+                problems[folder] = None
+            advance(number)
+
+    if as_json:
+        records = [
+            {"folder": str(folder), "whole": problem is None, "problem": problem}
+            for folder, problem in problems.items()
+        ]
+        print(to_json({"run": str(run), "checkpoints": records}, indent=1))
+    else:
+        rows = ((f.name, "damaged" if problem else "whole") for f, problem in problems.items())
+        print_table("", ("checkpoint", "status"), rows)
+        # below the table, as a path that it folds can be neither copied nor searched for
+        for problem in filter(None, problems.values()):
+            print_line(problem)
+
+    if any(problems.values()):
         raise typer.Exit(1)
 
 
@@ -108,7 +129,7 @@ def diff_command(first: CheckpointPath, second: CheckpointPath, as_json: AsJson 
             print_table(
                 "other differences",
                 ("", "first", "second"),
-                ((key, *values) for key, values in states.items()),
+                ((key, *map(value_as_yaml, values)) for key, values in states.items()),
             )
 
     if differences or states:

@@ -105,7 +105,6 @@ def _train(
     Returns:
         True if the run was stopped on request before its end.
     """
-    from bitlm_dist.cli.train_progress import training_progress
     from bitlm_dist.launch import attempts
     from bitlm_dist.training.trainer import Trainer
 
@@ -120,15 +119,29 @@ def _train(
         trainer.close()
         trainer.raise_if_diverged()
         if is_rank_zero:
+            attempts.report_outcome(os.environ, attempts.Outcome.DONE, start_step, "")
             if not quiet:
                 print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
-            attempts.report_outcome(os.environ, attempts.Outcome.DONE, start_step, "")
         return False
 
     if is_rank_zero:
         _print_start(trainer, config, busy_cores, quiet)
     if trainer.device.type == "cuda" and not quiet:
         _print_device(trainer.device, layout.rank)
+
+    _fit(trainer, config, is_rank_zero, has_display=is_rank_zero and not quiet)
+
+    if is_rank_zero:
+        outcome = attempts.Outcome.DONE if trainer.is_done else attempts.Outcome.STOPPED
+        attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
+        if not quiet:
+            _print_end(trainer)
+    return trainer.stopped_by is not None and not trainer.is_done
+
+
+def _fit(trainer: "Trainer", config: Config, is_rank_zero: bool, has_display: bool) -> None:
+    """Train and evaluate to the end or a stop, and close the trainer."""
+    from bitlm_dist.cli.train_progress import training_progress
 
     # Entered first, the trainer is closed last, after the progress bar.
     with ExitStack() as stack:
@@ -141,18 +154,11 @@ def _train(
             else None
         )
         display = (
-            stack.enter_context(training_progress(console, config, start_step))
-            if is_rank_zero and not quiet
+            stack.enter_context(training_progress(console, config, trainer.step))
+            if has_display
             else None
         )
         trainer.fit(observe=display, evaluate=evaluator, display=display)
-
-    if is_rank_zero:
-        outcome = attempts.Outcome.DONE if trainer.is_done else attempts.Outcome.STOPPED
-        attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
-        if not quiet:
-            _print_end(trainer)
-    return trainer.stopped_by is not None and not trainer.is_done
 
 
 def _print_start(
@@ -175,7 +181,7 @@ def _print_start(
         for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
             if warning:
                 print_line(f"warning: {warning}")
-    for warning in warnings_of(config):
+    for warning in (*trainer.dataset.warnings(trainer.sequences_per_step), *warnings_of(config)):
         print_line(f"warning: {warning}")
 
 

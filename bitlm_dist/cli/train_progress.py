@@ -120,11 +120,13 @@ class TrainingProgress:
         self, step: int, report: Mapping[str, Any], samples: Sequence[Mapping[str, str]]
     ) -> None:
         """Print the score of a step, how it changed, and the first of the sample texts."""
-        score, unit = report.get("bits_per_byte"), "bits per byte"
+        score = report.get("bits_per_byte")
+        unit = "bits per byte"
         if report.get("bytes_note"):
             unit = f"approximate {unit}"
         if score is None:
-            score, unit = report.get("nats_per_token"), "nats per token"
+            score = report.get("nats_per_token")
+            unit = "nats per token"
 
         notes = ["exact" if report.get("exact") else "bound"]
         if score is not None and self._last_score is not None:

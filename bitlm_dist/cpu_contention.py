@@ -4,6 +4,7 @@ import os
 import time
 
 from bitlm_dist.cpu_threads import NUM_THREADS, num_local_ranks
+from bitlm_dist.formatting import plural
 
 BACKGROUND_CORES = 0.3  # cores that an idle machine uses now and then
 
@@ -41,15 +42,15 @@ class CpuContention:
             return None
 
         ranks = (
-            f"{num_ranks} ranks x {num_threads} threads"
+            f"{num_ranks} ranks x {plural(num_threads, 'thread')}"
             if num_ranks > 1
-            else f"{num_threads} threads"
+            else plural(num_threads, "thread")
         )
         busy = (
             f", of which other programs keep {others:.1f} busy" if others > BACKGROUND_CORES else ""
         )
         return (
-            f"{ranks} on {num_cores} cores{busy}: training will be slower; "
+            f"{ranks} on {plural(num_cores, 'core')}{busy}: training will be slower; "
             f"end the others or set {NUM_THREADS} lower"
         )
 

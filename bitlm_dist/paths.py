@@ -67,3 +67,9 @@ def relative_to_note(path: Path) -> str:
         An empty string for an absolute path.
     """
     return "" if path.is_absolute() else f" (from {Path.cwd()})"
+
+
+def check_absent(path: Path) -> None:
+    """Raise a :class:`UserError` if something is where a folder is to be made."""
+    if path.exists():
+        raise UserError(f"{path} exists: name a folder that does not")

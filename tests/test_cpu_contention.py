@@ -28,7 +28,7 @@ def test_another_busy_program_is_counted_and_this_process_is_not(monkeypatch):
     )
 
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert cores.warning(1).startswith("2 ranks x 1 threads on 2 cores")
+    assert cores.warning(1).startswith("2 ranks x 1 thread on 2 cores")
 
 
 def test_this_process_s_own_work_is_not_taken_for_others():

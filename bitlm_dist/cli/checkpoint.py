@@ -12,7 +12,7 @@ from bitlm_dist.cli.console import AsJson, Run, path_argument, print_line, print
 from bitlm_dist.cli.progress import work_progress
 from bitlm_dist.config_loading import value_as_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.paths import relative_to_note
+from bitlm_dist.paths import check_absent, relative_to_note
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -110,10 +110,12 @@ def diff_command(first: CheckpointPath, second: CheckpointPath, as_json: AsJson 
 
     The layouts that wrote them may differ. Exit code 1: the checkpoints differ.
     """
-    from bitlm_dist.checkpoint.diff import compare_tensors, compare_train_states
-
     folders = _resolve_checkpoint(first), _resolve_checkpoint(second)
-    counts, differences = compare_tensors(*folders)
+    with work_progress("comparing tensors"):
+        # after the look at the folders, as it loads torch
+        from bitlm_dist.checkpoint.diff import compare_tensors, compare_train_states
+
+        counts, differences = compare_tensors(*folders)
     states = compare_train_states(*folders)
 
     if as_json:
@@ -178,13 +180,16 @@ def export_command(
 
     Only one tensor is in memory at a time.
     """
-    from bitlm_dist.training.export import export_checkpoint
-
     if not isfinite(file_gb):
         raise UserError(f"--file-gb {file_gb}: expected a number of gigabytes, e.g. 4")
-
     folder = _resolve_checkpoint(checkpoint)
-    size = export_checkpoint(folder, out, use_ema, int(file_gb * 1e9))
+    check_absent(out)
+
+    with work_progress("exporting"):
+        # after the look at the files, as it loads torch
+        from bitlm_dist.training.export import export_checkpoint
+
+        size = export_checkpoint(folder, out, use_ema, int(file_gb * 1e9))
     print_line(f"{out}: {size / 2**20:,.1f} MiB of weights from {folder}")
 
 
@@ -196,9 +201,15 @@ def import_command(
     run: Annotated[Path, path_argument("RUN", "Run folder to create; must not exist.")],
 ) -> None:
     """Create a run folder from exported weights, for `bitlm eval` and `bitlm generate`."""
-    from bitlm_dist.training.export import import_checkpoint
+    from bitlm_dist.training.export_record import read_export_record
 
-    import_checkpoint(source, run)
+    check_absent(run)
+    read_export_record(source)
+    with work_progress("importing"):
+        # after the look at the files, as it loads torch
+        from bitlm_dist.training.export import import_checkpoint
+
+        import_checkpoint(source, run)
     print_line(f"{run}: evaluate it with `bitlm eval {run}`")
 
 

@@ -15,6 +15,7 @@ from bitlm_dist.data.manifest import MANIFEST, check_file, read_manifest
 from bitlm_dist.data.streaming_import import import_streaming
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import fsync_folder, fsync_tree, write_atomically
+from bitlm_dist.paths import check_absent
 from bitlm_dist.strict_json import to_json
 
 REMOTE_FILE = "remote.json"
@@ -49,8 +50,7 @@ def mirror(url: str, folder: Path) -> None:
     Raises:
         UserError: ``folder`` exists, or a file cannot be fetched or does not match the manifest.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists: name a folder that does not")
+    check_absent(folder)
 
     # Built under another name and renamed at the end: the mirror is either complete or absent.
     building = folder.with_name(f".{folder.name}.partial")

@@ -9,7 +9,6 @@ An exported folder has the files of a run folder, except for the checkpoints::
 :func:`import_checkpoint` makes a run folder of it.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -25,16 +24,16 @@ from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.steps import read_train_state
 from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, ShardEntry, TensorIndex, current_name
 from bitlm_dist.config_loading import load_run_config, to_yaml
-from bitlm_dist.errors import UserError, os_error_message
+from bitlm_dist.errors import UserError
 from bitlm_dist.files import fsync_folder, fsync_tree, sha256_of, write_atomically
+from bitlm_dist.paths import check_absent
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import run_folder_of
+from bitlm_dist.training.export_record import EXPORT_FORMAT, EXPORT_RECORD, load_verified_record
 from bitlm_dist.training.run_claim import missing_folders, remove_empty_folders
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import checkpoint_ema_name, checkpoint_weight_name
 
-EXPORT_FORMAT = 1
-EXPORT_RECORD = "export.json"
 INDEX_FILE = "model.safetensors.index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 
@@ -97,7 +96,7 @@ def _built_folder(folder: Path) -> Iterator[Path]:
         UserError: ``folder`` exists.
         OSError: it cannot be made or written; the error names it.
     """
-    _raise_if_exists(folder)
+    check_absent(folder)
     building = folder.with_name(f".{folder.name}.partial")
     created = missing_folders(folder.parent)
 
@@ -213,11 +212,6 @@ def _group_into_files(
     yield group
 
 
-def _raise_if_exists(folder: Path) -> None:
-    if folder.exists():
-        raise UserError(f"{folder} exists: name a folder that does not")
-
-
 def import_checkpoint(source: Path, run: Path) -> None:
     """Make a run folder of an exported one, with one tensor in memory at a time.
 
@@ -232,8 +226,8 @@ def import_checkpoint(source: Path, run: Path) -> None:
         UserError: ``source`` is not an exported folder, is damaged or of a newer format, or ``run``
             exists.
     """
-    _raise_if_exists(run)
-    record = _load_verified_record(source)
+    check_absent(run)
+    record = load_verified_record(source)
 
     # the exporting run's paths mean nothing here, and no moving average is exported beside weights
     config = load_run_config(source)
@@ -280,37 +274,3 @@ def _iter_tensors(files: Sequence[Path]) -> Iterator[Tensor]:
         with safe_open(file, "pt") as opened:
             for name in list(opened.keys()):
                 yield opened.get_tensor(name)
-
-
-def _load_verified_record(source: Path) -> dict[str, Any]:
-    """Read the export record, and verify all files that it lists."""
-    try:
-        record: dict[str, Any] = json.loads((source / EXPORT_RECORD).read_text())
-        format_version = int(record["format"])
-        files = dict(record["files"])
-    except OSError as error:
-        raise UserError(
-            f"{source} is not an exported folder: {EXPORT_RECORD} cannot be read: "
-            f"{os_error_message(error)}"
-        ) from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{source} is not an exported folder: {EXPORT_RECORD} in it is of another program, "
-            "or damaged"
-        ) from None
-
-    # a newer format may list its files in another way
-    if format_version > EXPORT_FORMAT:
-        raise UserError(
-            f"{source} has export format {format_version}, this version reads up to "
-            f"{EXPORT_FORMAT}: upgrade bitlm-dist"
-        )
-
-    for name, expected in files.items():
-        file = source / name
-        if not file.is_file():
-            raise UserError(f"{file} is missing: export again")
-        if sha256_of(file) != expected["sha256"]:
-            raise UserError(f"{file} is damaged: export again")
-
-    return record

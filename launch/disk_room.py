@@ -1,16 +1,18 @@
 """Failures that a full disk explains: they end as soon as the user has made room."""
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
 from bitlm_dist.disks import MIN_FREE_BYTES, free_bytes
 
 _SIGNS = ("no space left", "quota exceeded", "quota is used up", "has no room for")
-_REMEDY = "make room on "
+_ON_SOME_DISK = "make room on that disk"  # of bitlm_dist.errors, which does not look for it
+_REMEDY = re.compile(r"make room on (/[^;,]*)")
 
 
 def with_disk_hint(run: Path, reason: str) -> str:
-    """Add the disk on which to make room to the reason of a failure, if a full disk is the cause.
+    """Name the disk on which to make room in the reason of a failure, if a full disk is the cause.
 
     A rank that cannot write its log has no words either, so the disk itself is looked at, too.
 
@@ -23,13 +25,17 @@ def with_disk_hint(run: Path, reason: str) -> str:
     with suppress(OSError):
         full = next((f for f in folders if free_bytes(f.resolve()) < MIN_FREE_BYTES), None)
         if full is not None or is_full:
-            return f"{reason}; {_REMEDY}{_mount_point(full or folders[0])}"
+            remedy = f"make room on {_mount_point(full or folders[0])}"
+            if _ON_SOME_DISK in reason:
+                return reason.replace(_ON_SOME_DISK, remedy)
+            return f"{reason}; {remedy}"
     return reason
 
 
-def needs_room(reason: str) -> bool:
-    """True if the reason of a failure is a full disk."""
-    return _REMEDY in reason
+def full_disk(reason: str) -> str | None:
+    """The disk that is full according to the reason of a failure; None if that is not the cause."""
+    match = _REMEDY.search(reason)
+    return match[1] if match else None
 
 
 def _mount_point(path: Path) -> Path:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from bitlm_dist.launch.attempts import STOPPED_BY_USER, Attempt, Outcome
-from bitlm_dist.launch.disk_room import needs_room
+from bitlm_dist.launch.disk_room import full_disk
 
 
 class Action(StrEnum):
@@ -97,7 +97,7 @@ def _is_same_refusal(attempts: Sequence[Attempt]) -> bool:
         and attempts[0].submission == attempts[1].submission
         and attempts[0].outcome == attempts[1].outcome == Outcome.REFUSED
         and attempts[0].reason == attempts[1].reason
-        and not needs_room(attempts[0].reason)
+        and full_disk(attempts[0].reason) is None
     )
 
 

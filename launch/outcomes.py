@@ -16,7 +16,7 @@ from bitlm_dist.launch.attempts import (
     Outcome,
     run_folder_of,
 )
-from bitlm_dist.launch.disk_room import with_disk_hint
+from bitlm_dist.launch.disk_room import full_disk, with_disk_hint
 from bitlm_dist.launch.rank_exit import describe_exit, exits_seen_by_srun
 from bitlm_dist.launch.records import read_json, read_text
 
@@ -61,6 +61,8 @@ def hung_rank(folder: Path) -> int | None:
 
 def first_clause(reason: str) -> str:
     """The part of a reason that says what happened, without remedy and details."""
+    if disk := full_disk(reason):
+        return f"disk full: make room on {disk}"
     clause = reason.partition("; ")[0].partition(". ")[0]
     if len(clause) <= MAX_CLAUSE_LENGTH:
         return clause

@@ -17,6 +17,7 @@ from bitlm_dist.files import write_atomically
 from bitlm_dist.formatting import format_time
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import LAUNCH, Attempt, Limits
+from bitlm_dist.launch.disk_room import full_disk
 from bitlm_dist.launch.next_action import Action, NextAction, next_action
 from bitlm_dist.launch.node_health import bad_nodes
 from bitlm_dist.launch.outcomes import outcome_of
@@ -150,10 +151,10 @@ def decide(folder: Path, exit_code: int) -> Decision:
         past_attempts, settings["max_restarts"], attempts.is_cancelled(run), excluded_nodes(run)
     )
 
+    # the disk stays full if the ranks start again at once
+    num_failures = decision.num_without_progress or int(full_disk(decision.reason) is not None)
     wait = (
-        min(MAX_BACKOFF_SECONDS, settings["pause"] * 2 ** (decision.num_without_progress - 1))
-        if decision.num_without_progress
-        else 0
+        min(MAX_BACKOFF_SECONDS, settings["pause"] * 2 ** (num_failures - 1)) if num_failures else 0
     )
     return Decision(past_attempts[-1], decision, wait)
 

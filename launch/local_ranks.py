@@ -52,12 +52,11 @@ class RankProcesses:
         self._failed_at: float | None = None
 
         config = attempts.run_folder_of(folder) / LAUNCH / "config.yaml"
-        command = [sys.executable, "-u", "-m", "bitlm_dist.launch.rank", "train", str(config)]
         environment = {**os.environ, **env, **_rank_environment(folder, num_ranks)}
         with (folder / "start.log").open("ab") as early:
             self._processes = [
                 subprocess.Popen(
-                    command,
+                    rank_command(config),
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                     stdin=subprocess.DEVNULL,
                     stdout=early,
@@ -165,6 +164,11 @@ class RankProcesses:
             return False
         report = failures_of(self._folder).get(0, {})
         return line.removeprefix(attempts.USER_ERROR_PREFIX) == report.get("message")
+
+
+def rank_command(config: Path) -> list[str]:
+    """Command of each rank."""
+    return [sys.executable, "-u", "-m", "bitlm_dist.launch.rank", "train", str(config)]
 
 
 def _rank_environment(folder: Path, num_ranks: int) -> dict[str, str]:

@@ -75,3 +75,23 @@ def test_what_must_be_mended_ends_only_what_never_worked():
         ).action
         == "restart"
     )
+
+
+@pytest.mark.parametrize(
+    ("reason", "action"),
+    [
+        ("shard 3 is damaged", "give up"),
+        ("/x: no space left on device: make room on /disk, or elsewhere", "restart"),
+    ],
+)
+def test_the_same_refusal_twice_ends_a_run_but_a_full_disk_is_waited_for(reason, action):
+    began = attempt(Outcome.REFUSED, 0, 5, reason)
+    again = attempt(Outcome.REFUSED, 5, 5, reason)
+    assert next_action([began], 2, False).action == "restart", "it has made a checkpoint"
+    assert next_action([began, again], 2, False).action == action
+    assert next_action([began, again, again, again], 2, False).action == "give up"
+    other = replace(again, reason="something else")
+    further = replace(again, reached=6)
+    for last in (other, further, replace(again, submission="later")):
+        assert "twice in a row" not in next_action([began, last], 2, False).reason
+    assert next_action([began, further], 2, False).action == "restart"

@@ -4,7 +4,8 @@ import pytest
 
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import STOPPED_BY_USER, Limits, Outcome
-from bitlm_dist.launch.outcomes import first_failure, outcome_of
+from bitlm_dist.launch.outcomes import first_clause, first_failure, outcome_of
+from bitlm_dist.launch.rank_exit import report_exit
 
 
 @pytest.fixture
@@ -101,3 +102,72 @@ def test_the_first_failure_is_no_rank_that_only_lost_a_peer(folder):
     (folder / "failures" / "rank-5.json").unlink()
     (folder / "failures" / "rank-4.json").unlink()
     assert outcome_of(folder, 1) == (Outcome.REFUSED, "data.path does not exist")
+
+
+KILLED = "was killed by signal 9 (SIGKILL); out of memory? see dmesg"
+
+
+def lose_peer(folder, rank):
+    message = "RuntimeError: gloo: Connection closed by peer"
+    attempts.report_failure(environment(folder), rank, message, lost_peer=True, refused=False)
+
+
+def test_a_killed_rank_comes_before_those_that_lost_it(folder):
+    lose_peer(folder, 0)
+    report_exit(folder, 1, -9, 0.0)
+    outcome, reason = outcome_of(folder, -9)
+    assert outcome == Outcome.FAILED
+    assert reason.startswith("rank 1 on ")
+    assert reason.endswith(f" {KILLED}")
+    assert first_clause(reason).endswith("was killed by signal 9 (SIGKILL)")
+    (folder / "start.log").write_text("bitlm: numa = 0 needs numactl on n1: install it\n")
+    assert outcome_of(folder, -9) == (Outcome.REFUSED, "numa = 0 needs numactl on n1: install it")
+
+
+@pytest.mark.parametrize("has_lost_peer", [True, False])
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("Killed", KILLED),
+        ("Out Of Memory", "was killed by Slurm: out of memory"),
+        ("Exited with exit code 5", "ended with exit code 5 and reported nothing"),
+    ],
+)
+def test_under_slurm_the_task_that_srun_saw_die_is_named(folder, how, words, has_lost_peer):
+    if has_lost_peer:
+        lose_peer(folder, 0)
+    (folder / "start.log").write_text(
+        f"srun: error: n1: task 1: {how}\nsrun: error: n0: task 0: Exited with exit code 1\n"
+    )
+    assert outcome_of(folder, 137) == (Outcome.FAILED, f"rank 1 on n1 {words}")
+    attempts.request_stop(folder, "the time limit")
+    assert words not in outcome_of(folder, 137)[1], "srun kills what does not stop in time"
+
+
+def test_a_task_of_torchrun_is_no_rank(folder):
+    (folder.parents[1] / "settings.json").write_text(json.dumps({"launcher": "torchrun"}))
+    (folder / "start.log").write_text("srun: error: n1: task 1: Killed\n")
+    assert outcome_of(folder, 137)[1] == f"the launcher of the ranks on n1 {KILLED}"
+
+
+def test_of_ranks_that_refuse_for_one_reason_the_first_one_is_shown(folder):
+    for rank in (1, 0):
+        attempts.report_failure(environment(folder), rank, "no", lost_peer=False, refused=True)
+    found = first_failure(folder)
+    assert found is not None
+    assert found["rank"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "clause"),
+    [
+        ("rank 1 on n1: RuntimeError: x. A long hint", "rank 1 on n1: RuntimeError: x"),
+        (
+            "/x: no space left on device: make room on /disk, or elsewhere",
+            "disk full: make room on /disk",
+        ),
+        ("x" * 300, "x" * 119 + "…"),
+    ],
+)
+def test_the_first_clause_of_a_reason(reason, clause):
+    assert first_clause(reason) == clause

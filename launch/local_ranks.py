@@ -80,8 +80,14 @@ class RankProcesses:
                 self._forward_log()
 
                 if len(requests) > self._num_requests:
+                    if not self._num_requests:
+                        self._request_stop(requests[0])
                     self._num_requests = len(requests)
-                    self._pass_on(requests[0])
+                    self._echo(
+                        f"bitlm: {requests[0].name}: saving; once more ends it at once"
+                        if self._num_requests == 1
+                        else "bitlm: ending"
+                    )
                 if self._num_requests > 1 or self._is_over(codes):
                     return next((code for code in codes if code), int(self._num_requests > 1))
                 time.sleep(POLL)
@@ -111,13 +117,8 @@ class RankProcesses:
                         )
         return codes
 
-    def _pass_on(self, request: signal.Signals) -> None:
-        """Ask the ranks to save and exit; a second request only ends the loop."""
-        if self._num_requests > 1:
-            self._echo("bitlm: ending")
-            return
-
-        self._echo(f"bitlm: {request.name}: saving; once more ends it at once")
+    def _request_stop(self, request: signal.Signals) -> None:
+        """Ask the ranks to save and exit."""
         try:
             attempts.request_stop(self._folder, request.name)
         except OSError:  # the disk may be full

@@ -84,7 +84,10 @@ class _Fetcher:
         try:
             self._downloader: Any = import_streaming("storage").CloudDownloader.get(url)
         except (ValueError, ImportError) as error:
-            raise UserError(f"{url} cannot be opened: {' '.join(str(error).split())}") from error
+            raise UserError(
+                f"{url} cannot be opened: {' '.join(str(error).split())}: "
+                "use s3://bucket/folder, gs://… or https://…"
+            ) from error
 
         self._with_retries = import_streaming("util").retry(
             clean_up_fn=self._downloader.clean_up, num_attempts=MAX_ATTEMPTS
@@ -101,5 +104,6 @@ class _Fetcher:
         # Each store's library has exceptions of its own.
         except Exception as error:
             raise UserError(
-                f"{remote} cannot be fetched: {' '.join(str(error).split())}"
+                f"{remote} cannot be fetched: {' '.join(str(error).split())}: "
+                "check the URL and your access to it"
             ) from error

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bitlm_dist.cli.console import AsJson, Run, print_line, print_table, stderr_console
+from bitlm_dist.cli.console import (
+    AsJson,
+    Run,
+    console,
+    print_line,
+    print_table,
+    stderr_console,
+)
 from bitlm_dist.cli.trained_run import load_trained_config
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, log_to_stderr, os_error_message
@@ -17,6 +24,9 @@ from bitlm_dist.formatting import format_percent, format_value, plural, ratio_or
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
+    from bitlm_dist.data.packed_dataset import PackedDataset
+    from bitlm_dist.data_prep.token_bytes import ByteLengths
+    from bitlm_dist.evaluation.likelihood import EvaluationReport
     from bitlm_dist.model.language_model import LanguageModel
 
 
@@ -44,10 +54,8 @@ def open_evaluator(
         bits per byte are not those of the text; None if they are. The field ``scored`` says which
         text was scored.
     """
-    from bitlm_dist.cli.progress import work_progress
     from bitlm_dist.data.packed_dataset import PackedDataset
     from bitlm_dist.data_prep.tokenizer import Tokenizer
-    from bitlm_dist.evaluation.likelihood import evaluate as score
     from bitlm_dist.evaluation.scored_data import data_fingerprint
     from bitlm_dist.evaluation.text_bytes import check_byte_count
 
@@ -56,21 +64,13 @@ def open_evaluator(
     byte_lengths = Tokenizer.from_folder(path / "tokenizer").byte_lengths
     dataset = PackedDataset.from_config(config, split)
     limit = config.evaluation.num_sequences
-    total = min(limit, len(dataset)) if limit else len(dataset)
+    is_full_split = not 0 < limit < len(dataset)
 
     def scored(model: "LanguageModel") -> dict[str, Any]:
         """Evaluate a model and add ``bytes_note`` and ``scored`` to its report."""
-        with (
-            work_progress("evaluating", total, "sequences")
-            if show_progress
-            else nullcontext(lambda done: None)
-        ) as advance:
-            report = score(
-                model, dataset, byte_lengths, config.evaluation, config.sampling, advance
-            )
+        report = _score(model, dataset, byte_lengths, config, show_progress)
 
         # The manifest counts the bytes of the whole split: only a full evaluation is comparable.
-        is_full_split = total == len(dataset)
         check = check_byte_count(path, dataset.manifest, split, report.bytes, is_full_split)
         if check.contradicts_manifest and not is_training:
             raise UserError(str(check.note))
@@ -80,14 +80,36 @@ def open_evaluator(
             print_line(f"warning: bits per byte are approximate: {check.note}")
             print_warning = False
 
-        subject = {"tokens": report.tokens, "bytes": report.bytes}
-        subject["data"] = data_fingerprint(dataset, limit)
-        return {**asdict(report), "bytes_note": check.note, "scored": subject}
+        text = {"tokens": report.tokens, "bytes": report.bytes}
+        scored_text = {**text, "data": data_fingerprint(dataset, limit)}
+        return {**asdict(report), "bytes_note": check.note, "scored": scored_text}
 
     try:
         yield scored
     finally:
         dataset.close()
+
+
+def _score(
+    model: "LanguageModel",
+    dataset: "PackedDataset",
+    byte_lengths: "ByteLengths",
+    config: Config,
+    show_progress: bool,
+) -> "EvaluationReport":
+    """Evaluate a model, with a bar if asked for."""
+    from bitlm_dist.cli.progress import work_progress
+    from bitlm_dist.evaluation.likelihood import evaluate
+
+    limit = config.evaluation.num_sequences
+    total = min(limit, len(dataset)) if limit else len(dataset)
+    progress = (
+        work_progress("evaluating", total, "sequences")
+        if show_progress
+        else nullcontext(lambda done: None)
+    )
+    with progress as advance:
+        return evaluate(model, dataset, byte_lengths, config.evaluation, config.sampling, advance)
 
 
 def eval_command(
@@ -230,6 +252,7 @@ def _format_share(value: float | None, reference: float | None) -> str:
 
 
 def _format_accuracies(accuracies: Mapping[str, float]) -> str:
-    """Format pairs of time and accuracy, three to a line so that no pair is broken in a table."""
+    """Format pairs of time and accuracy, so many to a line that a table breaks no pair."""
     pairs = [f"{t}:{100 * accuracy:6.1f}%" for t, accuracy in accuracies.items()]
-    return "\n".join("  ".join(pairs[i : i + 3]) for i in range(0, len(pairs), 3))
+    per_line = 3 if console.width >= 80 else 1
+    return "\n".join("  ".join(pairs[i : i + per_line]) for i in range(0, len(pairs), per_line))

@@ -1,13 +1,13 @@
 """The command `bitlm generate`."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from bitlm_dist.cli.console import AsJson, Run, console
 from bitlm_dist.cli.trained_run import load_trained_config
-from bitlm_dist.config import Config
+from bitlm_dist.config import Config, SamplingConfig
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.formatting import plural
 from bitlm_dist.strict_json import to_json
@@ -46,8 +46,6 @@ def generate_command(
     step = find_trained_steps(run, config)[-1]
 
     with work_progress(f"loading {run}, step {step}"):
-        from bitlm_dist.cli.text_output import TextStream
-        from bitlm_dist.inference.generate import GenerationStats, generate_blocks
         from bitlm_dist.training.weights import load_trained_model
 
         folder, model, _ = load_trained_model(run, config)
@@ -55,24 +53,50 @@ def generate_command(
 
     ids = tokenizer.encode_batch([prompt])[0].tolist() if prompt else []
     _warn_of_long_prompt(len(ids), config)
-    num_known = len(ids) % config.model.block_size  # tokens of the first block
-    watcher = _make_watcher(model, config, num_known) if watch else None
+    watcher = _make_watcher(model, config, len(ids) % model.block_size) if watch else None
+    request = _Request(prompt, ids, blocks, seed, config.sampling)
+    _generate(model, tokenizer, request, watcher, as_json)
+
+
+class _Request(NamedTuple):
+    """What to generate, and how."""
+
+    prompt: str
+    ids: list[int]  # of the prompt
+    num_blocks: int
+    seed: int
+    sampling: SamplingConfig
+
+
+def _generate(
+    model: "LanguageModel",
+    tokenizer: "Tokenizer",
+    request: _Request,
+    watcher: "BitWatcher | None",
+    as_json: bool,
+) -> None:
+    """Generate, and print the text as it grows, or after all rows of bits, or as JSON."""
+    from bitlm_dist.cli.text_output import TextStream
+    from bitlm_dist.inference.generate import GenerationStats, generate_blocks
+
+    ids = request.ids
+    num_known = len(ids) % model.block_size  # tokens of the first block
 
     def decode(new: Sequence[int]) -> str:
         """The text of the new tokens."""
         return tokenizer.decode_after(ids, new)
 
     # With --json nothing else may be on standard output; between rows of bits no text can grow.
-    stream = None if as_json or watcher else TextStream(decode, prompt)
+    stream = None if as_json or watcher else TextStream(decode, request.prompt)
     stats = GenerationStats()
     new: list[int] = []
     for new_tokens in generate_blocks(
         model,
         ids,
         bos=tokenizer.bos,
-        num_blocks=blocks,
-        sampling=config.sampling,
-        seed=seed,
+        num_blocks=request.num_blocks,
+        sampling=request.sampling,
+        seed=request.seed,
         stats=stats,
         callback=watcher.show_pass if watcher else None,
     ):
@@ -85,7 +109,7 @@ def generate_command(
 
     if watcher:
         console.print()
-        TextStream(decode, prompt).show(new)
+        TextStream(decode, request.prompt).show(new)
     _print_end(decode(new), new, stats, as_json)
 
 

@@ -60,7 +60,7 @@ class BitWatcher:
         legend.append("1", style="bold green").append(" ").append("0", style="bold red")
         legend.append(f", · {'not yet' if self._is_sequential else 'open'})", style="dim")
         if self._num_known:
-            legend.append("; ", style="dim").append("prompt", style="dim underline")
+            legend.append("; ", style="dim").append("prompt underlined", style="dim underline")
         self._console.print(legend)
 
     def show_pass(self, step: int, denoised: "Tensor") -> None:
@@ -108,8 +108,9 @@ class BitWatcher:
 
 
 def _fit(text: str, width: int) -> str:
-    """Pad or cut a token's text to the width of its bits; control characters are shown escaped."""
+    """Pad or cut a token's text to the width of its bits, and show what would be invisible."""
     visible = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    visible = visible if visible.strip() else f"'{visible}'"
     if cell_len(visible) > width:
         visible = set_cell_size(visible, width - 1) + "…"
     return set_cell_size(visible, width)

@@ -80,9 +80,10 @@ def _judge_samples(report: Mapping[str, Any]) -> list[str]:
             "it does not know all codes yet."
         )
 
-    bound, chain = report["bits_per_byte"], report["chain_bits_per_byte"]
+    bound = report["bits_per_byte"]
+    chain = report["chain_bits_per_byte"]
     if bound is not None and chain and abs(bound / chain - 1) > MAX_BOUND_GAP:
-        better, sampler = ("chain rule", "sequential") if chain < bound else ("bound", "ode")
+        better, sampler = ("bound", "ode") if bound < chain else ("chain rule", "sequential")
         remarks.append(
             f"Bound ({bound:.3f}) and chain rule ({chain:.3f}) are far apart: "
             f"go by the {better}, and sample with sampling.sampler = {sampler}."

@@ -65,9 +65,8 @@ def evaluate(
 
     Args:
         byte_lengths: UTF-8 bytes of each token id.
-        config: amount of data, noise levels of the bound, and number of blocks to sample after true
-            context.
-        sampling: how to sample those blocks.
+        config: amount of data, noise levels of the bound, and number of blocks to sample.
+        sampling: how to sample blocks, after true context.
         advance: called with the number of sequences that are done.
     """
     device = next(model.parameters()).device
@@ -96,14 +95,12 @@ def evaluate(
                 shuffle_context=batch_index % SHUFFLE_EVERY == 0,
             )
         )
-        sequences.append(
-            targets.sequence_index.unsqueeze(1).expand_as(targets.valid)[targets.valid]
-        )
+        sequence_of_token = targets.sequence_index.unsqueeze(1).expand_as(targets.valid)
+        sequences.append(sequence_of_token[targets.valid])
         ids.append(targets.tokens[targets.valid])
 
         is_start = _is_document_start(batch, targets, dataset.manifest["bos"])
         extra_bytes = extra_bytes + (first_token_extra_bytes[targets.tokens[:, 0]] * is_start).sum()
-
         samples.add(model, targets, sampling)
 
     return _build_report(

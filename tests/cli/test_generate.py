@@ -12,8 +12,9 @@ def test_rows_of_bits_have_a_legend_and_the_text_of_each_block_below_them(traine
     words = ("generate", trained_run, "--prompt", "the light", "--blocks", 2)
     written = json.loads(bitlm(*words, "--json").stdout)["text"]
 
+    legend = "a row per head pass, which writes one token (1 0, · not yet); prompt underlined"
     lines = bitlm(*words, "--watch").stdout.splitlines()
-    assert lines[0] == "a row per head pass, which writes one token (1 0, · not yet); prompt"
+    assert lines[0] == legend
     rows = [line for line in lines if re.match(r" +\d  [01·]{9}  ", line)]
     assert len(rows) >= 4
     # The whole text stands once at the end, in one piece.

@@ -54,7 +54,8 @@ def _run() -> int:
         # NCCL complains of a process group that is still open at exit.
         if (mesh := sys.modules.get("bitlm_dist.parallel.mesh")) is not None:
             mesh.destroy_process_groups()
-        sys.stdout.flush()  # here, where a full disk is reported in one line
+        if sys.stdout is not None:  # it may be closed
+            sys.stdout.flush()  # here, where a full disk is reported in one line
         return code if isinstance(code, int) else 0
 
     except (errors.UserError, usage_error) as error:

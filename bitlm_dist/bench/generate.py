@@ -9,6 +9,7 @@ from typing_extensions import override
 from bitlm_dist.bench.interleaved import (
     BenchRunner,
     ShowProgress,
+    Timing,
     Variant,
     show_nothing,
     time_interleaved,
@@ -129,21 +130,10 @@ def bench_generate(
     }
     timings = time_interleaved(variants, repeats=repeats, show=show)
 
-    # the cache grows by one token per step, so half of the new tokens on average
-    bits = num_bits_needed(workload.vocab_size)
-    mean_context_length = workload.num_prompt_tokens + workload.num_new_tokens / 2
-    sides: dict[str, Any] = {}
-    for name, timing in timings.items():
-        sides[name] = summarize_timing(
-            timing,
-            generation_flops(configs[name], bits, workload.vocab_size, mean_context_length),
-            1.0,  # every generated token is predicted
-        )
-
     return Results(
         kind="generate",
         first=first,
-        sides=sides,
+        sides=_summarize_sides(configs, workload, timings),
         settings={
             **common_settings(config, workload.vocab_size, repeats),
             "batch": workload.batch_size,
@@ -152,6 +142,23 @@ def bench_generate(
         },
         environment=machine_environment(),
     )
+
+
+def _summarize_sides(
+    configs: dict[str, Config], workload: GenerationWorkload, timings: dict[str, Timing]
+) -> dict[str, dict[str, Any]]:
+    # the cache grows by one token per step, so half of the new tokens on average
+    bits = num_bits_needed(workload.vocab_size)
+    mean_context_length = workload.num_prompt_tokens + workload.num_new_tokens / 2
+    sides = {}
+    for name, timing in timings.items():
+        sides[name] = summarize_timing(
+            timing,
+            generation_flops(configs[name], bits, workload.vocab_size, mean_context_length),
+            1.0,  # every generated token is predicted
+        )
+
+    return sides
 
 
 def _configs_by_sampler(config: Config, samplers: list[str]) -> dict[str, Config]:

@@ -151,10 +151,10 @@ def _start_children(
         for name, variant in variants.items():
             with show(f"setting up {name}"):
                 parent_end, child_end = context.Pipe()
-                process = context.Process(target=_serve, args=(child_end, variant), daemon=True)
+                child = context.Process(target=_serve, args=(child_end, variant), daemon=True)
                 with _interrupts_blocked():
-                    process.start()
-                    children[name] = (process, parent_end)
+                    child.start()
+                    children[name] = (child, parent_end)
 
                 # otherwise the death of the child would not end the pipe
                 child_end.close()

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,15 @@ def bench_kernels(
     measure = BENCHES[kind][0]
     all_results = []
     for number, shape in enumerate(shapes):
-        num_before = number * repeats
-        sides = measure(shape, repeats, backends, lambda done, n=num_before: report(n + done))
+        report_all = partial(_report_all, report, number * repeats)
+        sides = measure(shape, repeats, backends, report_all)
         all_results.append(KernelResults(kind, shape, sides, _peak_rate(kind, shape)))
 
     return all_results
+
+
+def _report_all(report: Callable[[int], None], num_before: int, done: int) -> None:
+    report(num_before + done)
 
 
 def settings_line(shape: AttentionShape, sizes: Mapping[str, int], repeats: int) -> str:

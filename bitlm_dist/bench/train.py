@@ -208,20 +208,10 @@ def bench_train(
         check_memory({name: training_bytes(c, workload.vocab_size) for name, c in configs.items()})
     timings = _time_steps(configs, workload, repeats, show)
 
-    bits = num_bits_needed(workload.vocab_size)
-    sides: dict[str, Any] = {}
-    for name, timing in timings.items():
-        # the plain runner always trains on a synthetic batch
-        is_synthetic = name == "plain" or not workload.has_data
-        fraction = _predicted_fraction(configs[name], is_synthetic)
-        sides[name] = summarize_timing(
-            timing, training_flops(configs[name], bits, workload.vocab_size), fraction
-        )
-
     return Results(
         kind="train",
         first=config.model.output,
-        sides=sides,
+        sides=_summarize_sides(configs, workload, timings),
         settings={
             **common_settings(config, workload.vocab_size, repeats),
             "batch_tokens": config.training.global_batch_tokens,
@@ -246,6 +236,22 @@ def _time_steps(
             for name, config in configs.items()
         }
         return time_interleaved(variants, repeats=repeats, show=show)
+
+
+def _summarize_sides(
+    configs: dict[str, Config], workload: Workload, timings: dict[str, Timing]
+) -> dict[str, dict[str, Any]]:
+    bits = num_bits_needed(workload.vocab_size)
+    sides = {}
+    for name, timing in timings.items():
+        # the plain runner always trains on a synthetic batch
+        is_synthetic = name == "plain" or not workload.has_data
+        fraction = _predicted_fraction(configs[name], is_synthetic)
+        sides[name] = summarize_timing(
+            timing, training_flops(configs[name], bits, workload.vocab_size), fraction
+        )
+
+    return sides
 
 
 def _predicted_fraction(config: Config, is_synthetic: bool) -> float:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.data_prep.tokenizer_backends import Backend, open_tokenizer_file
 from bitlm_dist.errors import UserError
+from bitlm_dist.formatting import plural
 
 TOKENIZER_DIR = "tokenizer"  # folder in a prepared folder and in a run folder
 MIN_BPE_VOCAB_SIZE = 258  # 256 bytes, BOS, EOS
@@ -136,7 +137,7 @@ class Tokenizer:
 
         if len(files) != 1:
             raise UserError(
-                f"{folder} must hold one tokenizer, found {len(files)} files: "
+                f"{folder} must hold one tokenizer, found {plural(len(files), 'file')}: "
                 "prepare the data again"
             )
 

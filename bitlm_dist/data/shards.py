@@ -32,6 +32,7 @@ from bitlm_dist.data.streaming_import import as_single_process, import_streaming
 from bitlm_dist.disks import check_shared_memory, check_temp_dir, format_bytes, free_bytes
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.files import DISK_FULL, try_lock
+from bitlm_dist.formatting import plural
 
 NUM_SHARED_SEGMENTS = 8  # at least, of shared memory that streaming creates; one page each
 BYTES_PER_SHARD = 9  # in two of these segments: state and time of the last access
@@ -232,7 +233,7 @@ class DocumentShards:
                 problem = (
                     "is missing"
                     if size is None
-                    else f"has {size} bytes, expected {file_entry['bytes']}"
+                    else f"has {plural(size, 'byte')}, expected {file_entry['bytes']:,}"
                 )
                 raise UserError(f"shard {file} {problem}: restore it or prepare the data again")
 
@@ -322,7 +323,7 @@ class DocumentShards:
         # The hash of the shard is right by now, but the index or the vocabulary may be another's.
         if len(tokens) != self.document_lengths[document]:
             raise UserError(
-                f"{self.folder}: document {document} has {len(tokens)} tokens, "
+                f"{self.folder}: document {document} has {plural(len(tokens), 'token')}, "
                 f"expected {self.document_lengths[document]}"
             )
         if len(tokens) and tokens.max() >= self._vocab_size:

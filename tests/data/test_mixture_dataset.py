@@ -121,6 +121,9 @@ def test_an_epoch_may_be_capped(mixed, second):
     assert 2 * len(source) - 8 < used <= 2 * len(source) < 400
     assert "data-0: " in feed.summary()
     assert "data-1: " in feed.summary()
+    total = sum(map(len, feed._datasets))
+    assert not feed.warnings(total - 1)
+    assert len(feed.warnings(total)) == 1
     feed.close()
     source.close()
 

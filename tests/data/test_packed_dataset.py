@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -151,6 +152,8 @@ def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no shards"):
         read_manifest(tmp_path / "empty")
+    with pytest.raises(UserError, match=r"report.md is a file: name the folder that `bitlm prep`"):
+        read_manifest(copy / "report.md")
     (copy / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is damaged: restore it"):
         read_manifest(copy)
@@ -159,6 +162,39 @@ def test_folders_that_are_not_ready_are_explained(tmp_path, copy):
         read_manifest(copy)
     manifest = json.loads((copy / "settings.json").read_text())
     assert manifest["version"] == 2
+
+
+@pytest.mark.parametrize(
+    ("fraction", "remedy"),
+    [
+        (0.0, "prepare it with --validation, or read another split"),
+        (
+            0.05,
+            r"no document fell into it \(--validation 0.05\): prepare more documents, or a larg",
+        ),
+    ],
+)
+def test_a_missing_split_is_explained_by_the_settings_of_the_preparation(copy, fraction, remedy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["splits"]["validation"]["documents"] = 0
+    manifest["settings"]["validation"] = fraction
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"copy has no validation split: {remedy}"):
+        DocumentShards(copy, "validation")
+
+
+def test_a_summary_counts_and_warns_of_steps_that_read_everything(prepared):
+    dataset = feed_of(prepared, sequence_length=2**16)
+    assert len(dataset) == 1
+    assert dataset.summary().startswith("1 sequence per epoch: 65,536 positions, of which ")
+    shares = dataset.summary().partition("greedy: ")[2]
+    assert re.fullmatch(r"\d\d % padding, 0 % repeated, 0 % of the documents cut", shares)
+
+    (warning,) = dataset.warnings(8)
+    assert warning.startswith("an epoch has 1 sequence and a step takes 8, so every step reads all")
+    assert dataset.warnings(1)
+    assert not dataset.warnings(0)
+    dataset.close()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,11 @@ from pathlib import Path
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import all_keys, load_run_config, override_keys
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.trained_files import checkpoint_given_as_run
+from bitlm_dist.training.trained_files import (
+    ATTENTION_KEY,
+    checkpoint_given_as_run,
+    describes_model,
+)
 
 # What does not change the trained model: how it is evaluated and sampled from, and where it runs.
 CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")
@@ -18,14 +22,12 @@ CHANGEABLE_KEYS = (
     "data.cache",
     "data.cache_limit",
     "data.workers",
-    "model.backbone.attention",
+    ATTENTION_KEY,
 )
 _CHANGEABLE = (
     "evaluation.*, sampling.*, parallel.*, logging.*, data.{path, cache, cache_limit, workers} "
-    "and model.backbone.attention"
+    f"and {ATTENTION_KEY}"
 )
-_MODEL_SECTIONS = ("model.", "head.", "diffusion.", "preset")
-_HEAD_TRAINING_KEYS = ("head.engine", "head.zero_stage", "head.offload")
 
 
 def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config:
@@ -49,7 +51,7 @@ def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config
         if key in known_keys and not is_changeable(key):
             whose = (
                 "describes the trained model, which stays as it is"
-                if key.startswith(_MODEL_SECTIONS) and key not in _HEAD_TRAINING_KEYS
+                if describes_model(key)
                 else "is a key of training"
             )
             raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE}")

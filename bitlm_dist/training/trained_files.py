@@ -5,12 +5,24 @@ So `bitlm eval` and `bitlm generate` report what is missing at once.
 
 from pathlib import Path
 
+from bitlm_dist.checkpoint.steps import read_train_state
 from bitlm_dist.config import Config
+from bitlm_dist.config_loading import flatten, value_as_yaml
 from bitlm_dist.errors import UserError
+from bitlm_dist.renamed_keys import current_key
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
 
 CODES = "codes.npz"
 TOKENIZER = "tokenizer"
+ATTENTION_KEY = "model.backbone.attention"
+# Keys in sections of the model that say how it is computed or sharded.
+_EXECUTION_KEYS = (ATTENTION_KEY, "head.engine", "head.zero_stage", "head.offload")
+
+
+def describes_model(key: str) -> bool:
+    """True if a key of the config decides what a trained model computes."""
+    is_in_section = key.startswith(("model.", "head.", "diffusion.")) or key == "preset"
+    return is_in_section and key not in _EXECUTION_KEYS
 
 
 def find_trained_steps(run: Path, config: Config) -> list[int]:
@@ -43,6 +55,31 @@ def find_trained_steps(run: Path, config: Config) -> list[int]:
     if not (run / CODES).is_file():
         raise missing_codes_error(run, "is missing")
     return steps
+
+
+def check_same_model(run: Path, config: Config, checkpoint: Path) -> None:
+    """Check that a checkpoint was trained with the model that the config describes.
+
+    Its tensors do not tell: with another `rope_theta` they have the same shapes.
+
+    Args:
+        run: the run folder, for messages.
+        config: the run's config, with overrides applied.
+        checkpoint: the folder of the checkpoint.
+
+    Raises:
+        UserError: a key has another value now.
+    """
+    # A key that is not there is newer than the checkpoint, and one may have been renamed.
+    saved = read_train_state(checkpoint).get("config", {})
+    trained_with = {current_key(key): value for key, value in flatten(saved)}
+
+    for key, value in flatten(config.model_dump(mode="json")):
+        if describes_model(key) and trained_with.get(key, value) != value:
+            raise UserError(
+                f"{run / 'config.yaml'}: {key} = {value_as_yaml(value)}, but {checkpoint.name} was "
+                f"trained with {value_as_yaml(trained_with[key])}: restore that value"
+            )
 
 
 def missing_codes_error(run: Path, problem: str) -> UserError:

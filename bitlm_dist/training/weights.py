@@ -18,7 +18,7 @@ from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training.optimizer import EMA_SLOT
 from bitlm_dist.training.run_folder import RunFolder
-from bitlm_dist.training.trained_files import find_trained_steps
+from bitlm_dist.training.trained_files import check_same_model, find_trained_steps
 
 
 def model_state_dict(chunks: Sequence[LanguageModel]) -> dict[str, ShardedTensor]:
@@ -127,6 +127,7 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
             else "there is no other"
         )
         raise UserError(f"{error}: {others}") from error
+    check_same_model(run, config, checkpoint)
 
     # The averages are stored beside the weights, so either can be loaded into the model.
     is_used, checkpoint_name = (

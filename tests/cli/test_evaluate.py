@@ -6,6 +6,7 @@ import pytest
 
 from bitlm_dist.cli import trained_run
 from bitlm_dist.errors import UserError
+from bitlm_dist.training import weights
 from bitlm_dist.training.run_folder import RunFolder
 
 QUICK = ("--evaluation.num_noise_levels", 2, "--evaluation.num_sampled_blocks", 8)
@@ -30,14 +31,21 @@ def test_a_smaller_model_is_refused_by_the_checkpoint_even_if_no_key_was_given(
     trained, bitlm, monkeypatch
 ):
     monkeypatch.setattr(trained_run, "is_changeable", lambda key: True)
+    monkeypatch.setattr(weights, "check_same_model", lambda *arguments: None)
     expected = "step-00000003: holds model.* which the model does not have: .* of another model"
     with pytest.raises(UserError, match=expected):
         bitlm("eval", trained, "--model.backbone.num_layers", 1)
 
-    # The run's own config.yaml may be what was changed.
-    config = trained / "config.yaml"
-    config.write_text(config.read_text().replace("    num_layers: 2", "    num_layers: 1", 1))
-    with pytest.raises(UserError, match=expected):
+
+@pytest.mark.parametrize(("key", "old", "new"), [("rope_theta", 1000000, 10), ("num_layers", 2, 1)])
+def test_a_config_that_was_edited_afterwards_is_no_other_model(key, old, new, trained, bitlm):
+    file = trained / "config.yaml"
+    text = file.read_text()
+    assert f"    {key}: {old}\n" in text
+    file.write_text(text.replace(f"    {key}: {old}\n", f"    {key}: {new}\n"))
+
+    expected = f"{key} = {new}, but step-00000003 was trained with {old}: restore that value"
+    with pytest.raises(UserError, match=f"{file}: model.backbone.{expected}"):
         bitlm("generate", trained)
 
 

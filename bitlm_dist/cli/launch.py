@@ -134,12 +134,13 @@ def local_command(
 
     settings = _load_cluster(cluster, tasks_per_node=ranks, max_restarts=max_restarts, numa=())
     config = with_absolute_paths(load_config_from_words(words or []).config)
-    job = submit.build_job(config, settings, 1, ())
-    submit.check_can_start(job)
     if _is_trained(config):
         return
 
-    check_start(config, rank=0)  # what the ranks would refuse in a moment
+    # first what the ranks would refuse in a moment, as the layout needs torch, which takes seconds
+    check_start(config, rank=0)
+    job = submit.build_job(config, settings, 1, ())
+    submit.check_can_start(job)
     submit.write_job_files(job, config, is_local=True)
     raise typer.Exit(run_local(config.run.dir, ranks, settings.env, _print_log_line))
 

@@ -1,0 +1,60 @@
+"""A run folder as the launcher leaves it, without any process."""
+
+import json
+import os
+
+import pytest
+
+from bitlm_dist.config_loading import to_yaml, with_absolute_paths
+from bitlm_dist.launch import attempts, supervisor
+from bitlm_dist.launch.attempts import LAUNCH
+
+
+class LaunchedRun:
+    """Run folder of `bitlm launch local`, and the steps, saves and ends that leave their files."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def start(self):
+        return attempts.attempt_folder(
+            self.folder, int(supervisor.start_attempt(self.folder, [os.uname().nodename])[0][-4:])
+        )
+
+    def train(self, first, last, seconds_per_step=0.5, **metrics):
+        """Append the metrics of steps, as a rank 0 that resumed after ``first`` does."""
+        file = self.folder / "metrics.jsonl"
+        old = file.read_text().splitlines()[:first] if file.is_file() else []
+        for step in range(first + 1, last + 1):
+            counters = {"tokens": 100 * step, "predicted_tokens": 90 * step}
+            record = {"step": step, **counters, "seconds": seconds_per_step * step, "loss": 2.0}
+            old.append(json.dumps({**record, **metrics}))
+        file.write_text("".join(line + "\n" for line in old))
+
+    def save(self, step):
+        folder = self.folder / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+
+    def end(self, outcome, reason, seconds=10.0):
+        """End the latest attempt, which then has taken some seconds."""
+        attempt = attempts.read_attempts(self.folder)[-1]
+        attempts.record_end(self.folder, attempt, outcome, reason)
+        file = attempts.attempt_folder(self.folder, attempt.number) / "end.json"
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps({**record, "ended": attempt.began + seconds}))
+
+
+@pytest.fixture
+def launched(tiny, tmp_path):
+    """A run of the tiny config that was launched locally with two ranks."""
+    from bitlm_dist.launch.cluster import Cluster
+    from bitlm_dist.launch.render import Job
+    from bitlm_dist.launch.submit import write_job_files
+
+    config = with_absolute_paths(tiny("--training.steps", "100"))
+    cluster = Cluster(tasks_per_node=2, env={"A": "b"})
+    job = Job(config.run.dir, (), 1, cluster)
+    write_job_files(job, config, is_local=True)
+    assert (config.run.dir / LAUNCH / "config.yaml").read_text() == to_yaml(config)
+    return LaunchedRun(config.run.dir)

@@ -76,7 +76,7 @@ def train_command(
         export_rank_info(ranks, os.environ)
 
     # Before torch is imported, which takes seconds.
-    check_start(loaded.config, ranks.rank)
+    check_start(loaded.config, ranks.rank, resume)
     if ranks.rank == 0 and not quiet:
         print_line(f"bitlm train: {loaded.config.run.dir}: loading torch…")
 

@@ -19,11 +19,12 @@ from bitlm_dist.config_loading import (
 )
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.errors import UserError, os_error_message
-from bitlm_dist.launch.attempts import check_run_folder
+from bitlm_dist.launch.attempts import FILES_BEFORE_FIRST_STEP, check_run_folder
 from bitlm_dist.paths import absolute_path
-from bitlm_dist.training.checkpoint_folder import checkpoint_steps
-from bitlm_dist.training.metrics import METRICS
-from bitlm_dist.training.wandb_log import check_wandb
+from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
+from bitlm_dist.training.metrics import LOG_FILES, METRICS
+from bitlm_dist.training.trained_files import CODES
+from bitlm_dist.training.wandb_log import WANDB, check_wandb
 
 # Prefixes of keys that may change when a run resumes. Any other change would make it another run.
 CHANGEABLE_KEYS = (
@@ -53,18 +54,33 @@ CONSENT_KEYS = {
     GLOBAL_BATCH_KEY: "checkpoint.new_global_batch",
     SOURCES_KEY: "data.new_mixture",
 }
+# What a start may leave that was killed, or ended by a signal, before the end of its first step.
+FILES_OF_A_START = (
+    "config.yaml",
+    "environment.json",
+    CODES,
+    "tokenizer",
+    "tensorboard",
+    "wandb",
+    WANDB,
+    CHECKPOINTS,
+    *LOG_FILES,
+    *FILES_BEFORE_FIRST_STEP,
+)
 
 
-def check_start(config: Config, rank: int) -> None:
+def check_start(config: Config, rank: int, resume: bool = True) -> None:
     """Check all that a look at files and packages tells.
 
     Args:
         config: the config.
         rank: rank of this process; only the first one uses the run folder.
+        resume: resume from the latest checkpoint; False: there must be none.
 
     Raises:
         UserError: the data are missing or unfinished, a package is missing, or the run folder is
-            another run's or cannot be written. Nothing was changed.
+            another run's, has a checkpoint against ``resume``, or cannot be written. Nothing was
+            changed.
     """
     check_wandb(config.logging)
     if config.data.path is None:
@@ -72,11 +88,17 @@ def check_start(config: Config, rank: int) -> None:
     read_manifest(config.data.path)
     if config.distillation.teacher is not None:
         load_run_config(config.distillation.teacher)
-    if rank > 0:
-        return
 
     run = config.run.dir
     try:
+        steps = [] if resume else checkpoint_steps(run)
+        if steps:
+            raise UserError(
+                f"run.dir = {run} holds checkpoints up to step {steps[-1]}: "
+                "drop --no-resume or choose another"
+            )
+        if rank > 0:
+            return
         check_claim(run, config)
         _check_writable(run)
     except OSError as error:
@@ -119,14 +141,20 @@ def _check_writable(run: Path) -> None:
 def has_started(run: Path) -> bool:
     """True if a folder holds a run that has taken a step, which no other config may continue.
 
-    A start that failed before its first step leaves the folder to the next one.
+    A start that failed before its first step leaves the folder to the next one. A folder with
+    other files, such as an exported model, is nobody else's either.
 
     Raises:
         UserError: the run's checkpoints are behind a broken link.
     """
+    if not (run / "config.yaml").is_file():
+        return False
+    if checkpoint_steps(run):
+        return True
+
     metrics = run / METRICS
-    return (run / "config.yaml").is_file() and (
-        bool(checkpoint_steps(run)) or (metrics.is_file() and metrics.stat().st_size > 0)
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(
+        file.name not in FILES_OF_A_START and file.name[0] != "." for file in run.iterdir()
     )
 
 

@@ -43,7 +43,7 @@ from bitlm_dist.training.run_claim import (
 from bitlm_dist.training.stop_signals import STOP_FILE
 from bitlm_dist.training.trained_files import CODES as CODES
 from bitlm_dist.training.trained_files import missing_codes_error
-from bitlm_dist.training.wandb_log import record_sent_steps
+from bitlm_dist.training.wandb_log import WANDB, record_sent_steps
 
 VOCABULARY_IN_PROGRESS = ".vocabulary"
 LOCK = "run.lock"
@@ -63,7 +63,9 @@ class RunFolder:
         self.checkpoints = path / CHECKPOINTS
         self._checkpoint_folder = CheckpointFolder(path)
         self.stop_file = path / STOP_FILE
-        self._has_started = False  # see run_claim.has_started
+        self._has_started = False  # at :meth:`acquire`; see run_claim.has_started
+        self._has_written = False  # the metadata of a run that had not started
+        self._found_config = False  # at :meth:`acquire`
         self._created_folders: list[Path] = []  # by :meth:`acquire`, the innermost first
 
     def acquire(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
@@ -80,6 +82,7 @@ class RunFolder:
         with self._reporting_os_errors():
             check_claim(self.path, config)
             self._has_started = has_started(self.path)
+            self._found_config = (self.path / "config.yaml").exists()
             if self._has_started:
                 self._check_same_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
 
@@ -102,6 +105,7 @@ class RunFolder:
             try:
                 if not self._has_started:
                     self._remove_metadata()  # of a start that took no step
+                    self._has_written = True
                 self._write_metadata(config, tokenizer_folder, codes)
             except OSError:
                 if not self._has_started:
@@ -116,11 +120,14 @@ class RunFolder:
             self._save_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
 
     def _remove_metadata(self) -> None:
-        """Remove what :meth:`write_metadata` wrote, all of it or some."""
+        """Remove what a start that took no step wrote, all of it or some."""
         self._checkpoint_folder.remove_link()
-        names = ("config.yaml", "environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS)
+        names = ("environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS)
+        names += ("tensorboard", "wandb", WANDB)
+        # who put it there, if it was not this process, is not known
+        config = [] if self._found_config else ["config.yaml"]
         partial_names = [file.name for file in self.path.glob(".*.partial")]
-        for name in (*names, *partial_names):
+        for name in (*names, *config, *partial_names):
             path = self.path / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
@@ -186,6 +193,10 @@ class RunFolder:
 
     def release(self) -> None:
         """Release the lock. A folder in which no run was begun is left as it was found."""
+        is_locked = self._lock_file is not None
+        if is_locked and self._has_written and not self._has_taken_step():
+            self._remove_metadata()
+
         is_used = (self.path / "config.yaml").exists()
         self._checkpoint_folder.release()
         if self._lock_file is not None:
@@ -198,6 +209,12 @@ class RunFolder:
         if not is_used:
             remove_empty_folders(self._created_folders)
         self._created_folders = []
+
+    def _has_taken_step(self) -> bool:
+        try:
+            return has_started(self.path)
+        except (OSError, UserError):  # in doubt, nothing is removed
+            return True
 
     def _check_same_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
         if not (self.path / "tokenizer").is_dir():  # killed before it was saved

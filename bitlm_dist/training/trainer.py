@@ -81,7 +81,7 @@ class Trainer:
     ) -> None:
         self.config = config
         self.layout = layout
-        check_start(config, layout.rank)
+        check_start(config, layout.rank, resume)
         assert config.data.path is not None
 
         self.attention_backend = prepare_device(config)
@@ -91,7 +91,7 @@ class Trainer:
         codes = make_codes(config.model, config.data.path, manifest)
         self._teacher = Teacher.from_config(config, manifest["tokenizer"]["fingerprint"], layout)
         self.folder = RunFolder(config.run.dir)
-        self.dataset = self._open_dataset(resume)
+        self.dataset = self._open_dataset()
         if layout.rank == 0:
             self.folder.acquire(config, config.data.path / "tokenizer", codes)
 
@@ -150,24 +150,15 @@ class Trainer:
         self._unwritten_codes: BitCodes | None = codes
         self._loader = self._make_loader()
 
-    def _open_dataset(self, resume: bool) -> PackedDataset | MixtureDataset:
+    def _open_dataset(self) -> PackedDataset | MixtureDataset:
         """Open the training data, positioned at their beginning.
 
         Raises:
-            UserError: The run folder holds checkpoints although ``resume`` is False, or a new run
-                would take more epochs over a source than the config allows.
+            UserError: A new run would take more epochs over a source than the config allows.
         """
-        run_dir = self.config.run.dir
-        saved_steps = checkpoint_steps(run_dir)
-        if saved_steps and not resume:
-            raise UserError(
-                f"run.dir = {run_dir} holds checkpoints up to step {saved_steps[-1]}: "
-                "drop --no-resume or choose another"
-            )
-
         dataset = training_dataset(self.config)
         # A resumed run is checked in resume_dataset, from its checkpoint's position on.
-        if not saved_steps:
+        if not checkpoint_steps(self.config.run.dir):
             dataset.check_source_limits(self.config.training.steps)
         return dataset
 

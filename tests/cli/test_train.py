@@ -16,6 +16,7 @@ from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
 from bitlm_dist.training import metrics
 from bitlm_dist.training.metrics import MetricsLog
+from bitlm_dist.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.integration
 
@@ -109,6 +110,12 @@ def test_a_start_that_took_no_step_leaves_the_folder_to_another_config(
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "_open_trackers", refuse)
+        with pytest.raises(UserError, match="W&B does not start"):
+            train("--training.steps", "2")
+        assert not (tmp_path / "run").exists()
+
+        # a killed process does not clean up
+        patch.setattr(RunFolder, "release", lambda self: None)
         with pytest.raises(UserError, match="W&B does not start"):
             train("--training.steps", "2")
     assert (tmp_path / "run" / "config.yaml").is_file()

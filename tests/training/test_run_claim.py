@@ -96,6 +96,11 @@ def test_only_a_run_that_took_a_step_keeps_its_config(tiny, tmp_path):
         check_claim(run, tiny("--training.steps", "7"))
 
     (run / "metrics.jsonl").unlink()
+    assert not has_started(run)
+    (run / "model.safetensors").touch()
+    assert has_started(run), "an exported model, or whatever it is"
+
+    (run / "model.safetensors").unlink()
     checkpoint = run / "checkpoints" / "step-00000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()

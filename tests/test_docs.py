@@ -107,6 +107,14 @@ def test_names_on_the_page_of_the_run_folder_are_in_the_code():
             assert word in code, f"{heading}: nothing writes {name}"
 
 
+def test_the_architecture_names_every_module():
+    page = (DOCS / "architecture.md").read_text()
+    folders = ("bitlm_dist", "kernels", "data_prep", "launch")
+    modules = {file for folder in folders for file in (ROOT / folder).rglob("*.py")}
+    missing = {name_of(m) for m in modules if m.name not in page and m.name != "__init__.py"}
+    assert missing == set()
+
+
 def test_exit_codes_of_the_table_are_those_of_the_program():
     page = (DOCS / "reliability.md").read_text().partition("## Exit codes")[2].partition("\n## ")[0]
     codes = {int(code) for code in re.findall(r"^\| (\d+) \|", page, re.MULTILINE)}

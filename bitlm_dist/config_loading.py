@@ -293,6 +293,13 @@ _EXPECTED = {
     "tuple_type": "expected a list",
 }
 
+_PHRASES = {
+    "Input should be greater than or equal to": "expected at least",
+    "Input should be less than or equal to": "expected at most",
+    "Input should be greater than": "expected more than",
+    "Input should be": "expected",
+}
+
 
 def format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
     """Format pydantic's first error as one line that names the key and where it was set."""
@@ -305,7 +312,9 @@ def format_validation_error(error: ValidationError, sources: Mapping[str, str]) 
     )
 
     rest = f" (and {len(more)} more)" if more else ""
-    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    message = first["msg"].removeprefix("Value error, ")
+    for theirs, ours in _PHRASES.items():
+        message = message.replace(theirs, ours)
     message = _EXPECTED.get(first["type"], f"{message[0].lower()}{message[1:]}")
     return f"{key} = {value_as_yaml(first['input'])} ({source}): {message}{rest}"
 

@@ -108,7 +108,7 @@ BAD = [
     (["--model", "4"], "model .* is a section"),
     (
         ["--training.steps", "0"],
-        r"training.steps = 0 \(command line\): expected greater than or equal to 1",
+        r"training.steps = 0 \(command line\): expected at least 1",
     ),
     (["--training.steps", "many"], "training.steps = many"),
     (["--diffusion.loss", "mse"], "diffusion.loss = mse.*'x', 'v', 'bce' or 'elbo'"),

@@ -74,7 +74,7 @@ REFUSED = [
         "optimizer:\n  betas: [1.5, 2.0]",
         r"optimizer.betas.0 = 1.5 \(FILE:2\): expected less than 1",
     ),
-    ("optimizer: {betas: [0.9, -0.1]}", "optimizer.betas.1 = -0.1 .*greater than or equal to 0"),
+    ("optimizer: {betas: [0.9, -0.1]}", "optimizer.betas.1 = -0.1 .*at least 0"),
     ("run: {dir: }", r"run.dir = null \(FILE:1\): expected a path"),
     (
         "data: {path: $NOT_SET/x}",

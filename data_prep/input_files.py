@@ -28,6 +28,12 @@ ALREADY_READ = "link to what is read anyway"
 LOOP = "link to a folder above it"
 NO_SUFFIX = "without a suffix"
 NO_FILE = "no regular file"
+PLURALS = {
+    HIDDEN_FOLDER: "hidden folders",
+    ALREADY_READ: "links to what is read anyway",
+    LOOP: "links to folders above them",
+    NO_FILE: "no regular files",
+}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,9 @@ def left_out_summary(left_out: Counter[str], max_reasons: int = 8) -> str:
         return ""
 
     common = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-    parts = [f"{count:,} {reason}" for reason, count in common[:max_reasons]]
+    parts = [
+        plural(count, reason, PLURALS.get(reason, reason)) for reason, count in common[:max_reasons]
+    ]
     if rest := sum(count for _, count in common[max_reasons:]):
         parts.append(f"{rest:,} of other kinds")
 

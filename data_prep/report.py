@@ -32,7 +32,11 @@ DESCRIPTIONS = {
     "control_characters": "control characters removed",
     "normalized": "documents normalized to NFC",
 }
-
+PLURALS = {
+    "contaminated": "contain evaluation text",
+    "duplicate": "copies of earlier documents",
+    "near_duplicate": "near copies of earlier documents",
+}
 # What brings documents back that were dropped for a reason.
 REMEDIES = {
     "not_utf8": "convert the files to UTF-8, e.g. with iconv",
@@ -99,12 +103,16 @@ def drop_summary(counts: Mapping[str, int]) -> str:
     """Summarize in one line how many documents were dropped, and why."""
     return (
         ", ".join(
-            f"{counts[reason]:,} {DESCRIPTIONS[reason]}"
+            plural(counts[reason], DESCRIPTIONS[reason], _plural_description(reason))
             for reason in DROP_REASONS
             if counts[reason]
         )
         or "none"
     )
+
+
+def _plural_description(reason: str) -> str:
+    return PLURALS.get(reason, DESCRIPTIONS[reason])
 
 
 def drop_remedy(counts: Mapping[str, int]) -> str:
@@ -150,8 +158,8 @@ def render_markdown(manifest: Mapping[str, Any]) -> str:
         *(
             tokenizer_warnings(manifest)
             or [
-                f"Every document is given back: {checks['decoded']:,} of "
-                f"{plural(checks['documents'], 'document')} were decoded."
+                "Every document is given back; decoded for this check: "
+                f"{checks['decoded']:,} of {plural(checks['documents'], 'document')}."
             ]
         ),
         "",

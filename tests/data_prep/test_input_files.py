@@ -54,7 +54,7 @@ def test_every_kind_is_found_in_any_case_and_the_rest_is_counted(tmp_path):
     }
     assert found(tmp_path) == (sorted(names), expected)
     assert left_out_summary(Counter(expected)) == (
-        "8 files left out: 2 .pdf, 2 hidden folder, 1 .tar.gz, 1 hidden, "
+        "8 files left out: 2 .pdf, 2 hidden folders, 1 .tar.gz, 1 hidden, "
         "1 no regular file, 1 without a suffix"
     )
     assert left_out_summary(Counter({f".{i}": 1 for i in range(20)})).endswith(

@@ -37,7 +37,7 @@ def _row(record: RunRecord, base: RunRecord) -> list[str]:
     standard_error = format_value(report["bits_per_byte_se"])
 
     return [
-        record.folder.name,
+        record.name,
         str(record.config.model.block_size),
         _millions(latest.get("tokens")),
         _millions(latest.get("predicted_tokens")),
@@ -69,23 +69,23 @@ def footnotes(records: Sequence[RunRecord]) -> list[str]:
     """Explain the marks, one line per run that has one."""
     base = records[0]
     notes = [
-        f"{APPROXIMATE} {record.folder.name}: bits per byte are approximate: {record.note}"
+        f"{APPROXIMATE} {record.name}: bits per byte are approximate: {record.note}"
         for record in records
         if record.note
     ]
 
     for record in records:
-        name = record.folder.name
+        name = record.name
         is_same = has_same_text(record, base)
         if is_same is None:
             notes.append(
                 f"{NOT_RECORDED} {name}: which text was scored is not recorded (older version): "
-                f"the ratio to {base.folder.name} holds only for the same text"
+                f"the ratio to {base.name} holds only for the same text"
             )
         elif not is_same:
             notes.append(
                 f"{OTHER_TEXT} {name}: no ratio, as it was scored on another text than "
-                f"{base.folder.name} ({plural(num_tokens(record), 'token')}, not the same "
+                f"{base.name} ({plural(num_tokens(record), 'token')}, not the same "
                 f"{num_tokens(base):,}): run `bitlm eval` on both with the same data"
             )
     return notes

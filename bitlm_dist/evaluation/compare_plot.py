@@ -100,9 +100,7 @@ def plot(records: Sequence[RunRecord], axis: str, file: Path) -> None:
         error = [entry["validation"]["bits_per_byte_se"] or 0.0 for entry, _ in points]
 
         mark = f" {APPROXIMATE}" if record.note else ""
-        (line,) = axes.plot(
-            spent, value, marker="o", markersize=3, label=f"{record.folder.name}{mark}"
-        )
+        (line,) = axes.plot(spent, value, marker="o", markersize=3, label=f"{record.name}{mark}")
         low, high = ([v + sign * e for v, e in zip(value, error, strict=True)] for sign in (-1, 1))
         axes.fill_between(spent, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
 

@@ -28,11 +28,13 @@ class RunRecord:
     """A run: its config, the command that trained it, and its evaluations in order of steps.
 
     Attributes:
+        name: of the folder, or its path if another run that is compared has the same name.
         command: None if the run folder does not say it.
         latest: the evaluation of the latest step that is compared.
     """
 
     folder: Path
+    name: str
     config: Config
     command: str | None
     evaluations: list[dict[str, Any]]
@@ -71,7 +73,8 @@ def load_record(folder: Path) -> RunRecord:
 
     latest = list(_of_latest_step(evaluations).values())
     trained = [entry for entry in latest if entry.get("by") != BY_EVAL]
-    return RunRecord(folder, config, _read_command(folder), evaluations, (trained or latest)[-1])
+    command = _read_command(folder)
+    return RunRecord(folder, folder.name, config, command, evaluations, (trained or latest)[-1])
 
 
 def load_records(folders: Sequence[Path]) -> list[RunRecord]:
@@ -84,6 +87,10 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
         UserError: see :func:`load_record`.
     """
     records = [load_record(folder) for folder in folders]
+    names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        records = [replace(record, name=str(record.folder)) for record in records]
+
     choices = [_of_latest_step(record.evaluations) for record in records]
     text = common_text(choices)
     if text is None:

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.run_records import load_record
+from bitlm_dist.training.evaluation_records import read_evaluations
 
 pytestmark = pytest.mark.integration
 
@@ -51,6 +52,12 @@ def test_training_evaluates_and_runs_are_compared(trained, tmp_path):
     assert [line["step"] for line in lines] == [2, 4, 5], "every two steps and at the end"
     assert [line["tokens"] for line in lines] == [512, 1024, 1280]
     assert lines[0]["cpu_seconds"] < lines[1]["cpu_seconds"] < lines[2]["cpu_seconds"]
+
+    # The whole split is the same text, however many tokens a block has.
+    texts = [read_evaluations(folder)[-1]["scored"] for folder in (first, second)]
+    assert texts[0] == texts[1]
+    assert texts[0]["tokens"] == lines[0]["validation"]["tokens"]
+    assert [(line["by"], line["split"]) for line in lines] == [("train", "validation")] * 3
 
     output = run("compare", first, second, "--plot", tmp_path / "c.svg", "--axis", "cpu_seconds")
     assert "1.000" in output

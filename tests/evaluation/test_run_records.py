@@ -54,6 +54,14 @@ def test_runs_on_the_same_text_have_a_ratio(run_of):
     assert (found, notes) == (["1.000", "0.500"], [])
 
 
+def test_runs_of_the_same_name_are_told_apart(run_of, tmp_path):
+    (tmp_path / "old").mkdir()
+    folders = run_of("a", entry(2, PART, 2.0)), run_of("old/a", entry(2, FULL, 1.0))
+    records = load_records(folders)
+    assert [row[0] for row in table_rows(records)] == [str(folder) for folder in folders]
+    assert footnotes(records)[0].startswith(f"† {folders[1]}: no ratio")
+
+
 def test_runs_on_different_texts_have_none_and_a_note_says_why(run_of):
     a = run_of("a", entry(2, PART, 2.0))
     for name, scored, count in (("b", FULL, "1,000"), ("c", OTHER_PART, "100")):

@@ -81,7 +81,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
 ASCII = {"±": "+-", "–": "-", "—": "-", "−": "-", "…": "...", "×": "x", "·": ".", "→": "->"}
-ASCII |= {"≤": "<=", "≥": ">=", "█": "#", "┤": "|", "└": "+", "─": "-"}
+ASCII |= {"†": "+", "≤": "<=", "≥": ">=", "█": "#", "┤": "|", "└": "+", "─": "-"}
 MAX_WORD = 24  # columns: longer words, mostly paths, may be folded in a table
 
 

@@ -122,12 +122,13 @@ class RunFolder:
     def _remove_metadata(self) -> None:
         """Remove what a start that took no step wrote, all of it or some."""
         self._checkpoint_folder.remove_link()
-        names = ("environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS)
-        names += ("tensorboard", "wandb", WANDB)
+        names = ["environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS]
+        names += ["tensorboard", "wandb", WANDB]
+        names += [file.name for file in self.path.glob(".*.partial")]
         # who put it there, if it was not this process, is not known
-        config = [] if self._found_config else ["config.yaml"]
-        partial_names = [file.name for file in self.path.glob(".*.partial")]
-        for name in (*names, *config, *partial_names):
+        if not self._found_config:
+            names.append("config.yaml")
+        for name in names:
             path = self.path / name
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -160,8 +160,13 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(moment, tiny_file, tmp_path):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
 
-    # as a terminal does: to every process
-    os.killpg(process.pid, signal.SIGINT)
+    # As a terminal does: to every process. The parent is told last, so that no child can be ended
+    # by it before its own signal arrives.
+    for child in psutil.Process(process.pid).children():
+        child.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=120)
     assert (process.returncode, output, errors) == (130, "", "\nbitlm: interrupted\n")
     assert has_ended(process.pid)

@@ -2,8 +2,10 @@
 diverge, Ctrl-C.
 """
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +14,15 @@ import time
 import pytest
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.launch import attempts
+from bitlm_dist.launch import attempts, local, submit
 from bitlm_dist.launch.attempts import Outcome
-from bitlm_dist.launch.status import read_log_tail, status_of
+from bitlm_dist.launch.history import history_of
+from bitlm_dist.launch.logs import read_log_tail
+from bitlm_dist.launch.status import status_of
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.distributed
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ")
 CLUSTER = (
     "watch: {heartbeat_interval: 0.2, heartbeat_timeout: 6, "
     "step_timeout: 120, startup_timeout: 120}\n"
@@ -102,11 +107,23 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
         Outcome.HUNG,
         Outcome.DONE,
     )
+    assert first.reason == (
+        f"rank 1 on {os.uname().nodename} was killed by signal 9 (SIGKILL); "
+        "out of memory? see dmesg"
+    )
     assert second.reason.startswith("rank 0 on ")
     assert "gave no sign of life for" in second.reason
     assert (third.checkpoint, third.reached) == (second.reached, 60)
-    assert "attempt 2: hung: rank 0 on" in output
+    assert f"attempt 1 failed: {first.reason}; starting again" in output
+    assert "attempt 2 hung: rank 0 on" in output
+    assert "Traceback" not in output
     assert "step 60/60" in output, "what rank 0 prints is shown"
+    assert all(TIME.match(line) for line in output.splitlines()), "this is no terminal"
+    history = history_of(run)
+    assert [attempt.last_step for attempt in history.attempts][-1] == 60
+    assert history.steps_lost == sum(a.last_step - a.saved_step for a in history.attempts) > 0
+    assert history.goodput is not None
+    assert 0 < history.goodput < 1
     whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
     whole.fit()
     whole.close()
@@ -166,11 +183,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
     until(lambda: beat_of(run, 1, 0, 3), process)
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == 75, output
     assert "SIGINT: saving; once more ends it at once" in output
     (only,) = attempts.read_attempts(run)
     assert only.outcome == Outcome.STOPPED
     assert only.reason == f"SIGINT, saved at step {only.reached}"
+    assert output.rstrip().endswith(f"stopped: {only.reason}; the same command goes on")
+    assert f"SIGINT: saved at step {only.reached}" in output, "rank 0 knows who has asked"
+    assert "requeue" not in output
     assert launch(1, *words).communicate(timeout=300)[0].count("step 120/120") == 1
     assert attempts.read_attempts(run)[-1].checkpoint == only.reached
 
@@ -190,6 +210,132 @@ def test_what_the_user_must_mend_is_not_tried_again(launch, tmp_path):
     assert not (tmp_path / "run").exists()
     process = launch(1, "--model.bits", "8")
     output = process.communicate(timeout=300)[0]
-    assert process.returncode == 1
-    assert "model.bits = 8 gives 256 codes, too few" in output
+    assert process.returncode == 2
+    assert output.count("model.bits = 8 gives 256 codes, too few") == 1
     assert len(attempts.read_attempts(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_is_resumed_with_its_ranks_and_environment(launch, tmp_path):
+    run = tmp_path / "run"
+    process = launch(2, "--training.steps", "60", "--checkpoint.every_steps", "0")
+    until(lambda: beat_of(run, 1, 1, 3), process)
+    assert submit.cancel_local_run(run) == 1
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 75, output
+    resume = [sys.executable, "-m", "bitlm_dist", "launch", "resume", str(run)]
+    again = subprocess.run(resume, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    first, second = attempts.read_attempts(run)
+    assert first.reason == f"cancelled, saved at step {first.reached}"
+    assert (second.outcome, second.checkpoint, second.reached) == (Outcome.DONE, first.reached, 60)
+    assert f"attempt 2: 2 ranks from step {first.reached}" in again.stdout
+
+
+@pytest.fixture
+def run_here(launched, monkeypatch):
+    """Function (*ranks) that runs the launcher without processes.
+
+    Each attempt is a function of its folder and the launcher's list of stop requests; it does what
+    the ranks would do, and returns their exit code. Returns exit code and shown lines.
+    """
+
+    def run(*ranks):
+        settings = launched.folder / "launch" / "settings.json"
+        record = {**json.loads(settings.read_text()), "max_restarts": 1, "pause": 0}
+        settings.write_text(json.dumps(record))
+        remaining = iter(ranks)
+
+        class Ranks:
+            def __init__(self, folder, num_ranks, env, echo):
+                assert (num_ranks, env) == (2, {"A": "b"})
+                self._folder = folder
+
+            def wait(self, requests):
+                return next(remaining)(self._folder, requests)
+
+        monkeypatch.setattr(local, "RankProcesses", Ranks)
+        shown = []
+        code = local.run_local(launched.folder, 2, {"A": "b"}, shown.append)
+        assert list(remaining) == []
+        return code, shown
+
+    return run
+
+
+def report(outcome):
+    def ranks(folder, requests):
+        attempts.report_outcome({attempts.ATTEMPT_VARIABLE: str(folder)}, outcome, 5, "stop file")
+        return 0
+
+    return ranks
+
+
+def fail(message, **how):
+    def ranks(folder, requests):
+        environment = {attempts.ATTEMPT_VARIABLE: str(folder)}
+        report = {"lost_peer": False, "refused": False, **how}
+        attempts.report_failure(environment, 0, message, **report)
+        return 1
+
+    return ranks
+
+
+def interrupt(times):
+    def ranks(folder, requests):
+        requests.extend([signal.SIGINT] * times)
+        attempts.request_stop(folder, "SIGINT")
+        return 0 if times == 1 else 1
+
+    return ranks
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "last_line"),
+    [
+        ([report("done")], 0, "attempt 1: 2 ranks from the beginning; logs in "),
+        ([report("stopped")], 75, "stopped: the file `stop` in the run folder, saved at step 5; "),
+        ([interrupt(1)], 75, "stopped: SIGINT; the same command goes on"),
+        ([interrupt(2)], 130, "ended at once: SIGINT; the same command goes on"),
+        ([fail("no", refused=True)], 2, "attempt 1 was refused: no; details: "),
+        ([fail("nan", diverged=True)], 3, "attempt 1 diverged: nan; details: "),
+        ([fail("x")] * 2, 1, "given up: 2 attempts in a row made no new checkpoint; the last: "),
+        ([fail("x"), report("done")], 0, "attempt 2: 2 ranks from the beginning; logs in "),
+    ],
+)
+def test_every_end_has_its_exit_code_and_its_words(run_here, ranks, code, last_line):
+    found, shown = run_here(*ranks)
+    assert found == code
+    assert shown[-1].startswith(f"bitlm: {last_line}")
+
+
+def test_a_run_that_is_cancelled_between_two_attempts_ends(run_here, launched):
+    def cancel(folder, requests):
+        (launched.folder / "launch" / attempts.CANCELLED_FILE).touch()
+        return fail("x")(folder, requests)
+
+    code, shown = run_here(cancel)
+    assert code == 75
+    assert "attempt 1 failed: rank 0 on " in shown[-1]
+    assert "; cancelled; details: " in shown[-1]
+
+
+def test_a_launcher_that_finds_no_room_waits_and_then_says_where_to_make_it(
+    run_here, launched, monkeypatch
+):
+    errors = [OSError(errno.ENOSPC, "No space left on device", "/x/end.json")]
+    decide = local.supervisor.decide
+
+    def decide_when_there_is_room(folder, code):
+        if errors:
+            raise errors.pop()
+        return decide(folder, code)
+
+    monkeypatch.setattr(local.supervisor, "decide", decide_when_there_is_room)
+    code, shown = run_here(report("done"))
+    assert code == 0
+    assert shown[1].startswith("bitlm: /x/end.json: no space left on device: make room on /")
+    assert shown[1].endswith("; trying again in 0 s")
+    errors.extend([OSError(errno.ENOSPC, "No space left on device", "/x/end.json")] * 2)
+    with pytest.raises(UserError, match="make room on /.*; then the same command goes on"):
+        run_here(report("done"))

@@ -16,6 +16,7 @@ import socket
 import sys
 from pathlib import Path
 
+from bitlm_dist.formatting import format_time
 from bitlm_dist.launch.attempts import ATTEMPT_VARIABLE
 from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
 from bitlm_dist.processes import die_with_parent
@@ -53,6 +54,11 @@ def main() -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    print(
+        f"{format_time()} bitlm: rank {rank_info.rank} of {rank_info.world_size} on "
+        f"{socket.gethostname()}, process {os.getpid()}",
+        flush=True,
+    )
 
     export_rank_info(rank_info, os.environ)
     os.execv(sys.executable, [sys.executable, "-u", "-m", "bitlm_dist", *sys.argv[1:]])

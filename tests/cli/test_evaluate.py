@@ -9,7 +9,14 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.training import weights
 from bitlm_dist.training.run_folder import RunFolder
 
-QUICK = ("--evaluation.num_noise_levels", 2, "--evaluation.num_sampled_blocks", 8)
+QUICK = (
+    "--evaluation.num_sequences",
+    4,
+    "--evaluation.num_noise_levels",
+    2,
+    "--evaluation.num_sampled_blocks",
+    8,
+)
 
 
 def records(run):
@@ -50,8 +57,7 @@ def test_a_config_that_was_edited_afterwards_is_no_other_model(key, old, new, tr
 
 
 def test_the_result_is_recorded_with_what_was_scored(trained, bitlm):
-    options = (*QUICK, "--evaluation.num_sequences", 4)
-    report = json.loads(bitlm("eval", trained, "--json", *options).stdout)
+    report = json.loads(bitlm("eval", trained, "--json", *QUICK).stdout)
     bitlm("eval", trained, *QUICK, "--split", "train")
     part, train = records(trained)
 

@@ -1,5 +1,6 @@
 """Processes with only a heartbeat: which rank is reported as hung, and that the others exit."""
 
+import errno
 import json
 import os
 import signal
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Limits
+from bitlm_dist.launch.heartbeat import Heartbeat
 
 pytestmark = pytest.mark.integration
 
@@ -105,3 +108,29 @@ def test_ranks_that_end_in_peace_are_not_missed(start):
     assert [process.wait(20) for process in processes] == [0, 0]
     assert not (folder / "hung.json").exists()
     assert list((folder / "beats").iterdir()) == []
+
+
+def test_a_full_disk_is_no_hang(tmp_path, monkeypatch):
+    folder = attempts.create_attempt(tmp_path, "", 0, ["here"], QUICK)
+    watching, watched = (Heartbeat(folder, QUICK, rank, 2) for rank in (0, 1))
+    file = folder / "beats" / "rank-1"
+
+    def is_full(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", is_full)
+    with pytest.raises(OSError, match="No space"):
+        watched._write_beat()  # a rank without a first beat could never be watched
+
+    file.write_bytes(b'{"begun": true, "host": "here", "step": 3}')
+    os.utime(file, (0, 0))
+    watching._check_next_rank()
+    watched._write_beat()
+    assert file.stat().st_mtime > 0
+    watching._next_beat_at = -QUICK.heartbeat_timeout  # long ago
+    watching._check_next_rank()
+    assert not (folder / "hung.json").exists()
+    watching._next_beat_at = time.monotonic() - 2 * QUICK.heartbeat_timeout
+    monkeypatch.undo()
+    watching._check_next_rank()
+    assert json.loads((folder / "hung.json").read_text())["rank"] == 1, "without a new time it is"

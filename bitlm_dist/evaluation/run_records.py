@@ -80,8 +80,7 @@ def load_record(folder: Path) -> RunRecord:
 def load_records(folders: Sequence[Path]) -> list[RunRecord]:
     """Read run folders; of each run's latest step, choose evaluations of one text, if there are.
 
-    So a run that was evaluated on a sample in training and then in full is compared on whichever
-    the others were evaluated on, too.
+    So runs that training evaluated on other samples are compared on what `bitlm eval` scored.
 
     Raises:
         UserError: see :func:`load_record`.
@@ -92,7 +91,7 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
         records = [replace(record, name=str(record.folder)) for record in records]
 
     choices = [_of_latest_step(record.evaluations) for record in records]
-    text = common_text(choices)
+    text = _common_text(choices)
     if text is None:
         return records
     return [
@@ -101,10 +100,15 @@ def load_records(folders: Sequence[Path]) -> list[RunRecord]:
     ]
 
 
-def common_text(choices: Sequence[Mapping[ScoredText | None, Any]]) -> ScoredText | None:
-    """The longest text that every run was scored on; None if there is none."""
+def _common_text(
+    choices: Sequence[Mapping[ScoredText | None, Mapping[str, Any]]],
+) -> ScoredText | None:
+    """The text that every run was scored on, by training if possible, else the longest; or None."""
     texts = set.intersection(*({text for text in choice if text} for choice in choices))
-    return max(texts, key=lambda text: (text.tokens, text), default=None)
+    by_training = {
+        text for text in texts if all(choice[text].get("by") != BY_EVAL for choice in choices)
+    }
+    return max(by_training or texts, key=lambda text: (text.tokens, text), default=None)
 
 
 def _of_latest_step(

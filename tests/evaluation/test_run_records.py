@@ -76,6 +76,10 @@ def test_of_a_step_s_evaluations_that_of_the_text_that_all_share_is_compared(run
     a = run_of("a", entry(2, PART, 2.0), entry(2, FULL, 3.0, by="eval"))
     b = run_of("b", entry(1, FULL, 9.0), entry(2, OTHER_PART, 5.0), entry(2, FULL, 1.5, by="eval"))
     assert ratios(a, b) == (["1.000", "0.500"], [])
+    # What training scored goes first where it is the same.
+    d = run_of("d", entry(2, PART, 1.8), entry(2, FULL, 3.0, by="eval"))
+    assert ratios(a, d)[0] == ["1.000", "0.900"]
+    assert load_records([a])[0].bits_per_byte == 2
     # An evaluation of an older step is no substitute.
     c = run_of("c", entry(1, FULL, 9.0), entry(2, OTHER_PART, 5.0))
     assert ratios(a, c)[0] == ["1.000", "– †"]

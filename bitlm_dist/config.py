@@ -504,6 +504,11 @@ class Config(Section):
 
 def warnings_of(c: Config) -> Iterator[str]:
     """Yield a line for each setting that is allowed but most likely a mistake."""
+    if c.evaluation.num_samples and not c.evaluation.every_steps:
+        yield (
+            f"evaluation.num_samples = {c.evaluation.num_samples} has no effect: "
+            "texts are written with the evaluations of evaluation.every_steps, which is 0"
+        )
     if c.optimizer.warmup_steps > c.training.steps:
         yield (
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is beyond "

@@ -71,6 +71,7 @@ class SampleText:
                 num_blocks=-(-NUM_NEW_TOKENS // model.block_size),
                 sampling=self._config.sampling,
                 seed=SEED + number,
+                use_cache=False,  # which a model of several data-parallel ranks cannot have
             ):
                 new += tokens
             samples.append(

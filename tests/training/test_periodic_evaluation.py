@@ -96,6 +96,8 @@ def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(
         str(tmp_path / "run"),
         "--evaluation.every_steps",
         "2",
+        "--evaluation.num_samples",
+        "1",
     ]
     folder = tmp_path / "job"
     folder.mkdir()
@@ -104,7 +106,8 @@ def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(
     )
 
     assert found == [(6, 1, 6), (6, 1, 6)], "all steps, one failure, the last evaluation"
-    assert [line["step"] for line in lines(tmp_path / "run" / "evaluations.jsonl")] == [2, 6]
+    for name in ("evaluations.jsonl", "samples.jsonl"):  # the first rank writes the texts alone
+        assert [line["step"] for line in lines(tmp_path / "run" / name)] == [2, 6]
     assert (
         "the evaluation of step 4 failed on rank 1: ValueError: only here"
         in (folder / "log.1").read_text()

@@ -34,7 +34,7 @@ def run_local(
     """Train until the run ends or is given up, restarting the ranks as needed.
 
     Args:
-        run: the run folder, as prepared by :func:`bitlm_dist.launch.submit.write_job_files`.
+        run: the run folder, as prepared by :func:`bitlm_dist.launch.job_files.write_job_files`.
         num_ranks: number of processes.
         env: environment variables of the ranks, added to those of this process.
         echo: called with each line that rank 0 or the launcher prints.

@@ -49,8 +49,8 @@ class LaunchedRun:
 def launched(tiny, tmp_path):
     """A run of the tiny config that was launched locally with two ranks."""
     from bitlm_dist.launch.cluster import Cluster
+    from bitlm_dist.launch.job_files import write_job_files
     from bitlm_dist.launch.render import Job
-    from bitlm_dist.launch.submit import write_job_files
 
     config = with_absolute_paths(tiny("--training.steps", "100"))
     cluster = Cluster(tasks_per_node=2, env={"A": "b"})

@@ -89,14 +89,14 @@ def slurm_command(
     Nodes are checked first. Failing or hanging ranks are reported and the run is restarted, as long
     as it reaches new checkpoints.
     """
-    from bitlm_dist.launch import submit
+    from bitlm_dist.launch import job_files, submit
     from bitlm_dist.launch.render import render
 
     settings = _load_cluster(
         cluster, partition=partition, account=account, time=time, max_restarts=max_restarts
     )
     config = with_absolute_paths(load_config_from_words(words or []).config)
-    job = submit.build_job(config, settings, nodes, tuple(filter(None, exclude.split(","))))
+    job = job_files.build_job(config, settings, nodes, tuple(filter(None, exclude.split(","))))
 
     # on standard error, as the script goes to standard output
     for warning in warnings_of(config):
@@ -128,7 +128,7 @@ def local_command(
 
     Ctrl-C saves a checkpoint and stops the run, with exit code 75; the same command goes on.
     """
-    from bitlm_dist.launch import submit
+    from bitlm_dist.launch import job_files, submit
     from bitlm_dist.launch.local import run_local
     from bitlm_dist.training.run_claim import check_start
 
@@ -139,9 +139,9 @@ def local_command(
 
     # first what the ranks would refuse in a moment, as the layout needs torch, which takes seconds
     check_start(config, rank=0)
-    job = submit.build_job(config, settings, 1, ())
+    job = job_files.build_job(config, settings, 1, ())
     submit.check_can_start(job)
-    submit.write_job_files(job, config, is_local=True)
+    job_files.write_job_files(job, config, is_local=True)
     raise typer.Exit(run_local(config.run.dir, ranks, settings.env, _print_log_line))
 
 

@@ -1,16 +1,12 @@
-import errno
 import json
 
 import pytest
 
-from bitlm_dist.config_loading import with_absolute_paths
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock
 from bitlm_dist.launch import attempts, submit, supervisor
 from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Outcome
-from bitlm_dist.launch.cluster import Cluster
 from bitlm_dist.launch.liveness import LAUNCHER_LOCK
-from bitlm_dist.launch.render import Job
 
 
 @pytest.fixture
@@ -70,25 +66,3 @@ def test_a_local_run_that_cannot_be_resumed_names_the_command(launched, lock):
     assert submit.is_local(launched.folder)
     with pytest.raises(UserError, match=command):
         submit.resume_local_run(launched.folder)
-
-
-@pytest.mark.parametrize("has_attempts", [False, True])
-def test_a_start_that_cannot_be_written_leaves_nothing_new(
-    has_attempts, launched, tiny, monkeypatch, tmp_path
-):
-    config = with_absolute_paths(tiny("--run.dir", str(tmp_path / "deep" / "run")))
-    run = config.run.dir
-    if has_attempts:
-        (run / LAUNCH / "attempts").mkdir(parents=True)
-
-    def fail(folder):
-        (folder / ".code.json.partial").touch()
-        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-
-    monkeypatch.setattr(submit, "save_code", fail)
-    with pytest.raises(OSError, match="No space left"):
-        submit.write_job_files(Job(run, (), 1, Cluster()), config, is_local=True)
-    if has_attempts:
-        assert [file.name for file in (run / LAUNCH).iterdir()] == ["attempts"]
-    else:
-        assert not run.parent.exists()

@@ -51,11 +51,12 @@ def train_command(
 
     Every config key can be overridden: --training.steps 500 --model.block_size=8.
 
-    The loss that is shown is the training objective: for BitLM a sum of terms in nats per bit, for
-    a softmax nats per token. Evaluations (evaluation.every_steps) are in bits per byte of text.
+    The loss shown is the training objective: for BitLM a sum of terms in nats
+    per bit, for a softmax nats per token. Evaluations, see
+    evaluation.every_steps, are in bits per byte of text.
 
-    Ctrl-C, SIGTERM or a file `stop` in the run folder save and end the run with exit code 75; the
-    same command goes on from there.
+    Ctrl-C, SIGTERM or a file `stop` in the run folder save and end the run
+    with exit code 75; the same command goes on from there.
     """
     loaded = load_config_from_words(words or [])
     if print_config:

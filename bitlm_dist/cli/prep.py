@@ -287,7 +287,12 @@ def _print_report(out: Path, report: "Report") -> None:
     )
     for warning in report.warnings:
         print_line(f"warning: {warning}")
+    _print_next(out)
 
+
+def _print_next(out: Path) -> None:
+    """Print the command that trains on ``out``, in one piece, as it will be copied."""
     folder = shlex.quote(str(out))
     run_dir = shlex.quote(f"runs/{out.absolute().name}")
-    print_line(f"next: bitlm train quickstart --data.path {folder} --run.dir {run_dir}")
+    text = f"next: bitlm train quickstart --data.path {folder} --run.dir {run_dir}"
+    console.print(text, soft_wrap=True, markup=False)

@@ -2,16 +2,20 @@
 
 import base64
 import errno
+import io
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import make_text
+from rich.console import Console
 
+from bitlm_dist.cli import prep
 from bitlm_dist.data_prep import output_units, prepare, sources
 from bitlm_dist.errors import UserError
 
@@ -180,6 +184,15 @@ def test_a_disk_that_fills_while_the_tokenizer_is_written_is_one_line(
     monkeypatch.setattr(prepare, "train_bpe_in_child", full)
     with pytest.raises(UserError, match="out: the disk is full: make room and run the same comma"):
         bitlm(*words_for(text, tmp_path / "out", tokenizer="bpe:300"))
+
+
+def test_the_next_command_can_be_copied_from_a_narrow_terminal(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True, highlight=False, width=30)
+    monkeypatch.setattr(prep, "console", terminal)
+    prep._print_next(Path("data/[red] it's"))
+    quoted = """'data/[red] it'"'"'s' --run.dir 'runs/[red] it'"'"'s'"""
+    line = f"next: bitlm train quickstart --data.path {quoted}\n"
+    assert terminal.file.getvalue() == line
 
 
 @pytest.mark.parametrize("columns", [80, 100])

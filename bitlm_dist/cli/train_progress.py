@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Event, Thread
 from typing import Any
 
 from rich.console import Console
@@ -180,6 +181,22 @@ class _Lines(TrainingProgress):
             f"{values['predicted_tokens_per_second']} of them predicted"
             + ("" if is_last else f"  left {self.duration_left()}")
         )
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Print a line for every 30 seconds that an evaluation or a save takes."""
+        is_over = Event()
+        Thread(target=self._report_phase, args=(name, is_over), daemon=True).start()
+        try:
+            with super().phase(name):
+                yield
+        finally:
+            is_over.set()
+
+    def _report_phase(self, name: str, is_over: Event) -> None:
+        start_time = time.monotonic()
+        while not is_over.wait(progress.PLAIN_LOG_SECONDS):
+            self.print_line(f"{name} for {format_duration(time.monotonic() - start_time)}")
 
     def print_line(self, text: str) -> None:
         """Print a line with the time in front."""

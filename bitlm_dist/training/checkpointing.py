@@ -17,7 +17,7 @@ from bitlm_dist.checkpoint.saver import Saver, SaveStats
 from bitlm_dist.checkpoint.steps import complete_steps, folder_of, read_health, read_train_state
 from bitlm_dist.checkpoint.store import SaveError
 from bitlm_dist.config import CheckpointConfig
-from bitlm_dist.errors import UserError, log_to_stderr
+from bitlm_dist.errors import UserError, log_to_stderr, os_error_message
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
@@ -171,7 +171,7 @@ class CheckpointManager:
             try:
                 where = str(store.quarantine(folder, why))
             except OSError as error:
-                problem = f"{folder} could not be renamed ({error}): move it away"
+                problem = f"{folder} could not be renamed: {os_error_message(error)}"
 
         problem = mesh.broadcast_object(problem, self._layout)
         if problem:
@@ -292,7 +292,7 @@ class CheckpointManager:
                     self._root, self._health, self._config.keep, self._config.keep_every_steps
                 )
             except OSError as error:
-                self._log(f"old checkpoints in {self._root} could not be deleted: {error}")
+                self._log(f"an old checkpoint could not be deleted: {os_error_message(error)}")
 
     def _log(self, text: str) -> None:
         if self._layout.rank == 0:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -95,6 +96,20 @@ def test_a_terminal_gets_a_bar_that_names_what_goes_on_and_scores_above_it(tiny,
     assert any(row.startswith("step 20: validation 2.800 bits per byte") for row in rows)
     assert rows[-2].startswith("step 40/40 ")
     assert "nan" not in output
+
+
+def test_elsewhere_a_long_evaluation_is_told_of(tiny, monkeypatch):
+    monkeypatch.setattr(progress, "PLAIN_LOG_SECONDS", 0.02)
+    stream = io.StringIO()
+    with training_progress(Console(file=stream, width=100), tiny(), 0) as display:
+        with display.phase("evaluating"):
+            end = time.monotonic() + 20
+            while stream.getvalue().count("\n") < 2 and time.monotonic() < end:
+                time.sleep(0.01)
+        told = stream.getvalue()
+        time.sleep(0.1)
+    assert re.fullmatch(rf"({STAMP}evaluating for 0:00:00\n)+", told)
+    assert stream.getvalue().count("\n") <= told.count("\n") + 1
 
 
 def test_a_score_that_is_missing_or_exact_says_so():

@@ -162,8 +162,11 @@ def _explain(attempt: Attempt, folder: Path, shown: int) -> str:
         clock = time.strftime("%H:%M:%S", time.localtime(failure["time"]))
         if "exit_code" in failure:
             return f", which at {clock} {failure['message']}"
-        return f", the first to fail, at {clock}: {failure['message']}"
-    return f"; {first_clause(reason)}" if reason else ""
+        # the reason of a refusal is the message, and may name the disk on which to make room
+        message = reason if attempt.outcome == Outcome.REFUSED else failure["message"]
+        return f", the first to fail, at {clock}: {message}"
+    outcome = f"{attempt.outcome}: " if attempt.outcome else ""
+    return f"; {outcome}{first_clause(reason)}" if reason else ""
 
 
 def _stacks_of_others(folder: Path, hung: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ MEMORY_KEYS = (
     "device_memory_bytes",
     "device_memory_peak_bytes",
 )
-_ACTIVE_STATES = (RUNNING, WAITING, "RUNNING", "COMPLETING")  # local, and Slurm's
+_TRAINING_STATES = (RUNNING, "RUNNING")  # local, and Slurm's
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _seconds_left(config: Config, step: int, rate: float | None, state: str) -> 
     steps_left = config.training.steps - step
     if steps_left <= 0:
         return 0.0
-    if not rate or state not in _ACTIVE_STATES:
+    if not rate or state not in _TRAINING_STATES:
         return None
     return steps_left * config.training.global_batch_tokens / rate
 

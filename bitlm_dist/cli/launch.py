@@ -91,6 +91,7 @@ def slurm_command(
     """
     from bitlm_dist.launch import job_files, submit
     from bitlm_dist.launch.render import render
+    from bitlm_dist.training.run_claim import check_claim
 
     settings = _load_cluster(
         cluster, partition=partition, account=account, time=time, max_restarts=max_restarts
@@ -107,6 +108,7 @@ def slurm_command(
     if _is_trained(config):
         return
 
+    check_claim(config.run.dir, config)  # what the ranks would refuse after the queue
     submission = submit.submit_job(job, config)
     print_line(
         f"{submission.run}: job {submission.job}, "

@@ -177,7 +177,7 @@ def test_logs_and_cancel_of_a_run_that_has_ended(run_main, launched):
     (folder / "logs" / "rank-0.log").write_text("step 1\n")
     launched.end(Outcome.STOPPED, "SIGINT, saved at step 1")
     out, _ = run_main("logs", launched.folder)
-    assert out == "attempt 1, rank 0; SIGINT, saved at step 1\nstep 1\n"
+    assert out == "attempt 1, rank 0; stopped: SIGINT, saved at step 1\nstep 1\n"
     out, _ = run_main("logs", launched.folder, "--follow")
     assert out == "attempt 1, rank 0\nstep 1\nattempt 1: stopped: SIGINT, saved at step 1\n"
     assert (

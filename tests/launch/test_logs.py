@@ -38,7 +38,7 @@ def test_the_log_of_a_killed_rank_and_not_of_the_one_that_lost_it(launched):
     assert title.endswith(" was killed by signal 9 (SIGKILL); out of memory? see dmesg")
     assert lines == ["step 7"]
     title, lines = read_log_tail(launched.folder, 0, None)
-    assert title.startswith("attempt 1, rank 0; rank 1 on ")
+    assert title.startswith("attempt 1, rank 0; failed: rank 1 on ")
     assert lines == TRACEBACK
 
 
@@ -51,7 +51,7 @@ def test_a_killed_rank_that_only_srun_saw(launched):
     (folder / "start.log").write_text("srun: error: n1: task 1: Killed\n")
     end(launched, folder)
     title, lines = read_log_tail(launched.folder, None, None)
-    assert title == "attempt 1, rank 1; rank 1 on n1 was killed by signal 9 (SIGKILL)"
+    assert title == "attempt 1, rank 1; failed: rank 1 on n1 was killed by signal 9 (SIGKILL)"
     assert lines == ["rank 1"]
 
 

@@ -37,6 +37,18 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     fsync_folder(file.parent)
 
 
+def missing_folders(path: Path) -> list[Path]:
+    """The folders that must be made for ``path`` to be one, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def remove_empty_folders(folders: list[Path]) -> None:
+    """Remove folders as far as they are empty; those that were never made are passed over."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
 def sha256_of(file: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with file.open("rb") as stream:

@@ -20,7 +20,14 @@ from bitlm_dist.data.manifest import MANIFEST, SPLITS
 from bitlm_dist.data_prep.output_units import LENGTHS_FILE, UNITS_DIR, read_unit_record
 from bitlm_dist.data_prep.tokenizer import TOKENIZER_DIR
 from bitlm_dist.errors import UserError, os_error_message
-from bitlm_dist.files import DISK_FULL, sha256_of, try_lock, write_atomically
+from bitlm_dist.files import (
+    DISK_FULL,
+    missing_folders,
+    remove_empty_folders,
+    sha256_of,
+    try_lock,
+    write_atomically,
+)
 from bitlm_dist.strict_json import to_json
 
 SETTINGS_FILE = "settings.json"
@@ -43,6 +50,7 @@ def acquired(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             was touched), another process is preparing it, or its disk is full or not writable.
     """
     _check_settings(out, settings)
+    created = missing_folders(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
@@ -61,6 +69,7 @@ def acquired(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             finally:
                 shutil.rmtree(out / WORK_DIR, ignore_errors=True)
     except OSError as error:  # errors of sources have already become UserErrors
+        remove_empty_folders(created)
         if error.errno in DISK_FULL:
             raise UserError(
                 f"{out}: the disk is full: make room and run the same command again, "

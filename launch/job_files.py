@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import write_atomically
+from bitlm_dist.files import missing_folders, remove_empty_folders, write_atomically
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import LAUNCH, Limits
 from bitlm_dist.launch.cluster import Cluster
@@ -110,15 +110,13 @@ def write_job_files(job: Job, config: Config, is_local: bool = False) -> None:
 def _removing_new_files_on_error(folder: Path) -> Iterator[None]:
     """Remove what a failed start has created in a folder, and the folders that it has made."""
     old_files = set(folder.iterdir()) if folder.is_dir() else set()
-    new_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+    new_folders = missing_folders(folder)
     try:
         yield
     except OSError:
         for path in set(folder.iterdir()) - old_files if folder.is_dir() else ():
             path.unlink()
-        for path in new_folders:
-            with suppress(OSError):  # never made, or used by somebody else by now
-                path.rmdir()
+        remove_empty_folders(new_folders)
         raise
 
 

@@ -1,5 +1,6 @@
 """`bitlm bench generate`: tokens per second of generation with a key-value cache."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,11 +190,11 @@ def with_sampler(config: Config, name: str) -> Config:
     Raises:
         UserError: there is no such sampler.
     """
-    sampler, _, steps = name.partition(":")
-    if sampler not in ("sequential", "ode", "sde") or (steps and not steps.isdigit()):
+    if not re.fullmatch(r"sequential|(ode|sde)(:[1-9]\d*)?", name):
         raise UserError(
             f"--sampler {name}: write sequential, ode:K or sde:K with K steps, e.g. ode:8"
         )
 
+    sampler, _, steps = name.partition(":")
     update = {"sampler": sampler, "steps": int(steps or config.sampling.steps)}
     return config.model_copy(update={"sampling": config.sampling.model_copy(update=update)}).check()

@@ -25,12 +25,18 @@ from bitlm_dist.checkpoint.steps import read_train_state
 from bitlm_dist.checkpoint.tensors import TORCH_DTYPES, ShardEntry, TensorIndex, current_name
 from bitlm_dist.config_loading import load_run_config, to_yaml
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import fsync_folder, fsync_tree, sha256_of, write_atomically
+from bitlm_dist.files import (
+    fsync_folder,
+    fsync_tree,
+    missing_folders,
+    remove_empty_folders,
+    sha256_of,
+    write_atomically,
+)
 from bitlm_dist.paths import check_absent
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import run_folder_of
 from bitlm_dist.training.export_record import EXPORT_FORMAT, EXPORT_RECORD, load_verified_record
-from bitlm_dist.training.run_claim import missing_folders, remove_empty_folders
 from bitlm_dist.training.run_folder import CODES, RunFolder, environment
 from bitlm_dist.training.weights import checkpoint_ema_name, checkpoint_weight_name
 

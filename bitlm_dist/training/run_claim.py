@@ -6,7 +6,6 @@ comes at once.
 
 import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from bitlm_dist.config_loading import (
 )
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.errors import UserError, os_error_message
+from bitlm_dist.files import missing_folders, remove_empty_folders
 from bitlm_dist.launch.attempts import FILES_BEFORE_FIRST_STEP, check_run_folder
 from bitlm_dist.paths import absolute_path
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
@@ -109,18 +109,6 @@ def run_folder_error(run: Path, error: OSError) -> UserError:
     """The error that tells of a run folder which the system does not let us use."""
     where = "" if error.filename else f" = {run}"  # the system's text names the path, or none
     return UserError(f"run.dir{where} cannot be used: {os_error_message(error)}")
-
-
-def missing_folders(path: Path) -> list[Path]:
-    """The folders that must be made for ``path`` to be one, the innermost first."""
-    return [folder for folder in (path, *path.parents) if not folder.exists()]
-
-
-def remove_empty_folders(folders: list[Path]) -> None:
-    """Remove folders as far as they are empty."""
-    for folder in folders:
-        with suppress(OSError):
-            folder.rmdir()
 
 
 def _check_writable(run: Path) -> None:

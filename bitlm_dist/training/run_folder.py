@@ -25,7 +25,14 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
-from bitlm_dist.files import fsync_folder, fsync_tree, open_locked, write_atomically
+from bitlm_dist.files import (
+    fsync_folder,
+    fsync_tree,
+    missing_folders,
+    open_locked,
+    remove_empty_folders,
+    write_atomically,
+)
 from bitlm_dist.package_versions import PACKAGES, package_version
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
@@ -36,8 +43,6 @@ from bitlm_dist.training.metrics import LOG_FILES, METRICS
 from bitlm_dist.training.run_claim import (
     check_claim,
     has_started,
-    missing_folders,
-    remove_empty_folders,
     run_folder_error,
 )
 from bitlm_dist.training.stop_signals import STOP_FILE

@@ -20,6 +20,7 @@ from bitlm_dist.cli.console import (
 from bitlm_dist.cli.evaluate import open_evaluator
 from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.errors import STOPPED_EXIT_CODE, UserError
+from bitlm_dist.launch.rank_info import is_launched
 
 if TYPE_CHECKING:
     import torch
@@ -66,9 +67,21 @@ def train_command(
         _dry_run(loaded.config)
         return
 
+    # A launcher reads the outcome from its files; to any other it is a failure if a rank fails.
+    stopped = _start(loaded.config, resume, quiet)
+    if stopped and not is_launched(os.environ):
+        raise typer.Exit(STOPPED_EXIT_CODE)
+
+
+def _start(config: Config, resume: bool, quiet: bool) -> bool:
+    """Check what needs no torch, load it, and train.
+
+    Returns:
+        True if the run was stopped on request before its end.
+    """
     from bitlm_dist.cpu_contention import CpuContention
     from bitlm_dist.launch.heartbeat import Heartbeat
-    from bitlm_dist.launch.rank_info import export_rank_info, is_launched, read_rank_info
+    from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
     from bitlm_dist.training.run_claim import check_start
 
     ranks = read_rank_info(os.environ)
@@ -77,20 +90,16 @@ def train_command(
         export_rank_info(ranks, os.environ)
 
     # Before torch is imported, which takes seconds.
-    check_start(loaded.config, ranks.rank, resume)
+    check_start(config, ranks.rank, resume)
     if ranks.rank == 0 and not quiet:
-        print_line(f"bitlm train: {loaded.config.run.dir}: loading torch…")
+        print_line(f"bitlm train: {config.run.dir}: loading torch…")
 
     # The heart beats before the slow imports, so that a rank that hangs in them is noticed.
     with Heartbeat.from_environment(os.environ, ranks.rank, ranks.world_size) as heartbeat:
         from bitlm_dist.parallel.layout import build_layout
 
-        layout = build_layout(loaded.config.parallel, ranks.world_size, ranks.rank)
-        stopped = _train(loaded.config, resume, layout, heartbeat, busy_cores, quiet)
-
-    # A launcher reads the outcome from its files; to any other it is a failure if a rank fails.
-    if stopped and not is_launched(os.environ):
-        raise typer.Exit(STOPPED_EXIT_CODE)
+        layout = build_layout(config.parallel, ranks.world_size, ranks.rank)
+        return _train(config, resume, layout, heartbeat, busy_cores, quiet)
 
 
 def _train(

@@ -99,6 +99,8 @@ COMMANDS = {
         "{new}/run",
         "--training.precision",
         "bf16",
+        "--evaluation.num_samples",
+        "1",
         *TAUGHT,
     ],
     "eval": ["eval", "{bits}", *SCORED],

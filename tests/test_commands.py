@@ -70,7 +70,7 @@ ELSEWHERE = {
     "Files": {"launch/", "stop", "wandb.json"},
     "metrics.jsonl": {"sequences/NAME"},
 }
-TEXT_BYTES = 200_000  # of the user's own text, as small as README promises
+TEXT_BYTES = 200_000  # of the user's own text, as small as README speaks of
 
 
 class Block(NamedTuple):

@@ -107,6 +107,8 @@ def test_a_log_is_followed_into_the_next_attempt(launched, monkeypatch):
 
     reader = threading.Thread(target=follow)
     reader.start()
+    while "a" not in seen:
+        time.sleep(0.01)
     with (first / "logs" / "rank-0.log").open("a") as log:
         log.write("b\n")
     launched.end(Outcome.FAILED, "why")

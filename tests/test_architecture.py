@@ -78,6 +78,7 @@ def test_imports_run_downwards(package, file):
 # Tests of more than one module; every other test file bears the name of its module.
 TOPICS = {
     "bench/test_bench.py": "the command, with all its runners",
+    "cli/test_bad_input.py": "errors of every command, a table",
     "cli/test_cli.py": "the command line as a whole",
     "data_prep/test_tokenizer_copies.py": "tokenizers of other projects",
     "evaluation/test_missing_values.py": "values that cannot be computed, in every output",

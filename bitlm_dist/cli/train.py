@@ -19,6 +19,7 @@ from bitlm_dist.cli.console import (
 )
 from bitlm_dist.cli.evaluate import open_evaluator
 from bitlm_dist.config import Config, warnings_of
+from bitlm_dist.config_loading import with_absolute_paths
 from bitlm_dist.errors import STOPPED_EXIT_CODE, UserError
 from bitlm_dist.launch.rank_info import is_launched
 
@@ -82,6 +83,7 @@ def _start(config: Config, resume: bool, quiet: bool) -> bool:
     from bitlm_dist.cpu_contention import CpuContention
     from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.launch.rank_info import export_rank_info, read_rank_info
+    from bitlm_dist.launch.status import is_trained
     from bitlm_dist.training.run_claim import check_start
 
     ranks = read_rank_info(os.environ)
@@ -91,6 +93,9 @@ def _start(config: Config, resume: bool, quiet: bool) -> bool:
 
     # Before torch is imported, which takes seconds.
     check_start(config, ranks.rank, resume)
+    if ranks.world_size == 1 and is_trained(config.run.dir, with_absolute_paths(config)):
+        _report_trained(config, quiet)
+        return False
     if ranks.rank == 0 and not quiet:
         print_line(f"bitlm train: {config.run.dir}: loading torch…")
 
@@ -121,17 +126,12 @@ def _train(
     trainer = Trainer(config, resume, layout)
     heartbeat.track_steps(lambda: trainer.step)
     is_rank_zero = layout.rank == 0
-    start_step = trainer.step
-    num_steps = config.training.steps
-
     # Starting a finished run again is no error: a launcher may do so.
     if trainer.is_done:
         trainer.close()
         trainer.raise_if_diverged()
         if is_rank_zero:
-            attempts.report_outcome(os.environ, attempts.Outcome.DONE, start_step, "")
-            if not quiet:
-                print_line(f"{config.run.dir} is trained: step {start_step} of {num_steps}")
+            _report_trained(config, quiet)
         return False
 
     if is_rank_zero:
@@ -147,6 +147,16 @@ def _train(
         if not quiet:
             _print_end(trainer)
     return trainer.stopped_by is not None and not trainer.is_done
+
+
+def _report_trained(config: Config, quiet: bool) -> None:
+    """Tell the user and the launcher that nothing is left to do."""
+    from bitlm_dist.launch import attempts
+
+    steps = config.training.steps
+    attempts.report_outcome(os.environ, attempts.Outcome.DONE, steps, "")
+    if not quiet:
+        print_line(f"{config.run.dir} is trained: step {steps} of {steps}")
 
 
 def _fit(trainer: "Trainer", config: Config, is_rank_zero: bool, has_display: bool) -> None:

@@ -28,7 +28,7 @@ _EXITED = re.compile(r"Exited with exit code (\d+)")
 _OUT_OF_MEMORY = "Out Of Memory"
 
 # From here on srun ends the other tasks itself.
-_STEP_CANCELLED = re.compile(r"slurmstepd: error: \*\*\* (STEP|JOB) .* CANCELLED")
+_STEP_CANCELLED = re.compile(r"Terminating StepId=|\*\*\* (STEP|JOB) .* CANCELLED")
 _MAX_EXIT_CODE = 128  # shells and containers report a signal as 128 plus its number
 
 

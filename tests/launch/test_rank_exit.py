@@ -41,13 +41,17 @@ srun: error: n2: tasks 2-3: Segmentation fault (core dumped)
 srun: error: n4: task 4: Out Of Memory
 srun: error: n5: task 5: Exited with exit code 137
 srun: error: n6: task 6: Exited with exit code 5
-slurmstepd: error: *** STEP 17.0 ON n0 CANCELLED AT 2026-01-31T12:00:00 ***
-srun: error: n0: task 0: Terminated
 """
+ENDED_BY_SRUN = [  # what srun 22.05 prints when it ends the other tasks, alone or one after another
+    "srun: launch/slurm: _step_signal: Terminating StepId=17.0",
+    "slurmstepd-n0: error: *** STEP 17.0 ON n0 CANCELLED AT 2026-01-31T12:00:00 ***",
+    "slurmstepd: error: *** JOB 17 ON n0 CANCELLED AT 2026-01-31T12:00:00 DUE TO TIME LIMIT ***",
+]
 
 
-def test_srun_tells_how_tasks_ended_until_it_ends_them_itself(tmp_path):
-    (tmp_path / "start.log").write_text(SRUN)
+@pytest.mark.parametrize("ended", ENDED_BY_SRUN)
+def test_srun_tells_how_tasks_ended_until_it_ends_them_itself(ended, tmp_path):
+    (tmp_path / "start.log").write_text(f"{SRUN}{ended}\nsrun: error: n0: task 0: Terminated\n")
     assert [
         (seen.task, seen.node, seen.words, seen.is_signal) for seen in exits_seen_by_srun(tmp_path)
     ] == [

@@ -1,4 +1,4 @@
-"""What users type, misspell and point at the wrong thing: words, exit code, and what is left behind.
+"""What users misspell and point at the wrong thing: words, exit code, and what is left behind.
 
 bad_input.txt has the rows: a command, and below it the error, in which … stands for any text. Each
 exits with 2, prints one line on standard error and leaves nothing behind. Standard output may have
@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,13 @@ import pytest
 from conftest import make_text
 
 from bitlm_dist.__main__ import main
-from bitlm_dist.files import DISK_FULL
 
 TABLE = Path(__file__).with_name("bad_input.txt")
 LONG = "x" * 300
-BEGINNING = r"(bitlm train: .*: loading torch…|preparing .*|evaluating .*|\d{4}-\d\d-\S+ .*|the tokenizer .*)"
+BEGINNING = (
+    r"bitlm train: .*: loading torch…|preparing .*|evaluating .*"
+    r"|\d{4}-\d\d-\S+ .*|the tokenizer .*"
+)
 
 
 class Row(NamedTuple):
@@ -201,12 +204,9 @@ def test_a_folder_without_permission_is_named(words, message, run, place, withou
 
 def test_a_full_disk_is_named(run, place, small_disk):
     """Every output that is tried before the work."""
-    with (small_disk / "filler").open("wb", buffering=0) as filler:
-        try:
-            while filler.write(b"x" * 2**16):
-                pass
-        except OSError as error:
-            assert error.errno in DISK_FULL
+    with (small_disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+        while filler.write(b"x" * 2**16):
+            pass
 
     for words in (
         f"prep corpus.jsonl --tokenizer bpe:300 --out {small_disk}/new",

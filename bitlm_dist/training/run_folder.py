@@ -329,7 +329,7 @@ def _is_by_training(line: str) -> bool:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (json.JSONDecodeError, KeyError):  # a line that a kill cut in half
+    except (ValueError, KeyError, TypeError):  # a line that a kill cut in half, or none of ours
         return float("inf")
 
 

@@ -32,15 +32,18 @@ quickstart: $(DATA)/manifest.json
 	@echo "The curve is in runs/quickstart/curve.svg. What next (after: source $(BIN)/activate)"
 	@echo "  your own text:       bitlm prep my.txt --tokenizer bpe:4096 --out data/mine"
 	@echo "                       bitlm train quickstart --data.path data/mine --run.dir runs/mine"
-	@echo "  another block size:  bitlm train quickstart --model.block_size 1 --run.dir runs/m1"
+	@echo "  another block size:  bitlm train quickstart --model.block_size 1 --run.dir runs/m1 --evaluation.num_sequences 0"
 	@echo "                       bitlm compare runs/quickstart runs/m1"
 	@echo "  what can be set:     bitlm config"
 
-# The same model one token at a time, and as a softmax, beside quickstart's; one table and one plot
+# The same model one token at a time, and as a softmax, beside quickstart's; one table and one plot.
+# As many sequences of other blocks hold other text, so only scores of the whole split can be compared.
+WHOLE := --evaluation.num_sequences 0
 compare: $(DATA)/manifest.json
 	$(BIN)/bitlm train quickstart
-	$(BIN)/bitlm train quickstart --run.dir runs/compare/m1 --model.block_size 1
-	$(BIN)/bitlm train quickstart --run.dir runs/compare/softmax --model.output softmax
+	$(BIN)/bitlm eval runs/quickstart $(WHOLE)
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/m1 --model.block_size 1 $(WHOLE)
+	$(BIN)/bitlm train quickstart --run.dir runs/compare/softmax --model.output softmax $(WHOLE)
 	$(BIN)/bitlm compare runs/compare/softmax runs/compare/m1 runs/quickstart --plot runs/compare/compare.svg
 
 # The pages that are generated from the code

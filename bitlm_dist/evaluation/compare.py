@@ -86,7 +86,8 @@ def footnotes(records: Sequence[RunRecord]) -> list[str]:
             notes.append(
                 f"{OTHER_TEXT} {name}: no ratio, as it was scored on another text than "
                 f"{base.name} ({plural(num_tokens(record), 'token')}, not the same "
-                f"{num_tokens(base):,}): run `bitlm eval` on both with the same data"
+                f"{num_tokens(base):,}): run `bitlm eval` on both, with the same data and "
+                "--evaluation.num_sequences 0"
             )
     return notes
 

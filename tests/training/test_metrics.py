@@ -168,7 +168,9 @@ def test_records_of_eval_are_no_evaluations_of_training_and_go_with_their_step(t
     lines = [{"step": 3}, {"step": 4, "by": "train"}, {"step": 5, "by": "eval"}]
     lines += [{"step": 6, "by": "train"}, {"step": 7, "by": "eval"}]
     for name in ("evaluations.jsonl", "samples.jsonl"):
-        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines) + '[]\n3\n{"st')
+        (tmp_path / name).write_text(
+            "".join(json.dumps(line) + "\n" for line in lines) + '[]\n3\n{"st'
+        )
     folder = RunFolder(tmp_path)
     assert [folder.last_evaluation(step) for step in (2, 3, 5, 9)] == [0, 3, 4, 6]
 

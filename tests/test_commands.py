@@ -40,7 +40,7 @@ PROGRAMS = ("bitlm", "python", "pytest", "make", "torchrun", "bash", "source", "
 COMMAND = re.compile(r"(?:\bbitlm|-m bitlm_dist) +(?P<words>.*)")
 OPTION = re.compile(r"(?<![\w-])--?[a-zA-Z][\w.-]*")
 AT_PROMPT = re.compile(rf"^(?:{'|'.join(PROGRAMS)}) ", re.MULTILINE)
-TARGET = re.compile(r"(?:^|[;&] *)make +([a-z-]+)")
+TARGET = re.compile(r"(?:^|[;&] *)make +([a-z-]+)(?=$| +[A-Z]+=| *[#;&])")
 FILE = re.compile(r"(?:pytest|python|bash)\b.*? ((?:tests|docs|\.ci)/[\w./-]+)")
 NAME = re.compile(r"(?:--)?(?P<key>[a-z]\w*(?:\.\w+)+)(?=$|[ :=])")  # of a config key, or of a file
 FILES = (".py", ".lock", ".safetensors", ".json")

@@ -400,7 +400,7 @@ class EvaluationConfig(Section):
     every_steps: int = Field(0, ge=0)
     """Evaluate during training every this many steps and at the end; 0 disables."""
     num_samples: int = Field(0, ge=0)
-    """Texts to write with every evaluation during training, to samples.jsonl.
+    """Texts to write with every evaluation during training, if any, to samples.jsonl.
 
     Each continues the beginning of a held-out document, as the sampling section says.
     """
@@ -504,11 +504,6 @@ class Config(Section):
 
 def warnings_of(c: Config) -> Iterator[str]:
     """Yield a line for each setting that is allowed but most likely a mistake."""
-    if c.evaluation.num_samples and not c.evaluation.every_steps:
-        yield (
-            f"evaluation.num_samples = {c.evaluation.num_samples} has no effect: "
-            "texts are written with the evaluations of evaluation.every_steps, which is 0"
-        )
     if c.optimizer.warmup_steps > c.training.steps:
         yield (
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is beyond "

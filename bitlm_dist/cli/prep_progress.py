@@ -20,8 +20,7 @@ from rich.table import Column
 from rich.text import Text
 
 from bitlm_dist.cli import progress
-from bitlm_dist.cli.progress import timestamp
-from bitlm_dist.formatting import format_duration, plural
+from bitlm_dist.formatting import format_duration, format_time, plural
 
 MIN_RATE_SECONDS = 1.0  # of a phase, before its rate and the time left mean anything
 
@@ -142,7 +141,7 @@ class _PhaseLog:
         """Note ``status``, and print the name of a phase that begins."""
         if self._status is None or status.phase != self._status.phase:
             self._phase_start = time.monotonic()
-            self._console.print(f"{timestamp()} {status.phase}", soft_wrap=True, markup=False)
+            self._console.print(f"{format_time()} {status.phase}", soft_wrap=True, markup=False)
         self._status = status
 
     def _print_regularly(self) -> None:
@@ -156,7 +155,7 @@ class _PhaseLog:
         if 0 < status.done < status.total:
             facts.append(f"left {format_duration(seconds * (status.total / status.done - 1))}")
         self._console.print(
-            f"{timestamp()} {status.phase}: {', '.join(facts)}", soft_wrap=True, markup=False
+            f"{format_time()} {status.phase}: {', '.join(facts)}", soft_wrap=True, markup=False
         )
 
     def __enter__(self) -> "_PhaseLog":

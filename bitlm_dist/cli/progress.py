@@ -16,14 +16,10 @@ from rich.progress import (
 )
 
 from bitlm_dist.cli.console import stderr_console
+from bitlm_dist.formatting import format_time
 
 # Where the output is not a terminal, a line every so many seconds.
 PLAIN_LOG_SECONDS = 30.0
-
-
-def timestamp() -> str:
-    """The local time, for lines where there is no terminal: ``2026-01-31T12:34:56``."""
-    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 @contextmanager
@@ -71,7 +67,7 @@ def _plain_work_log(what: str, total: int | None, unit: str) -> Callable[[int], 
             return
         last = time.monotonic()
         of_total = f" of {total:,}" if total else ""
-        text = f"{timestamp()} {what}: {done:,}{of_total} {unit}".rstrip()
+        text = f"{format_time()} {what}: {done:,}{of_total} {unit}".rstrip()
         stderr_console.print(text, soft_wrap=True, markup=False)
 
     return print_status

@@ -18,9 +18,8 @@ from rich.progress import (
 )
 
 from bitlm_dist.cli import progress
-from bitlm_dist.cli.progress import timestamp
 from bitlm_dist.config import Config
-from bitlm_dist.formatting import format_duration, format_value
+from bitlm_dist.formatting import format_duration, format_time, format_value
 
 NUM_RECENT_STEPS = 50  # of which the mean time predicts that of the remaining steps
 MAX_SAMPLE_CHARACTERS = 240  # of a sample text that is shown; samples.jsonl has all of it
@@ -200,7 +199,7 @@ class _Lines(TrainingProgress):
 
     def print_line(self, text: str) -> None:
         """Print a line with the time in front."""
-        super().print_line(f"{timestamp()} {text}")
+        super().print_line(f"{format_time()} {text}")
 
 
 class _Bar(TrainingProgress):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 # numpy and torch read these when they are loaded: sums of other parts are other sums.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as `bitlm prep` does
+os.environ.pop("COLUMNS", None)  # tables are as wide as each test says
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 

@@ -1,6 +1,5 @@
 """The command `bitlm config`: a reference of all config keys, made from their fields."""
 
-import json
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from bitlm_dist.config_loading import (
 )
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import escape_path
+from bitlm_dist.strict_json import to_json
 
 INTRODUCTION = """# Config keys
 
@@ -59,7 +59,7 @@ def config_command(
     """
     if json_schema:
         schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-        print(json.dumps(schema | Config.model_json_schema(), indent=1))
+        print(to_json(schema | Config.model_json_schema(), indent=1))
         return
 
     references = [r for r in key_references() if r.key.startswith(prefix)]

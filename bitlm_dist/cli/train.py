@@ -21,6 +21,7 @@ from bitlm_dist.cli.evaluate import open_evaluator
 from bitlm_dist.config import Config, warnings_of
 from bitlm_dist.config_loading import with_absolute_paths
 from bitlm_dist.errors import STOPPED_EXIT_CODE, UserError
+from bitlm_dist.formatting import plural
 from bitlm_dist.launch.rank_info import is_launched
 
 if TYPE_CHECKING:
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from bitlm_dist.launch.heartbeat import Heartbeat
     from bitlm_dist.parallel.layout import ParallelLayout
     from bitlm_dist.training.trainer import Trainer
+
+# Text that is repeated more often teaches little (Muennighoff et al., 2023).
+MANY_EPOCHS = 4
 
 
 def train_command(
@@ -189,18 +193,24 @@ def _print_start(
 
     from bitlm_dist.parallel.device import warning_of_unused_gpus
 
+    epochs = trainer.epochs_at_end()
     if not quiet:
         print_line(
             f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, step {trainer.step} "
             f"of {config.training.steps}; attention by {trainer.attention_backend}"
         )
         print_line(trainer.dataset.summary())
-        print_line(_format_epochs(trainer.epochs_at_end(), config))
+        print_line(_format_epochs(epochs, config))
 
     if trainer.device.type == "cpu":
         for warning in (warning_of_unused_gpus(), busy_cores.warning(torch.get_num_threads())):
             if warning:
                 print_line(f"warning: {warning}")
+    if max(epochs.values(), default=0) > MANY_EPOCHS:
+        print_line(
+            f"warning: a model learns by heart what it reads more than about {MANY_EPOCHS} times: "
+            "train for fewer steps, or on more text"
+        )
     for warning in (*trainer.dataset.warnings(trainer.sequences_per_step), *warnings_of(config)):
         print_line(f"warning: {warning}")
 
@@ -251,7 +261,7 @@ def _format_epochs(epochs: Mapping[str, float], config: Config) -> str:
     labelled = (
         (key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items()
     )
-    return f"{config.training.steps:,} steps are " + ", ".join(
+    return f"{plural(config.training.steps, 'step')} read " + ", ".join(
         f"{number:.3g} epochs of {name}" for name, number in labelled
     )
 

@@ -58,6 +58,7 @@ def place(tmp_path_factory, corpus, prepared, tiny_file):
 
 def make_sources(root, corpus):
     (root / "folder").mkdir()
+    (root / "closed").mkdir(mode=0o500)
     (root / "foreign").mkdir()
     (root / "foreign" / "thesis.tex").write_text("mine")
     (root / "a.txt").write_text(make_text(0, 3000))
@@ -131,18 +132,22 @@ def listing(folder):
     }
 
 
+@pytest.fixture(scope="module")
+def files_at_first(place):
+    return listing(place)
+
+
 @pytest.fixture
-def run(place, capfd, monkeypatch):
+def run(place, files_at_first, capfd, monkeypatch):
     """Runs a command, which must leave nothing behind, and returns what it printed."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
 
     def run_in_place(words):
-        before = listing(place)
         capfd.readouterr()
         code = command(words.replace("PLACE", str(place)).replace("LONG", LONG), place)
         out, err = capfd.readouterr()
-        assert listing(place) == before
+        assert listing(place) == files_at_first
         return Result(code, out.replace(str(place), "PLACE"), err.replace(str(place), "PLACE"))
 
     return run_in_place
@@ -192,12 +197,9 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize(("words", "message"), FORBIDDEN)
-def test_a_folder_without_permission_is_named(words, message, run, place, without_root_powers):
-    closed = place / "closed"
-    closed.mkdir(mode=0o500)
+def test_a_folder_without_permission_is_named(words, message, run, without_root_powers):
     with without_root_powers():
         result = run(words)
-    closed.rmdir()
     check(result, message)
     assert "room" not in result.err, "there may be plenty"
 

@@ -261,7 +261,7 @@ def _format_epochs(epochs: Mapping[str, float], config: Config) -> str:
     labelled = (
         (key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items()
     )
-    return f"{plural(config.training.steps, 'step')} read " + ", ".join(
+    return f"{plural(config.training.steps, 'step')}: " + ", ".join(
         f"{number:.3g} epochs of {name}" for name, number in labelled
     )
 

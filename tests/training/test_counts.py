@@ -97,7 +97,7 @@ def test_a_run_goes_on_counting_where_it_stopped_and_says_its_epochs(tiny, tmp_p
         str(prepared),
     ]
     output = CliRunner().invoke(app, words, catch_exceptions=False).output
-    assert f"6 steps are {48 / len(whole.dataset):.3g} epochs of data\n" in output
+    assert f"6 steps: {48 / len(whole.dataset):.3g} epochs of data\n" in output
     assert "of them predicted" in output
     assert counts(tmp_path / "run") == counts(tmp_path / "whole")
 

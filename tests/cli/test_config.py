@@ -1,16 +1,21 @@
-"""The generated pages of docs/ are up to date."""
+"""`bitlm config`, --print-config, and the pages of docs/ that are generated from them."""
 
+import json
+import re
+from importlib import metadata
 from pathlib import Path
 
+import pytest
 import typer.cli
 import yaml
 from typer.testing import CliRunner
 
 from bitlm_dist.cli import app
-from bitlm_dist.cli.config import key_references
+from bitlm_dist.cli.config import config_as_yaml, key_references
 from bitlm_dist.cli.console import console
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import all_keys, build_config, load_config
+from bitlm_dist.config_loading import CONFIGS, all_keys, build_config, load_config
+from bitlm_dist.errors import UserError
 
 DOCS = Path(__file__).parents[2] / "docs"
 REFRESH = "run `make docs` and commit the diff"
@@ -47,3 +52,60 @@ def test_the_table_on_the_terminal_has_every_key(monkeypatch):
     assert result.exit_code == 0
     for key in all_keys():
         assert f" {key} " in result.stdout, key
+
+
+SOURCES = "[{path: /a, weight: [[0, 0.5], [9, 0.1]]}, {path: /b, weight: [[0, 0.5], [9, 0.9]]}]"
+WORDS = [
+    [],
+    ["--run.dir", "/runs/a$$b", "--data.cache_limit", "3gb", "--optimizer.betas", "[0.9, 0.95]"],
+    ["--preset", "paper", "--data.path", "/d", "--data.sources", SOURCES],
+]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("words", WORDS)
+def test_a_printed_config_loads_to_the_same_one(name, words, tmp_path):
+    loaded = load_config(Path(name), words)
+    file = tmp_path / "printed.yaml"
+    file.write_text(config_as_yaml(loaded))
+    assert load_config(file).config == loaded.config
+
+
+def test_a_printed_config_says_where_its_values_come_from():
+    text = config_as_yaml(load_config(Path("quickstart"), ["--training.steps", "9"]))
+    assert re.search(r"^  steps: 9  # command line$", text, re.MULTILINE)
+    assert re.search(r"^  block_size: 4  # .*quickstart.yaml:\d+$", text, re.MULTILINE)
+    assert re.search(r"^  cache: null$", text, re.MULTILINE)
+
+
+def test_none_of_python_is_no_path():
+    with pytest.raises(UserError, match=r"data.cache = None \(command line\): write null"):
+        load_config(None, ["--data.cache", "None"])
+    assert load_config(None, ["--data.cache", "'None'"]).config.data.cache == Path("None")
+    assert load_config(None, ["--data.cache", "null"]).config.data.cache is None
+
+
+def test_the_schema_for_editors_has_every_key():
+    result = CliRunner().invoke(app, ["config", "--json-schema"])
+    schema = json.loads(result.stdout)
+
+    def keys(node, prefix=""):
+        node = schema["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+        for name, child in node.get("properties", {}).items():
+            inner = list(keys(child, f"{prefix}{name}."))
+            yield from inner or [f"{prefix}{name}"]
+
+    assert list(keys(schema)) == list(all_keys())
+
+
+def test_the_first_words_of_a_newcomer():
+    for words in (["-h"], ["--help"], ["bench", "train", "-h"]):
+        assert "Usage: " in CliRunner().invoke(app, words).stdout
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"bitlm {metadata.version('bitlm-dist')}\n")
+
+
+def test_the_shell_completes_commands():
+    asked = {"_BITLM_COMPLETE": "complete_bash", "COMP_WORDS": "bitlm tr", "COMP_CWORD": "1"}
+    result = CliRunner(env=asked).invoke(app, [], prog_name="bitlm")
+    assert result.stdout.split() == ["train"]

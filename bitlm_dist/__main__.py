@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 TRACEBACK_VARIABLE = "BITLM_TRACEBACK"  # =1: errors of the operating system with their traceback
+INTERRUPTED_EXIT_CODE = 130  # as in errors, whose import may be what was interrupted
 
 
 def main() -> None:
@@ -27,11 +28,12 @@ def main() -> None:
         filter_third_party_warnings()
         code = _run()
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED_EXIT_CODE
 
     # After the command's own line, if it had one to say: a prompt must not follow half a line.
-    if code == 130:
+    if code == INTERRUPTED_EXIT_CODE:
         print("\nbitlm: interrupted", file=sys.stderr, flush=True)
+    _discard_unwritable_output()
     sys.exit(code)
 
 
@@ -95,8 +97,6 @@ def _report_os_error(error: OSError, ranks: "RankInfo") -> int:
     On a launched rank it is a refusal only if a second try must fail as well: a network file
     system may be back after a restart. Then the traceback is in the rank's log, too.
     """
-    import traceback
-
     from bitlm_dist import errors
     from bitlm_dist.launch.attempts import report_failure
 
@@ -110,19 +110,23 @@ def _report_os_error(error: OSError, ranks: "RankInfo") -> int:
         refused=refused,
     )
     if os.environ.get(TRACEBACK_VARIABLE) == "1" or (ranks.world_size > 1 and not refused):
-        traceback.print_exception(error)
+        errors.log_traceback(error)
 
     errors.log_error_once_per_job(f"bitlm: {message}", ranks.rank)
-    _discard_output_that_cannot_be_written()
     return _exit_job(errors.USER_ERROR_EXIT_CODE, ranks.world_size)
 
 
-def _discard_output_that_cannot_be_written() -> None:
-    """Keep the interpreter from a second report when it flushes standard output at exit."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+def _discard_unwritable_output() -> None:
+    """Flush standard output and error, so that the interpreter finds nothing to flush at exit.
+
+    It would report what it cannot write once more, and change the exit code.
+    """
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            if stream is not None:  # it may be closed
+                stream.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _usage_error_class() -> type[Exception]:
@@ -159,8 +163,7 @@ def _exit_immediately(code: int) -> NoReturn:
 
     The threads of a process group that other ranks have not left would keep the process alive.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _discard_unwritable_output()
     os._exit(code)
 
 

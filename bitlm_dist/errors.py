@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import suppress
 
 # Seconds that other ranks wait before they print an error that rank 0 most likely prints, too.
 OTHER_RANKS_DELAY = 5.0
@@ -21,17 +22,15 @@ STOPPED_EXIT_CODE = 75  # EX_TEMPFAIL: saved on request; the same command goes o
 INTERRUPTED_EXIT_CODE = 130  # 128 + SIGINT, as shells report it
 TERMINATED_EXIT_CODE = 143  # 128 + SIGTERM
 
-_MAKE_ROOM = "make room on that disk, or choose a folder on another one"
-_CHECK_PARENTS = "a part of the path is a file: choose another path"
 # What to do about an error of the operating system; the reason itself is the system's own text.
 _REMEDIES = {
     errno.EACCES: "choose another path, or ask for the permission",
     errno.EPERM: "choose another path, or ask for the permission",
     errno.EROFS: "choose a path on a disk that can be written",
-    errno.ENOSPC: _MAKE_ROOM,
+    errno.ENOSPC: "make room on that disk, or choose a folder on another one",
     errno.EDQUOT: "make room: your quota is used up",
     errno.ENOENT: "check the path",
-    errno.ENOTDIR: _CHECK_PARENTS,
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
     errno.EEXIST: "choose another path",
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "choose a shorter name",
@@ -85,9 +84,9 @@ def os_error_message(error: OSError) -> str:
     return f"{where}{reason}" + (f": {remedy}" if remedy else "")
 
 
-def is_permanent_os_error(error: BaseException) -> bool:
+def is_permanent_os_error(error: OSError) -> bool:
     """True if a second try would meet the same error, so that only the user can help."""
-    return isinstance(error, OSError) and error.errno in _PERMANENT
+    return error.errno in _PERMANENT
 
 
 def filter_third_party_warnings() -> None:
@@ -100,7 +99,22 @@ def filter_third_party_warnings() -> None:
 
 def log_to_stderr(text: str) -> None:
     """Print a line to standard error, for problems that do not end the run."""
-    print(f"bitlm: {text}", file=sys.stderr, flush=True)
+    _print_error(f"bitlm: {text}")
+
+
+def log_traceback(error: BaseException) -> None:
+    """Print the traceback of an error to standard error."""
+    _print_error("".join(traceback.format_exception(error)).rstrip("\n"))
+
+
+def _print_error(text: str) -> None:
+    """Print to standard error; on a full disk, the text is left for the next attempt to flush.
+
+    The log may be on the disk whose lack of space is being reported, and a report that fails must
+    neither end a run nor change how it ends.
+    """
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def log_error_once_per_job(message: str, rank: int) -> None:
@@ -111,7 +125,7 @@ def log_error_once_per_job(message: str, rank: int) -> None:
     if rank > 0:
         time.sleep(OTHER_RANKS_DELAY)
         message = f"rank {rank} on {socket.gethostname()}: {message}"
-    print(message, file=sys.stderr, flush=True)
+    _print_error(message)
 
 
 def is_lost_peer_error(message: str) -> bool:
@@ -128,9 +142,7 @@ def log_rank_failure(error: BaseException, rank: int) -> None:
     if is_lost_peer_error(message):
         time.sleep(LOST_PEER_DELAY)
 
-    traceback.print_exception(error)
-    print(
-        f"bitlm: rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {message}",
-        file=sys.stderr,
-        flush=True,
+    log_traceback(error)
+    log_to_stderr(
+        f"rank {rank} on {socket.gethostname()} failed: {type(error).__name__}: {message}"
     )

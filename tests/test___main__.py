@@ -46,6 +46,12 @@ def test_output_that_cannot_be_written_is_one_line():
     result = bitlm("config", shell="| true")
     assert result.stderr == b""
 
+    # the exit code does not depend on whether the error could be told
+    assert bitlm("eval", "/nonexistent", shell="2> /dev/full").returncode == 2
+    result = bitlm("eval", "/nonexistent", shell=">&-")
+    assert result.returncode == 2
+    assert result.stderr.count(b"\n") == 1
+
 
 @pytest.mark.integration
 def test_an_encoding_without_the_signs_gets_others():

@@ -3,7 +3,13 @@ import os
 
 import pytest
 
-from bitlm_dist.errors import is_permanent_os_error, os_error_message
+from bitlm_dist.errors import (
+    is_permanent_os_error,
+    log_error_once_per_job,
+    log_rank_failure,
+    log_to_stderr,
+    os_error_message,
+)
 
 
 def error_of(action):
@@ -44,4 +50,12 @@ def test_what_a_restart_cannot_mend():
     assert is_permanent_os_error(OSError(errno.EACCES, ""))
     assert not is_permanent_os_error(OSError(errno.ENOSPC, ""))
     assert not is_permanent_os_error(OSError(errno.ESTALE, "")), "a file server may come back"
-    assert not is_permanent_os_error(ValueError())
+
+
+def test_a_report_that_cannot_be_written_ends_nothing(monkeypatch):
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        log_to_stderr("x")
+        log_error_once_per_job("x", 0)
+        log_rank_failure(ValueError("x"), 0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

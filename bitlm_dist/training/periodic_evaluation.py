@@ -1,13 +1,12 @@
 """Evaluations during training: when one is due, and how the run reacts to a failed one."""
 
-import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from bitlm_dist.config import Config
-from bitlm_dist.errors import UserError, log_to_stderr
+from bitlm_dist.errors import UserError, log_to_stderr, log_traceback
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.training.stop_signals import StopRequested
@@ -70,7 +69,7 @@ class PeriodicEvaluation:
             stopped = True
         except Exception as error:
             failed = True
-            traceback.print_exception(error)
+            log_traceback(error)
             log_to_stderr(
                 f"the evaluation of step {step} failed on rank {self._layout.rank}: "
                 f"{_one_line(error)}"

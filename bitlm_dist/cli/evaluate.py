@@ -66,7 +66,7 @@ def open_evaluator(
     limit = config.evaluation.num_sequences
     is_full_split = not 0 < limit < len(dataset)
 
-    def scored(model: "LanguageModel") -> dict[str, Any]:
+    def score(model: "LanguageModel") -> dict[str, Any]:
         """Evaluate a model and add ``bytes_note`` and ``scored`` to its report."""
         report = _score(model, dataset, byte_lengths, config, show_progress)
 
@@ -85,7 +85,7 @@ def open_evaluator(
         return {**asdict(report), "bytes_note": check.note, "scored": scored_text}
 
     try:
-        yield scored
+        yield score
     finally:
         dataset.close()
 
@@ -124,8 +124,10 @@ def eval_command(
     and the unigram entropy of the same text. Keys of evaluation, sampling, parallel and logging,
     data.path, the cache and model.backbone.attention can be overridden.
     """
+    from bitlm_dist.checkpoint.steps import folder_of, read_train_state
     from bitlm_dist.cli.progress import work_progress
     from bitlm_dist.data.manifest import SPLITS
+    from bitlm_dist.training.checkpoint_folder import CHECKPOINTS
     from bitlm_dist.training.trained_files import find_trained_steps
 
     # What only looks at files comes first: torch takes seconds to import.
@@ -145,10 +147,12 @@ def eval_command(
         from bitlm_dist.training.weights import load_trained_model
 
         _, model, step = load_trained_model(run, config)
+        # Read now: a run that is still training may delete the checkpoint in the meantime.
+        state = read_train_state(folder_of(run / CHECKPOINTS, step))
     with open_evaluator(config, split, show_progress=True) as score:
         report = score(model)
 
-    _record(run, config, step, split, report)
+    _record(run, config, state, split, report)
     judgement = judge(report)
     if as_json:
         heading = {"run": str(run), "step": step, "split": split}
@@ -184,14 +188,21 @@ def _check_data(run: Path, config: Config) -> None:
         )
 
 
-def _record(run: Path, config: Config, step: int, split: str, report: Mapping[str, Any]) -> None:
-    """Append the report to the run's evaluations; a folder that cannot be written is no failure."""
-    from bitlm_dist.checkpoint.steps import folder_of, read_train_state
+def _record(
+    run: Path, config: Config, state: Mapping[str, Any], split: str, report: Mapping[str, Any]
+) -> None:
+    """Append the report to the run's evaluations; a folder that cannot be written is no failure.
+
+    Args:
+        run: the run folder.
+        config: the run's config, with overrides applied.
+        state: training state of the checkpoint that was evaluated.
+        split: the split that was scored.
+        report: the evaluator's report.
+    """
     from bitlm_dist.config_loading import flatten
     from bitlm_dist.training import evaluation_records
-    from bitlm_dist.training.checkpoint_folder import CHECKPOINTS
 
-    state = read_train_state(folder_of(run / CHECKPOINTS, step))
     progress = {name: state.get(name) for name in evaluation_records.PROGRESS_FIELDS}
     record = evaluation_records.evaluation_record(
         progress, report, evaluation_records.BY_EVAL, split

@@ -94,6 +94,9 @@ def append_evaluation(run: Path, record: Mapping[str, Any]) -> None:
         # After a line that a kill has cut, the record starts on a line of its own.
         size = os.fstat(descriptor).st_size
         is_cut = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
-        os.write(descriptor, b"\n" * is_cut + to_json(record).encode() + b"\n")
+        line = b"\n" * is_cut + to_json(record).encode() + b"\n"
+        # A disk that gets full takes a part of the line, and refuses the rest.
+        while line:
+            line = line[os.write(descriptor, line) :]
     finally:
         os.close(descriptor)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from bitlm_dist.cli import trained_run
+from bitlm_dist.cli import evaluate, trained_run
 from bitlm_dist.errors import UserError
 from bitlm_dist.training import weights
 from bitlm_dist.training.run_folder import RunFolder
@@ -72,6 +72,21 @@ def test_the_result_is_recorded_with_what_was_scored(trained, bitlm):
 
     # A resumed run must still make the evaluation of this step itself.
     assert RunFolder(trained).last_evaluation(3) == 0
+
+
+def test_the_result_is_recorded_although_training_has_deleted_the_checkpoint(
+    trained, bitlm, monkeypatch
+):
+    score = evaluate._score
+
+    def score_and_delete(*arguments):
+        report = score(*arguments)
+        shutil.rmtree(trained / "checkpoints" / "step-00000003")
+        return report
+
+    monkeypatch.setattr(evaluate, "_score", score_and_delete)
+    assert "bits per byte" in bitlm("eval", trained, *QUICK).stdout
+    assert [record["step"] for record in records(trained)] == [3]
 
 
 def test_a_run_folder_that_cannot_be_written_is_evaluated_all_the_same(trained, bitlm):

@@ -1,4 +1,5 @@
 import json
+import os
 
 from bitlm_dist.training.evaluation_records import (
     BY_EVAL,
@@ -32,3 +33,10 @@ def test_a_record_after_a_line_that_a_kill_has_cut_is_not_lost(tmp_path):
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(lines[i])["step"] for i in (0, 2)] == [4, 3]
     assert read_evaluations(tmp_path / "none") == []
+
+
+def test_a_line_that_is_written_in_parts_is_whole(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:7]))
+    append_evaluation(tmp_path, evaluation_record({"step": 4}, {"scored": SCORED}, BY_EVAL))
+    assert [found["step"] for found in read_evaluations(tmp_path)] == [4]

@@ -208,7 +208,9 @@ def _summarize(measured: Sequence[Repeat], peak: int) -> Timing:
 
 
 def _request(name: str, connection: Connection, what: str) -> Any:
-    connection.send(what)
+    # What a dead child said last, if anything, is in the pipe.
+    with suppress(ConnectionError):
+        connection.send(what)
     return _receive(name, connection)
 
 
@@ -216,7 +218,7 @@ def _receive(name: str, connection: Connection) -> Any:
     """Receive a child's answer; raise a UserError if it failed or was killed."""
     try:
         answer = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         raise UserError(
             f"{name} was killed, most likely for want of memory: use a smaller model or batch"
         ) from None
@@ -242,11 +244,11 @@ def _serve(connection: Connection, variant: Variant) -> None:
                 connection.send(_peak_bytes())
             else:
                 connection.send(_time_repeat(runner))
-    except (EOFError, BrokenPipeError):  # the parent has ended
+    except (EOFError, ConnectionError):  # the parent has ended
         return
     except Exception as error:
         # one line, as the parent raises it as a UserError
-        with suppress(BrokenPipeError):
+        with suppress(ConnectionError):
             connection.send(f"{type(error).__name__}: {' '.join(str(error).split())}")
     finally:
         if runner is not None:

@@ -1,11 +1,13 @@
 import importlib
 import json
 from contextlib import closing, contextmanager
+from multiprocessing import Pipe
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from bitlm_dist.bench import interleaved
 from bitlm_dist.bench.interleaved import Variant, time_interleaved
 from bitlm_dist.bench.results import read_results
 from bitlm_dist.cli import app
@@ -58,6 +60,16 @@ def test_variants_take_turns_and_warm_up_unseen(tmp_path, variants):
 def test_a_failure_in_a_child_is_one_line(variants):
     with pytest.raises(UserError, match="^b failed: RuntimeError: no luck today$"):
         time_interleaved({"b": Variant(variants.broken, ())}, repeats=1, warmup=0)
+
+
+@pytest.mark.parametrize("has_unread_request", [False, True])
+def test_a_child_that_was_killed_between_two_repeats_is_named(has_unread_request):
+    ours, its = Pipe()
+    if has_unread_request:
+        ours.send("run")
+    its.close()
+    with pytest.raises(UserError, match="^b was killed, most likely for want of memory"):
+        interleaved._request("b", ours, "run")
 
 
 @pytest.mark.distributed

@@ -20,7 +20,7 @@ from bitlm_dist.kernels.bench import (
     default_device,
 )
 from bitlm_dist.planning.flops import peak_bandwidth, peak_flops
-from bitlm_dist.plots import save_plot
+from bitlm_dist.plots import new_figure, save_plot
 from bitlm_dist.strict_json import to_json
 
 BENCHES = {
@@ -146,21 +146,20 @@ def save_kernel_results(all_results: Sequence[KernelResults], file: Path) -> Non
 
 def plot_kernel_results(all_results: Sequence[KernelResults], file: Path) -> None:
     """Plot time of forward and backward, and peak memory, over the length: one line per side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    figure = new_figure(9, 3.8)
     times, memory = figure.subplots(1, 2)
-    lengths = [results.shape.length for results in all_results]
+    ordered = sorted(all_results, key=lambda results: results.shape.length)
+    lengths = [results.shape.length for results in ordered]
 
-    # a side that does not support the longer shapes has a shorter line
-    for name in all_results[0].sides:
-        sides = [results.sides[name] for results in all_results if name in results.sides]
-        times.plot(
-            lengths[: len(sides)], [1e3 * side.total for side in sides], marker="o", label=name
-        )
+    # a side that does not support every shape has fewer points
+    for name in dict.fromkeys(name for results in ordered for name in results.sides):
+        sides = {r.shape.length: r.sides[name] for r in ordered if name in r.sides}
+        totals = [1e3 * side.total for side in sides.values()]
+        times.plot(list(sides), totals, marker="o", label=name)
 
-        peaks = [side.peak_bytes for side in sides if side.peak_bytes is not None]
-        memory.plot(lengths[: len(peaks)], [peak / 2**20 for peak in peaks], marker="o", label=name)
+        peaks = {n: side.peak_bytes for n, side in sides.items() if side.peak_bytes is not None}
+        mebibytes = [peak / 2**20 for peak in peaks.values()]
+        memory.plot(list(peaks), mebibytes, marker="o", label=name)
 
     for axes, label in (
         (times, "forward + backward, ms"),

@@ -13,7 +13,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import write_atomically
 from bitlm_dist.formatting import format_value, plural, ratio_or_none
-from bitlm_dist.plots import save_plot
+from bitlm_dist.plots import new_figure, save_plot
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -255,9 +255,7 @@ def _flops_rows(results: Results) -> list[list[str]]:
 
 def plot_results(all_results: Sequence[Results], file: Path) -> None:
     """Plot tokens/s as bars with their spread, one group of bars per result."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.6 + 2.2 * len(all_results), 3.6), layout="constrained")
+    figure = new_figure(1.6 + 2.2 * len(all_results), 3.6)
     axes = figure.subplots()
     names = list(dict.fromkeys(name for results in all_results for name in results.sides))
     width = 0.8 / len(names)

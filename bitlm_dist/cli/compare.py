@@ -56,12 +56,7 @@ def compare_command(
 
     records = load_records(runs)
     if plot:
-        try:
-            compare_plot.plot(records, compare_plot.choose_axis(records, axis), plot)
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--plot needs {error.name}, which is missing: pip install matplotlib"
-            ) from None
+        compare_plot.plot(records, compare_plot.choose_axis(records, axis), plot)
 
     if as_json:
         print(to_json(comparison.json_report(records)))

@@ -9,7 +9,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.compare import APPROXIMATE, NOT_RECORDED, OTHER_TEXT
 from bitlm_dist.evaluation.judgement import best_bits_per_byte
 from bitlm_dist.evaluation.run_records import RunRecord
-from bitlm_dist.plots import save_plot
+from bitlm_dist.plots import new_figure, save_plot
 from bitlm_dist.training.evaluation_records import ScoredText, scored_text
 
 AXES = {
@@ -83,9 +83,7 @@ def _curves_by_text(record: RunRecord) -> dict[ScoredText | None, Curve]:
 
 def plot(records: Sequence[RunRecord], axis: str, file: Path) -> None:
     """Plot bits per byte against ``axis``, one curve per run; the band is one standard error."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    figure = new_figure(6.4, 4.0)
     axes = figure.subplots()
     curves, note = choose_curves(records)
 

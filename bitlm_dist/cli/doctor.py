@@ -53,7 +53,7 @@ class Finding(NamedTuple):
 def _importable(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
+    except Exception:  # finding a submodule imports its package, which may be broken in any way
         return False
 
 
@@ -244,11 +244,6 @@ def _optimizers() -> list[Finding]:
         Finding("AdamW", True, f"{fused_adam.select_adamw('auto')[0]}, fused"),
         Finding("Muon", True, f"torch's, orthogonalised in {muon_dtype}"),
     ]
-
-
-def collect_findings() -> dict[str, list[Finding]]:
-    """Collect the findings, grouped by heading."""
-    return dict(iter_findings())
 
 
 def print_findings(as_json: bool) -> None:

@@ -21,7 +21,7 @@ def findings(*words):
 
 def test_findings_as_json_are_those_of_the_tables():
     found = json.loads(findings("--json"))
-    assert found.keys() == doctor.collect_findings().keys()
+    assert found.keys() == dict(doctor.iter_findings()).keys()
     assert set(found["packages"][0]) == {"name", "found", "note"}
 
     output = findings()
@@ -41,8 +41,17 @@ def test_a_count_agrees_with_its_noun(monkeypatch):
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    notes = {finding.name: finding.note for finding in doctor.collect_findings()["machine"]}
+    notes = {finding.name: finding.note for finding in dict(doctor.iter_findings())["machine"]}
     assert notes["device"] == "CPU, 1 core, 3 threads, gloo"
+
+
+def test_a_package_that_fails_on_import_is_not_found(tmp_path, monkeypatch):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "__init__.py").write_text("raise OSError('libcudart.so: no such file')")
+    (tmp_path / "broken" / "part.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._importable("broken")
+    assert not doctor._importable("broken.part")
 
 
 @pytest.mark.slow

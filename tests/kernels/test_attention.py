@@ -354,13 +354,19 @@ def test_the_choice_is_said_once(caplog):
     assert "float32, head dim 24: backend" in caplog.messages[0]
 
 
+def test_the_compiler_takes_availability_for_a_constant():
+    """The mark is torch's own, which may be renamed."""
+    marked = torch.compiler.assume_constant_result(lambda name: None)
+    assert vars(marked).items() <= vars(attention.unavailable_reason).items()
+
+
 def test_doctor_knows_every_back_end():
-    from bitlm_dist.cli.doctor import ATTENTION_BACKENDS, collect_findings
+    from bitlm_dist.cli.doctor import ATTENTION_BACKENDS, iter_findings
 
     assert tuple(ATTENTION_BACKENDS) == attention.BACKENDS
     found = {
         finding.name
-        for finding in collect_findings()["attention, first choice first"]
+        for finding in dict(iter_findings())["attention, first choice first"]
         if finding.is_available
     }
     assert found == set(available_backends())

@@ -76,15 +76,13 @@ def verify_command(
     if not folders:
         raise UserError(f"{run} holds no checkpoint yet")
 
-    problems: dict[Path, str | None] = {}
+    problems: dict[Path, str | None] = dict.fromkeys(folders)
     with work_progress("hashing", len(folders), "checkpoints") as advance:
         for number, folder in enumerate(folders, 1):
             try:
                 verify(folder)
             except UserError as error:
                 problems[folder] = str(error)
-            else:
-                problems[folder] = None
             advance(number)
 
     if as_json:

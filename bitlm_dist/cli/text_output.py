@@ -26,8 +26,7 @@ class TextStream:
     def show(self, ids: Sequence[int]) -> None:
         """Print the text that is new in ``ids``, which are all new tokens so far."""
         # incomplete bytes at the end decode to replacement characters
-        text = self._decode(ids)
-        text = text.rstrip("\ufffd")
+        text = self._decode(ids).rstrip("\ufffd")
         sys.stdout.write(text[self._num_shown :])
         sys.stdout.flush()
         self._num_shown = max(self._num_shown, len(text))

@@ -16,15 +16,15 @@ from bitlm_dist.training.trained_files import (
 )
 
 # What does not change the trained model: how it is evaluated and sampled from, and where it runs.
-CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")
-CHANGEABLE_KEYS = (
+_CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")
+_CHANGEABLE_KEYS = (
     "data.path",
     "data.cache",
     "data.cache_limit",
     "data.workers",
     ATTENTION_KEY,
 )
-_CHANGEABLE = (
+_CHANGEABLE_TEXT = (
     "evaluation.*, sampling.*, parallel.*, logging.*, data.{path, cache, cache_limit, workers} "
     f"and {ATTENTION_KEY}"
 )
@@ -54,11 +54,11 @@ def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config
                 if describes_model(key)
                 else "is a key of training"
             )
-            raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE}")
+            raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE_TEXT}")
 
     return load_run_config(run, words)
 
 
 def is_changeable(key: str) -> bool:
     """True if a key may be overridden for a trained model."""
-    return key.startswith(CHANGEABLE_SECTIONS) or key in CHANGEABLE_KEYS
+    return key.startswith(_CHANGEABLE_SECTIONS) or key in _CHANGEABLE_KEYS

@@ -117,7 +117,7 @@ def _built_folder(folder: Path) -> Iterator[Path]:
 
         # the user knows the folder, not its temporary name
         reason = error.__cause__ if isinstance(error, UserError) else error
-        if isinstance(reason, OSError) and _is_about(reason, building):
+        if isinstance(reason, OSError) and reason.errno and _is_about(reason, building):
             raise OSError(reason.errno, reason.strerror, os.fspath(folder)) from error
         raise
 

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.errors import UserError, os_error_message
-from bitlm_dist.files import open_locked
+from bitlm_dist.files import missing_folders, open_locked, remove_empty_folders
 from bitlm_dist.launch.attempts import check_checkpoint_link
 from bitlm_dist.paths import absolute_path
 
@@ -63,7 +63,8 @@ class CheckpointFolder:
         self._link = absolute_path(run) / CHECKPOINTS
         self._folder: Path | None = None
         self._lock_file: TextIO | None = None
-        self._has_created_folder = self._has_made_link = False
+        self._has_made_link = False
+        self._created_folders: list[Path] = []  # by :meth:`acquire`, the innermost first
 
     def acquire(self, requested: Path | None) -> None:
         """Lock the folder for this run. The run folder is unchanged until :meth:`make_link`.
@@ -99,10 +100,11 @@ class CheckpointFolder:
         self._raise_if_owned_by_other_run(folder)
 
         try:
-            self._has_created_folder = not folder.exists()
+            self._created_folders = missing_folders(folder)
             folder.mkdir(parents=True, exist_ok=True)
             self._acquire_lock(folder)
         except OSError as error:
+            remove_empty_folders(self._created_folders)
             raise UserError(
                 f"checkpoint.dir = {folder} cannot be used: {os_error_message(error)}"
             ) from error
@@ -149,10 +151,13 @@ class CheckpointFolder:
                 "wait for it, or choose another folder"
             )
 
+    @property
+    def _is_linked(self) -> bool:
+        return self._has_made_link or self._link.is_symlink()
+
     def make_link(self) -> None:
         """Link RUN/checkpoints to the folder; a no-op if it is inside the run folder."""
-        is_linked = self._has_made_link or self._link.is_symlink()
-        if self._folder is not None and not is_linked:
+        if self._folder is not None and not self._is_linked:
             self._link.symlink_to(self._folder)
             self._has_made_link = True
 
@@ -167,12 +172,10 @@ class CheckpointFolder:
         if self._lock_file is None:
             return
 
-        is_linked = self._has_made_link or self._link.is_symlink()
-        if self._folder is not None and not is_linked:
+        if self._folder is not None and not self._is_linked:
             with suppress(OSError):
                 (self._folder / OWNER_FILE).unlink()
-                if self._has_created_folder:
-                    self._folder.rmdir()
+            remove_empty_folders(self._created_folders)
         self._lock_file.close()
         self._lock_file = None
 

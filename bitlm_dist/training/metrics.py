@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import log_to_stderr, os_error_message
+from bitlm_dist.formatting import plural
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.evaluation_records import BY_TRAINING, EVALUATIONS, evaluation_record
 from bitlm_dist.training.wandb_log import WandbLog
@@ -66,8 +67,10 @@ class _JsonLinesFile:
             if self._stream is not None:
                 self._stream.close()
         except OSError as error:
+            # A network file system may tell only now that it did not take what was written.
             num_lost = self._unwritten.count(b"\n")
-            log_to_stderr(f"{self._file} lacks {num_lost:,} lines: {os_error_message(error)}")
+            what = f"lacks {plural(num_lost, 'line')}" if num_lost else "may lack lines"
+            log_to_stderr(f"{self._file} {what}: {os_error_message(error)}")
 
 
 class MetricsLog:

@@ -190,3 +190,15 @@ def test_checkpoints_stay_where_the_run_has_them(tmp_path, begun):
     with pytest.raises(UserError, match="is not in a run folder"):
         run_folder_of(tmp_path / "x" / "step-00000001")
     assert RunFolder(Path(moved)).checkpoints == tmp_path / "moved" / "checkpoints"
+
+
+def test_a_folder_that_is_not_linked_is_left_as_it_was_found(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "disk").mkdir()
+    folder = CheckpointFolder(run)
+    folder.acquire(tmp_path / "disk" / "new" / "newer")
+    assert (tmp_path / "disk" / "new" / "newer" / "run.lock").is_file()
+
+    folder.release()
+    assert list((tmp_path / "disk").iterdir()) == list(run.iterdir()) == []

@@ -103,16 +103,12 @@ def drop_summary(counts: Mapping[str, int]) -> str:
     """Summarize in one line how many documents were dropped, and why."""
     return (
         ", ".join(
-            plural(counts[reason], DESCRIPTIONS[reason], _plural_description(reason))
+            plural(counts[reason], DESCRIPTIONS[reason], PLURALS.get(reason, DESCRIPTIONS[reason]))
             for reason in DROP_REASONS
             if counts[reason]
         )
         or "none"
     )
-
-
-def _plural_description(reason: str) -> str:
-    return PLURALS.get(reason, DESCRIPTIONS[reason])
 
 
 def drop_remedy(counts: Mapping[str, int]) -> str:

@@ -41,17 +41,24 @@ def path_expander(name: str) -> Callable[[str], str]:
     """
 
     def expand(text: str) -> str:
-        if not text:  # Path("") is the current folder
-            raise UserError(f"{name} is empty: name a path")
-        # An existing name with a dollar sign or tilde was quoted in the shell and is meant as is.
-        if Path(text).exists():
-            return text
         try:
-            return expand_path(text)
+            return _expand(text)
         except UserError as error:
-            raise UserError(f"{name} {text}: {error}") from None
+            raise UserError(f"{name} {error}") from None
 
     return expand
+
+
+def _expand(text: str) -> str:
+    if not text:  # Path("") is the current folder
+        raise UserError("is empty: name a path")
+    # An existing name with a dollar sign or tilde was quoted in the shell and is meant as is.
+    if Path(text).exists():
+        return text
+    try:
+        return expand_path(text)
+    except UserError as error:
+        raise UserError(f"{text}: {error}") from None
 
 
 def path_argument(metavar: str, words: str) -> Any:
@@ -67,13 +74,10 @@ def path_option(name: str, words: str, metavar: str = "PATH", help_panel: str | 
 
 
 def _parse_path(text: str) -> Path:
-    if not text:  # Path("") is the current folder
-        raise typer.BadParameter("is empty: name a path")
     try:
-        # an existing name is meant as is, as in path_expander
-        return Path(text) if Path(text).exists() else Path(expand_path(text))
+        return Path(_expand(text))
     except UserError as error:  # typer does not print the message of a ValueError
-        raise typer.BadParameter(f"{text}: {error}") from None
+        raise typer.BadParameter(str(error)) from None
 
 
 Run = Annotated[Path, path_argument("RUN", "Run folder.")]
@@ -151,7 +155,7 @@ def _longest_word(text: str) -> int:
 
 
 def _print_as_lines(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as lines. Two columns are a name and its value, more are a paragraph a row."""
+    """Print a line per row of two columns, a name and its value; of more, a paragraph per row."""
     if title:
         print_line(title)
     for row in rows:

@@ -3,7 +3,7 @@
 import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -12,16 +12,12 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from bitlm_dist.cli.console import AsJson, console, path_expander, path_option, print_line
-from bitlm_dist.errors import (
-    INTERRUPTED_EXIT_CODE,
-    TERMINATED_EXIT_CODE,
-    log_to_stderr,
-)
+from bitlm_dist.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, log_to_stderr
 from bitlm_dist.formatting import plural
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
-    from bitlm_dist.data_prep.progress import ProgressCallback
+    from bitlm_dist.data_prep.progress import NotifyCallback, ProgressCallback
     from bitlm_dist.data_prep.settings import Settings
     from bitlm_dist.data_prep.summary import Report
 
@@ -220,7 +216,7 @@ def _prepare(
     tokenizer = path_expander("--tokenizer")(tokenizer)
     processes = len(os.sched_getaffinity(0)) if workers is None else workers
 
-    def run(observe: "ProgressCallback | None", notify: Callable[[str], None]) -> "Report":
+    def run(observe: "ProgressCallback | None", notify: "NotifyCallback") -> "Report":
         return prepare(sources, tokenizer, out, validation, settings, processes, observe, notify)
 
     try:

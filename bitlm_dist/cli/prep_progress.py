@@ -2,9 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -20,42 +19,15 @@ from rich.table import Column
 from rich.text import Text
 
 from bitlm_dist.cli import progress
+from bitlm_dist.data_prep.progress import Progress as PreparationStatus
+from bitlm_dist.data_prep.progress import ProgressCallback
 from bitlm_dist.formatting import format_duration, format_time, plural
 
 MIN_RATE_SECONDS = 1.0  # of a phase, before its rate and the time left mean anything
 
 
-class PreparationStatus(Protocol):
-    """Progress of a preparation, see :class:`bitlm_dist.data_prep.progress.Progress`."""
-
-    @property
-    def phase(self) -> str:
-        """Name of the current phase."""
-        ...
-
-    @property
-    def done(self) -> int:
-        """Bytes of the corpus, as stored, that are finished in this phase."""
-        ...
-
-    @property
-    def total(self) -> int:
-        """Bytes of the corpus, as stored; 0 if unknown."""
-        ...
-
-    @property
-    def text_bytes(self) -> int:
-        """Bytes of text that are finished in this phase."""
-        ...
-
-    @property
-    def num_documents(self) -> int:
-        """Documents that are finished in this phase."""
-        ...
-
-
 @contextmanager
-def preparation_progress(console: Console) -> Iterator[Callable[[PreparationStatus], None]]:
+def preparation_progress(console: Console) -> Iterator[ProgressCallback]:
     """Show the progress of a preparation: a bar on a terminal, otherwise a line now and then.
 
     Yields:

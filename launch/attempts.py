@@ -38,6 +38,7 @@ from bitlm_dist.strict_json import to_json
 
 LAUNCH = "launch"
 CANCELLED_FILE = "cancelled"
+CANCELLED = "cancelled"  # the reason in the file `stop`
 ATTEMPT_VARIABLE = "BITLM_ATTEMPT"  # environment variable with the attempt's folder, for the ranks
 
 USER_ERROR_PREFIX = "bitlm: "  # starts each line that tells the user what to fix
@@ -221,6 +222,7 @@ def create_attempt(
             attempts[-1],
             Outcome.LOST,
             "its launcher was ended: the node failed, or the job was killed",
+            last_sign_of_life(run, attempts[-1]),  # the next attempt may begin days later
         )
 
     number = attempts[-1].number + 1 if attempts else 1
@@ -251,13 +253,33 @@ def create_attempt(
     return folder
 
 
-def record_end(run: Path, attempt: Attempt, outcome: str, reason: str) -> None:
-    """Write end.json of an attempt."""
+def last_sign_of_life(run: Path, attempt: Attempt) -> float:
+    """Time of the latest heartbeat or output of an attempt's ranks, or of its start."""
+    folder = attempt_folder(run, attempt.number)
+    times = [attempt.began]
+    for file in (*(folder / "beats").glob("rank-*"), *(folder / "logs").glob("rank-*")):
+        with suppress(FileNotFoundError):  # a rank removes its heartbeat when it exits
+            times.append(file.stat().st_mtime)
+    return max(times)
+
+
+def record_end(
+    run: Path, attempt: Attempt, outcome: str, reason: str, ended: float | None = None
+) -> None:
+    """Write end.json of an attempt.
+
+    Args:
+        run: the run folder.
+        attempt: the attempt.
+        outcome: an :class:`Outcome`.
+        reason: the outcome in words.
+        ended: when it ended, seconds since 1970; None: now.
+    """
     record = {
         "outcome": outcome,
         "reason": reason,
         "reached": latest_checkpoint_step(run),
-        "ended": time.time(),
+        "ended": time.time() if ended is None else ended,
         "last_step": last_step_taken(run, attempt),
     }
     write_atomically(attempt_folder(run, attempt.number) / "end.json", to_json(record) + "\n")

@@ -17,9 +17,9 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.files import DISK_FULL, try_lock
 from bitlm_dist.formatting import plural
 from bitlm_dist.launch import attempts, supervisor
-from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Attempt, Outcome
+from bitlm_dist.launch.attempts import CANCELLED, CANCELLED_FILE, LAUNCH, Attempt, Outcome
 from bitlm_dist.launch.disk_room import with_disk_hint
-from bitlm_dist.launch.liveness import LAUNCHER_LOCK
+from bitlm_dist.launch.liveness import LAUNCHER_LOCK, being_trained_error
 from bitlm_dist.launch.local_ranks import POLL, RankProcesses
 from bitlm_dist.launch.next_action import Action
 from bitlm_dist.launch.outcomes import first_failure
@@ -59,13 +59,15 @@ class _LocalLauncher:
 
     def run(self) -> int:
         """Run attempts until none follows, and return the exit code."""
-        (self._run / LAUNCH / CANCELLED_FILE).unlink(missing_ok=True)
-
         with _launcher_lock(self._run), self._collect_stop_signals():
+            (self._run / LAUNCH / CANCELLED_FILE).unlink(missing_ok=True)
             while True:
                 folder = self._when_there_is_room(
                     lambda: Path(supervisor.start_attempt(self._run, [socket.gethostname()])[0])
                 )
+                # `bitlm launch cancel` may have come before the attempt had a folder
+                if attempts.is_cancelled(self._run):
+                    attempts.request_stop(folder, CANCELLED)
                 self._log_start(attempts.read_attempt(folder), folder)
                 code = RankProcesses(folder, self._num_ranks, self._env, self._echo).wait(
                     self._requests
@@ -145,7 +147,9 @@ class _LocalLauncher:
 
         what = f"attempt {attempt.number} {_VERBS[Outcome(attempt.outcome)]}: {attempt.reason}"
         details = f"details: {_log_of_cause(folder)}"
-        if following.action == Action.RESTART:
+        if following.action == Action.RESTART and self._is_stop_requested():
+            self._log(f"{what}; not started again, as requested; {details}")
+        elif following.action == Action.RESTART:
             soon = f"starting again in {wait:.0f} s" if wait else "starting again"
             self._log(f"{what}; {soon}; {details}")
         elif following.action == Action.GIVE_UP:
@@ -201,8 +205,5 @@ def _launcher_lock(run: Path) -> Iterator[None]:
     """Hold the run, so that no other launcher on this machine can train it."""
     with (run / LAUNCH / LAUNCHER_LOCK).open("w") as lock:
         if not try_lock(lock):
-            raise UserError(
-                f"run.dir = {run} is being trained by another `bitlm launch local`: "
-                "wait for it or end it"
-            )
+            raise being_trained_error(run)
         yield

@@ -11,9 +11,14 @@ from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock, write_atomically
 from bitlm_dist.launch import attempts, slurm, supervisor
-from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH
+from bitlm_dist.launch.attempts import CANCELLED, CANCELLED_FILE, LAUNCH
 from bitlm_dist.launch.job_files import submission_time, write_job_files
-from bitlm_dist.launch.liveness import LAUNCHER_LOCK, is_running
+from bitlm_dist.launch.liveness import (
+    LAUNCHER_LOCK,
+    being_trained_error,
+    is_launcher_alive,
+    is_running,
+)
 from bitlm_dist.launch.render import Job, render
 from bitlm_dist.launch.supervisor import SETTINGS
 from bitlm_dist.strict_json import to_json
@@ -42,9 +47,12 @@ def check_can_start(job: Job) -> None:
     """Check that the run folder is free for this run.
 
     Raises:
-        UserError: it holds other files, or another job of the run is queued or running.
+        UserError: it holds other files, another `bitlm launch local` trains the run, or another
+            job of it is queued or running.
     """
     attempts.check_run_folder(job.run_folder, job.data_folders)
+    if is_launcher_alive(job.run_folder):
+        raise being_trained_error(job.run_folder)
     _check_no_active_job(job.run_folder)
 
 
@@ -148,14 +156,14 @@ def cancel_local_run(run: Path) -> int | None:
     Returns:
         Number of the attempt that will end, 0 between two attempts; None if nothing runs.
     """
-    all_attempts = attempts.read_attempts(run)
-    if not is_running(run, all_attempts):
+    if not is_running(run, attempts.read_attempts(run)):
         return None
 
     write_atomically(run / LAUNCH / CANCELLED_FILE, "")
+    all_attempts = attempts.read_attempts(run)  # anew: one may have begun before it saw the file
     if not all_attempts or all_attempts[-1].outcome:
         return 0
-    attempts.request_stop(attempts.attempt_folder(run, all_attempts[-1].number), "cancelled")
+    attempts.request_stop(attempts.attempt_folder(run, all_attempts[-1].number), CANCELLED)
     return all_attempts[-1].number
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Limits, Outcome
@@ -17,6 +18,17 @@ def test_an_attempt_without_an_end_is_given_one(tmp_path):
     assert (old.outcome, old.checkpoint, old.reached) == (Outcome.LOST, -1, 12)
     assert old.limits == Limits(heartbeat_interval=3.0)
     assert (new.restart, new.checkpoint, new.nodes) == (1, 12, ("n0", "n1"))
+
+
+def test_a_lost_attempt_ended_with_its_last_sign_of_life(tmp_path):
+    folder = attempts.create_attempt(tmp_path, "", 0, ["n0"], Limits())
+    began = attempts.read_attempt(folder).began
+    for name, seconds in (("beats/rank-0", 5.0), ("logs/rank-0.log", 7.0)):
+        (folder / name).touch()
+        os.utime(folder / name, (began, began + seconds))
+    attempts.create_attempt(tmp_path, "", 0, ["n0"], Limits())
+    lost = attempts.read_attempts(tmp_path)[0]
+    assert (lost.outcome, round(lost.ended - began)) == (Outcome.LOST, 7)
 
 
 def test_an_attempt_of_an_earlier_version_is_read(tmp_path):

@@ -320,6 +320,30 @@ def test_a_run_that_is_cancelled_between_two_attempts_ends(run_here, launched):
     assert "; cancelled; details: " in shown[-1]
 
 
+def test_a_run_that_fails_while_it_is_to_stop_is_not_said_to_start_again(run_here):
+    def fail_to_save(folder, requests):
+        requests.append(signal.SIGINT)
+        return fail("x")(folder, requests)
+
+    _, shown = run_here(fail_to_save)
+    assert "; not started again, as requested; details: " in shown[-1]
+
+
+def test_a_run_that_is_cancelled_before_its_attempt_has_a_folder_is_stopped(
+    run_here, launched, monkeypatch
+):
+    start_attempt = local.supervisor.start_attempt
+
+    def start_after_cancel(run, nodes):
+        (run / "launch" / attempts.CANCELLED_FILE).touch()
+        return start_attempt(run, nodes)
+
+    monkeypatch.setattr(local.supervisor, "start_attempt", start_after_cancel)
+    stops = []
+    code, _ = run_here(lambda folder, requests: stops.append((folder / "stop").read_text()) or 0)
+    assert (code, stops) == (75, ["cancelled\n"])
+
+
 def test_a_launcher_that_finds_no_room_waits_and_then_says_where_to_make_it(
     run_here, launched, monkeypatch
 ):

@@ -6,7 +6,9 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.files import try_lock
 from bitlm_dist.launch import attempts, submit, supervisor
 from bitlm_dist.launch.attempts import CANCELLED_FILE, LAUNCH, Outcome
+from bitlm_dist.launch.cluster import Cluster
 from bitlm_dist.launch.liveness import LAUNCHER_LOCK
+from bitlm_dist.launch.render import Job
 
 
 @pytest.fixture
@@ -24,6 +26,14 @@ def test_a_local_run_is_stopped_through_its_attempt(launched, lock):
     launched.end(Outcome.FAILED, "why")
     assert submit.cancel_local_run(launched.folder) == 0, "between two attempts"
     assert attempts.is_cancelled(launched.folder)
+
+
+def test_a_run_that_trains_is_not_started_again(launched, lock):
+    job = Job(launched.folder, (), 1, Cluster())
+    with pytest.raises(UserError, match="is being trained by another `bitlm launch local`"):
+        submit.check_can_start(job)
+    lock.close()
+    submit.check_can_start(job)
 
 
 def test_where_nothing_runs_nothing_is_cancelled(launched):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Attempt
-from bitlm_dist.launch.records import METRICS
+from bitlm_dist.launch.records import METRICS, parse_records
 
-_STEP_AND_SECONDS = re.compile(r'\{"step": (\d+),.*?"seconds": ([\d.eE+-]+)')
+_STEP = re.compile(r'\{"step": (\d+),')
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,9 @@ class AttemptHistory:
         attempt: number, counted from 1.
         job: job id; empty on a single machine.
         began: start time, seconds since 1970.
-        ended: end time; None while it runs.
-        outcome: an :class:`~bitlm_dist.launch.attempts.Outcome`; empty while it runs.
+        ended: end time, or time of the last sign of life if its launcher was killed; None while it
+            runs.
+        outcome: an :class:`~bitlm_dist.launch.attempts.Outcome`; empty until one is recorded.
         reason: the outcome in words.
         first_step: step of the checkpoint that it resumed from; 0: from the beginning.
         last_step: last step that it took; None if an older version did not record it.
@@ -95,9 +96,9 @@ def _history_of_attempt(
     is_over = bool(attempt.outcome)
     first = max(attempt.checkpoint, 0)
     saved = max(attempt.reached if is_over else latest, first)
-    last: int | None = attempts.last_step_taken(run, attempt) if not is_over else attempt.last_step
-    if last is not None and last < 0:
-        last = None
+    last = attempt.last_step if is_over else attempts.last_step_taken(run, attempt)
+    known_last = last if last >= 0 else None  # older versions did not record it
+    ended = attempt.ended if is_over else _silent_since(run, attempt)
 
     lasting = None
     if first in step_seconds and saved in step_seconds:
@@ -106,16 +107,25 @@ def _history_of_attempt(
         attempt=attempt.number,
         job=attempt.job,
         began=attempt.began,
-        ended=attempt.ended if is_over else None,
+        ended=ended,
         outcome=attempt.outcome,
         reason=attempt.reason,
         first_step=first,
-        last_step=last,
+        last_step=known_last,
         saved_step=saved,
-        steps_lost=max(0, last - saved) if is_over and last is not None else None,
-        seconds=(attempt.ended if is_over else time.time()) - attempt.began,
+        steps_lost=max(0, last - saved) if is_over and known_last is not None else None,
+        seconds=(time.time() if ended is None else ended) - attempt.began,
         lasting_seconds=lasting,
     )
+
+
+def _silent_since(run: Path, attempt: Attempt) -> float | None:
+    """Time of the last sign of life of an attempt without an outcome; None if it may still run."""
+    last_sign = attempts.last_sign_of_life(run, attempt)
+    has_begun = last_sign > attempt.began
+    limits = attempt.limits
+    limit = limits.heartbeat_timeout if has_begun else limits.startup_timeout
+    return last_sign if time.time() - last_sign > limit else None
 
 
 def _seconds_until(run: Path, steps: Iterable[int]) -> dict[int, float]:
@@ -129,8 +139,11 @@ def _seconds_until(run: Path, steps: Iterable[int]) -> dict[int, float]:
     file = run / METRICS
     if wanted and file.is_file():
         with file.open(errors="replace") as stream:
-            for line in stream:
-                match = _STEP_AND_SECONDS.match(line)
-                if match and int(match[1]) in wanted:
-                    seconds[int(match[1])] = float(match[2])
+            # only the lines that are asked for are parsed, as a long run has millions
+            lines = (
+                line for line in stream if (match := _STEP.match(line)) and int(match[1]) in wanted
+            )
+            for record in parse_records(lines):
+                if "seconds" in record:
+                    seconds[record["step"]] = float(record["seconds"])
     return seconds

@@ -4,11 +4,11 @@ A process may be killed while it writes, so whatever cannot be read counts as ab
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-# the same names as in bitlm_dist.training.metrics, which would import torch
+# the names of bitlm_dist.training.metrics, which is above this layer
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 
@@ -38,8 +38,8 @@ def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
     if not file.is_file():
         return
 
-    with file.open() as stream:
-        yield from _parse(stream)
+    with file.open(errors="replace") as stream:
+        yield from parse_records(stream)
 
 
 def last_records(file: Path, count: int) -> list[dict[str, Any]]:
@@ -60,10 +60,11 @@ def last_records(file: Path, count: int) -> list[dict[str, Any]]:
         lines = stream.read().decode(errors="replace").splitlines()
 
     # the first line may begin in the middle of a record
-    return list(_parse(lines if size <= _TAIL_BYTES else lines[1:]))[-count:]
+    return list(parse_records(lines if size <= _TAIL_BYTES else lines[1:]))[-count:]
 
 
-def _parse(lines: Any) -> Iterator[dict[str, Any]]:
+def parse_records(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """Parse lines of a log that hold a JSON object; other lines are left out."""
     for line in lines:
         try:
             record = json.loads(line)

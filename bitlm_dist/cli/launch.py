@@ -32,7 +32,7 @@ from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
     from bitlm_dist.launch.cluster import Cluster
-    from bitlm_dist.launch.history import History
+    from bitlm_dist.launch.history import AttemptHistory, History
     from bitlm_dist.launch.status import Status
 
 launch_app = typer.Typer(
@@ -222,7 +222,6 @@ def _format_validation(status: "Status") -> str:
 def history_command(run: Run, as_json: AsJson = False) -> None:
     """Show every attempt: when, its steps, why it ended, and what was lost."""
     from bitlm_dist.launch.history import history_of
-    from bitlm_dist.launch.outcomes import first_clause
     from bitlm_dist.launch.submit import launch_folder
 
     launch_folder(run)
@@ -237,18 +236,32 @@ def history_command(run: Run, as_json: AsJson = False) -> None:
     rows = [
         (
             str(attempt.attempt),
-            format_time(attempt.began)[5:].replace("T", " "),  # the year is known
-            "–" if attempt.ended is None else format_time(attempt.ended)[5:].replace("T", " "),
+            _format_date(attempt.began),
+            _format_date(attempt.ended),
             f"{attempt.seconds / 60:,.1f}",
             f"{attempt.first_step:,} to {format_value(attempt.last_step, '{:,}')}",
             format_value(attempt.steps_lost, "{:,}"),
-            f"{attempt.outcome}: {first_clause(attempt.reason)}" if attempt.outcome else "running",
+            _format_outcome(attempt),
         )
         for attempt in history.attempts
     ]
     columns = ("attempt", "from", "to", "minutes", "steps", "lost", "outcome")
     print_table(str(run), columns, rows)
     print_line(_format_total(history))
+
+
+def _format_date(seconds: float | None) -> str:
+    """A time without its year, which is known; a dash if there is none."""
+    return "–" if seconds is None else format_time(seconds)[5:].replace("T", " ")
+
+
+def _format_outcome(attempt: "AttemptHistory") -> str:
+    """How an attempt ended, without remedy and details."""
+    from bitlm_dist.launch.outcomes import first_clause
+
+    if attempt.outcome:
+        return f"{attempt.outcome}: {first_clause(attempt.reason)}"
+    return "running" if attempt.ended is None else "no sign of life since then"
 
 
 def _format_total(history: "History") -> str:

@@ -1,5 +1,9 @@
+import json
+import os
+
 import pytest
 
+from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Outcome
 from bitlm_dist.launch.history import history_of
 
@@ -41,6 +45,19 @@ def test_an_attempt_that_runs_has_lost_nothing_yet(launched):
     assert (last.outcome, last.ended, last.steps_lost) == ("", None, None)
     assert (last.last_step, last.saved_step) == (30, 28)
     assert 0 <= last.seconds < 60
+
+
+def test_an_attempt_whose_launcher_was_killed_does_not_run_on(launched):
+    folder = launched.start()
+    began = attempts.read_attempt(folder).began
+    log = folder / "logs" / "rank-0.log"
+    log.touch()
+    file = folder / "attempt.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "began": began - 5000}))
+    assert history_of(launched.folder).attempts[0].ended is None, "it has just printed something"
+    os.utime(log, (began, began - 4000))
+    lost = history_of(launched.folder).attempts[0]
+    assert (lost.outcome, lost.ended, lost.seconds) == ("", began - 4000, 1000)
 
 
 def test_without_metrics_nothing_is_claimed(launched):

@@ -11,7 +11,7 @@ from bitlm_dist.launch.render import Job
 
 @pytest.mark.parametrize("has_attempts", [False, True])
 def test_a_start_that_cannot_be_written_leaves_nothing_new(
-    has_attempts, launched, tiny, monkeypatch, tmp_path
+    has_attempts, tiny, monkeypatch, tmp_path
 ):
     config = with_absolute_paths(tiny("--run.dir", str(tmp_path / "deep" / "run")))
     run = config.run.dir

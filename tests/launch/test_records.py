@@ -1,6 +1,11 @@
 import json
 
-from bitlm_dist.launch.records import last_records, read_json, read_jsonl
+from bitlm_dist.launch.records import EVALUATIONS, METRICS, last_records, read_json, read_jsonl
+from bitlm_dist.training import metrics
+
+
+def test_the_names_are_those_of_training():
+    assert (METRICS, EVALUATIONS) == (metrics.METRICS, metrics.EVALUATIONS)
 
 
 def test_the_end_of_a_long_log_is_read_and_half_lines_are_left_out(tmp_path):

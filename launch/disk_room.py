@@ -8,13 +8,20 @@ from bitlm_dist.disks import MIN_FREE_BYTES, free_bytes
 
 _SIGNS = ("no space left", "quota exceeded", "quota is used up", "has no room for")
 _ON_SOME_DISK = "make room on that disk"  # of bitlm_dist.errors, which does not look for it
+_PATH = re.compile(  # as bitlm_dist.errors and Python itself say which path met a full disk
+    r"(?<!\S)(?P<before>/[^:;'\"]*): (no space left|disk quota exceeded)"
+    r"|(no space left on device|disk quota exceeded): ['\"](?P<after>/[^'\"]*)",
+    re.IGNORECASE,
+)
 _REMEDY = re.compile(r"make room on (/[^;,]*)")
 
 
 def with_disk_hint(run: Path, reason: str) -> str:
     """Name the disk on which to make room in the reason of a failure, if a full disk is the cause.
 
-    A rank that cannot write its log has no words either, so the disk itself is looked at, too.
+    It is the disk of the path in the reason, such as a cache of the data; else that of the
+    checkpoints or of the run. A rank that cannot write its log has no words either, so these two
+    are looked at, too.
 
     Args:
         run: the run folder.
@@ -22,8 +29,12 @@ def with_disk_hint(run: Path, reason: str) -> str:
     """
     is_full = any(sign in reason.lower() for sign in _SIGNS)
     folders = (run / "checkpoints", run)
+    named = _PATH.search(reason)
     with suppress(OSError):
-        full = next((f for f in folders if free_bytes(f.resolve()) < MIN_FREE_BYTES), None)
+        if named:
+            full: Path | None = Path(named["before"] or named["after"])
+        else:
+            full = next((f for f in folders if free_bytes(f.resolve()) < MIN_FREE_BYTES), None)
         if full is not None or is_full:
             remedy = f"make room on {_mount_point(full or folders[0])}"
             if _ON_SOME_DISK in reason:

@@ -54,13 +54,19 @@ def describe_exit(code: int) -> str:
     Args:
         code: its exit code; negative: the signal that killed it.
     """
-    number = -code if code < 0 else code - _MAX_EXIT_CODE
-    if number not in set(signal.Signals):
+    number = _signal_of(code)
+    if number is None:
         return f"ended with exit code {code} and reported nothing"
 
-    hint = _HINTS.get(signal.Signals(number), "")
-    words = f"was killed by signal {number} ({signal.Signals(number).name})"
+    hint = _HINTS.get(number, "")
+    words = f"was killed by signal {number} ({number.name})"
     return f"{words}; {hint}" if hint else words
+
+
+def _signal_of(code: int) -> signal.Signals | None:
+    """The signal that ended a process according to its exit code; None if none did."""
+    number = -code if code < 0 else code - _MAX_EXIT_CODE
+    return signal.Signals(number) if number in set(signal.Signals) else None
 
 
 def report_exit(folder: Path, rank: int, code: int, time: float) -> None:
@@ -97,14 +103,11 @@ def exits_seen_by_srun(folder: Path) -> Iterator[RankExit]:
         if match := _SRUN_LINE.fullmatch(line.strip()):
             how = match["how"]
             exited = _EXITED.fullmatch(how)
-            if how == _OUT_OF_MEMORY:
-                code = -signal.SIGKILL.value
-            else:
-                code = int(exited[1]) if exited else -_SIGNAL_OF_TEXT.get(how, 0)
-
-            words = describe_exit(code) if code else f"ended: {how}"
+            code = int(exited[1]) if exited else -_SIGNAL_OF_TEXT.get(how, 0)
             if how == _OUT_OF_MEMORY:
                 words = "was killed by Slurm: out of memory"
-            yield RankExit(
-                int(match["first"]), match["node"], words, not exited or code > _MAX_EXIT_CODE
-            )
+            else:
+                words = describe_exit(code) if code else f"ended: {how}"
+
+            is_signal = not exited or _signal_of(code) is not None
+            yield RankExit(int(match["first"]), match["node"], words, is_signal)

@@ -41,6 +41,7 @@ srun: error: n2: tasks 2-3: Segmentation fault (core dumped)
 srun: error: n4: task 4: Out Of Memory
 srun: error: n5: task 5: Exited with exit code 137
 srun: error: n6: task 6: Exited with exit code 5
+srun: error: n7: task 7: Exited with exit code 255
 """
 ENDED_BY_SRUN = [  # what srun 22.05 prints when it ends the other tasks, alone or one after another
     "srun: launch/slurm: _step_signal: Terminating StepId=17.0",
@@ -60,4 +61,5 @@ def test_srun_tells_how_tasks_ended_until_it_ends_them_itself(ended, tmp_path):
         (4, "n4", "was killed by Slurm: out of memory", True),
         (5, "n5", "was killed by signal 9 (SIGKILL); out of memory? see dmesg", True),
         (6, "n6", "ended with exit code 5 and reported nothing", False),
+        (7, "n7", "ended with exit code 255 and reported nothing", False),
     ]

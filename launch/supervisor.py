@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import USER_ERROR_EXIT_CODE, UserError, log_to_stderr, os_error_message
 from bitlm_dist.files import write_atomically
 from bitlm_dist.formatting import format_time
 from bitlm_dist.launch import attempts
@@ -195,8 +195,8 @@ def main() -> None:
             assert command == "finish-attempt"
             lines = finish_attempt(Path(path), int(rest[0]))
     except (UserError, OSError) as error:
-        print(f"bitlm: {error}", file=sys.stderr)
-        sys.exit(2)
+        log_to_stderr(os_error_message(error) if isinstance(error, OSError) else str(error))
+        sys.exit(USER_ERROR_EXIT_CODE)
 
     print("\n".join(lines))
 

@@ -3,8 +3,10 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from bitlm_dist.bench import kernels
 from bitlm_dist.cli import app
 from bitlm_dist.errors import UserError
+from bitlm_dist.kernels.bench import AttentionShape, KernelTiming
 
 FEW = (
     "--length",
@@ -72,13 +74,28 @@ def test_attention_inside_blocks_is_measured_in_bytes():
 
 
 def test_repeats_of_all_lengths_are_counted():
-    from bitlm_dist.bench.kernels import bench_kernels
-    from bitlm_dist.kernels.bench import AttentionShape
-
     done = []
     shapes = [AttentionShape(1, length, 1, 1, 8, 4) for length in (8, 16)]
-    bench_kernels("in-block", shapes, 2, ["torch"], done.append)
+    kernels.bench_kernels("in-block", shapes, 2, ["torch"], done.append)
     assert done == [1, 2, 3, 4]
+
+
+def test_a_side_is_plotted_over_the_lengths_that_it_supports(monkeypatch, tmp_path):
+    def results(length, **milliseconds):
+        sides = {
+            name: KernelTiming([1e-3 * time], [0.0], 1, 1, 2**20)
+            for name, time in milliseconds.items()
+        }
+        shape = AttentionShape(1, length, 1, 1, 8, 4)
+        return kernels.KernelResults("attention", shape, sides, None)
+
+    figures = []
+    monkeypatch.setattr(kernels, "save_plot", lambda figure, file: figures.append(figure))
+    kernels.plot_kernel_results([results(64, a=3, b=4), results(16, a=1)], tmp_path / "x.svg")
+    times, memory = figures[0].axes
+    points = [[(*line.get_xdata(),), (*line.get_ydata(),)] for line in times.lines]
+    assert points == [[(16, 64), (1, 3)], [(64,), (4,)]]
+    assert [line.get_label() for line in memory.lines] == ["a", "b"]
 
 
 @pytest.mark.parametrize(

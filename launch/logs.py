@@ -10,6 +10,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.formatting import plural
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import Attempt, Outcome
+from bitlm_dist.launch.liveness import silent_seconds
 from bitlm_dist.launch.outcomes import first_clause, first_failure, hung_rank, outcome_of
 from bitlm_dist.launch.rank_log import LogFollower, last_lines, main_stack_in
 
@@ -18,6 +19,7 @@ MAX_TRACEBACK_LINES = 100
 MAX_STACKS = 3  # ranks whose stacks are shown after a hang; the others' are in their logs
 MAX_STACK_LINES = 40  # of each
 FOLLOW_POLL = 0.5  # seconds
+MAX_FOLLOW_POLL = 15.0  # while nothing happens, as each look may ask Slurm's controller
 
 _RANK_IN_REASON = re.compile(r"rank (\d+) on ")
 
@@ -81,34 +83,47 @@ def follow_log(
     attempt = _choose_attempt(run, attempt_number)
     while True:
         yield f"attempt {attempt.number}, rank {rank}"
-        yield from _follow_attempt(run, attempt, rank)
+        yield from _follow_attempt(run, attempt, rank, is_active)
 
         ended = attempts.read_attempt(attempts.attempt_folder(run, attempt.number))
-        if ended.outcome:
-            yield f"attempt {ended.number}: {ended.outcome}: {ended.reason}"
+        how = f"{ended.outcome}: {ended.reason}" if ended.outcome else "its launcher was ended"
+        yield f"attempt {ended.number}: {how}"
         if attempt_number is not None or not (following := _next_attempt(run, ended, is_active)):
             return
         attempt = following
 
 
-def _follow_attempt(run: Path, attempt: Attempt, rank: int) -> Iterator[str]:
-    """Yield the last lines of a log, then new ones until the attempt has ended."""
+def _follow_attempt(
+    run: Path, attempt: Attempt, rank: int, is_active: Callable[[], bool]
+) -> Iterator[str]:
+    """Yield the last lines of a log, then new ones until the attempt has ended.
+
+    A launcher that was killed records no end, so after a long silence ``is_active`` decides.
+    """
     folder = attempts.attempt_folder(run, attempt.number)
     follower = LogFollower(folder / "logs" / f"rank-{rank}.log")
     yield from follower.new_lines()[-NUM_LINES:]
 
-    has_ended = False
-    while not has_ended:
+    pause = FOLLOW_POLL
+    while True:
         # asked before the lines are read, so that the last ones are not missed
         latest = attempts.read_attempts(run)[-1]
-        has_ended = latest.number > attempt.number or bool(latest.outcome)
+        is_silent = silent_seconds(run, attempt) > attempt.limits.heartbeat_timeout
+        has_ended = (
+            latest.number > attempt.number
+            or bool(latest.outcome)
+            or (is_silent and not is_active())
+        )
         yield from follower.new_lines()
-        if not has_ended:
-            time.sleep(FOLLOW_POLL)
+        if has_ended:
+            return
+        pause = min(2 * pause, MAX_FOLLOW_POLL) if is_silent else FOLLOW_POLL
+        time.sleep(pause)
 
 
 def _next_attempt(run: Path, ended: Attempt, is_active: Callable[[], bool]) -> Attempt | None:
     """Wait for the attempt that follows; None if nothing trains the run any more."""
+    pause = FOLLOW_POLL
     while True:
         may_follow = is_active()
         for attempt in attempts.read_attempts(run):
@@ -116,7 +131,8 @@ def _next_attempt(run: Path, ended: Attempt, is_active: Callable[[], bool]) -> A
                 return attempt
         if not may_follow:
             return None
-        time.sleep(FOLLOW_POLL)
+        time.sleep(pause)
+        pause = min(2 * pause, MAX_FOLLOW_POLL)
 
 
 def _choose_attempt(run: Path, number: int | None) -> Attempt:

@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 import time
 
@@ -128,3 +129,13 @@ def test_a_log_is_followed_into_the_next_attempt(launched, monkeypatch):
     ]
     only = list(follow_log(launched.folder, 0, 1, lambda: True))
     assert only == seen[:4], "with a number, no other attempt is followed"
+
+
+def test_a_log_whose_launcher_was_killed_is_not_followed_for_ever(launched):
+    folder = launched.start()
+    write_log(folder, 0, ["a"])
+    os.utime(folder / "logs" / "rank-0.log", (0, 0))
+    file = folder / "attempt.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "began": 0.0}))
+    lines = list(follow_log(launched.folder, None, None, lambda: False))
+    assert lines == ["attempt 1, rank 0", "a", "attempt 1: its launcher was ended"]

@@ -257,13 +257,13 @@ def _loss_unit(config: Config) -> str:
 def _format_epochs(epochs: Mapping[str, float], config: Config) -> str:
     """Format how often the run will read each of its sources."""
     assert config.data.path is not None
-    # the keys are "epochs/NAME" for several sources, "epochs" for data.path alone
-    labelled = (
-        (key.partition("/")[2] or config.data.path.name, number) for key, number in epochs.items()
-    )
-    return f"{plural(config.training.steps, 'step')}: " + ", ".join(
-        f"{number:.3g} epochs of {name}" for name, number in labelled
-    )
+    parts = []
+    for key, number in epochs.items():
+        # the keys are "epochs/NAME" for several sources, "epochs" for data.path alone
+        name = key.partition("/")[2] or config.data.path.name
+        count = f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+        parts.append(f"{count} epochs of {name}")
+    return f"{plural(config.training.steps, 'step')}: {', '.join(parts)}"
 
 
 def _dry_run(config: Config) -> None:

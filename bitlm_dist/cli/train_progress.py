@@ -98,7 +98,7 @@ class TrainingProgress:
             {EVALUATING: config.evaluation.every_steps, SAVING: config.checkpoint.every_steps},
         )
         self._seconds_in_steps: float | None = None  # of the run, as of its last step
-        self._last_score: float | None = None
+        self._last_scores: dict[str, float] = {}  # by unit
 
     def __call__(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a step."""
@@ -129,9 +129,10 @@ class TrainingProgress:
             unit = "nats per token"
 
         notes = ["exact" if report.get("exact") else "bound"]
-        if score is not None and self._last_score is not None:
-            notes.append(f"{score - self._last_score:+.3f}".replace("-", "−"))
-        self._last_score = score
+        if score is not None:
+            if unit in self._last_scores:
+                notes.append(f"{score - self._last_scores[unit]:+.3f}".replace("-", "−"))
+            self._last_scores[unit] = score
         value = format_value(score, "{:.3f}")
         self.print_line(f"step {step:,}: validation {value} {unit} ({'; '.join(notes)})")
 
@@ -143,7 +144,7 @@ class TrainingProgress:
 
     def print_line(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
-        self._console.print(text, soft_wrap=not self._console.is_terminal, markup=False)
+        self._console.print(text, markup=False)
 
     def duration_left(self) -> str:
         """The time left, as text."""
@@ -198,8 +199,13 @@ class _Lines(TrainingProgress):
             self.print_line(f"{name} for {format_duration(time.monotonic() - start_time)}")
 
     def print_line(self, text: str) -> None:
-        """Print a line with the time in front."""
-        super().print_line(f"{format_time()} {text}")
+        """Print a line with the time in front; a full disk does not end the run."""
+        try:
+            print(f"{format_time()} {text}", file=self._console.file, flush=True)
+        except BrokenPipeError:  # nobody reads any more; as rich does
+            raise SystemExit(1) from None
+        except OSError:  # the file has the line when there is room again
+            pass
 
 
 class _Bar(TrainingProgress):

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.cli import app
-from bitlm_dist.cli.train import _loss_unit
+from bitlm_dist.cli.train import _format_epochs, _loss_unit
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
 from bitlm_dist.training import metrics
@@ -170,6 +170,14 @@ def test_a_disk_that_is_full_at_the_first_step_keeps_nothing(train, small_disk, 
 )
 def test_the_unit_of_the_loss_is_that_of_the_objective(words, unit):
     assert _loss_unit(load_config(None, words.split()).config) == unit
+
+
+def test_epochs_are_numbers_without_an_exponent(tiny):
+    epochs = {"epochs/a": 0.0123456, "epochs/b": 999.6, "epochs": 12345.6}
+    config = tiny("--data.path", "texts", "--training.steps", "1")
+    assert _format_epochs(epochs, config) == (
+        "1 step: 0.0123 epochs of a, 1,000 epochs of b, 12,346 epochs of texts"
+    )
 
 
 def test_the_first_line_comes_before_torch_and_ctrl_c_before_training_leaves_nothing(

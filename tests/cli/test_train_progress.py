@@ -1,6 +1,7 @@
 """What training shows: on a terminal and elsewhere."""
 
 import io
+import os
 import re
 import time
 
@@ -126,8 +127,26 @@ def test_a_score_that_is_missing_or_exact_says_so():
         )
     lines = [line.partition(" ")[2] for line in stream.getvalue().splitlines()]
     assert lines[0] == "step 1: validation 4.500 nats per token (bound)"
-    assert lines[1].startswith("step 2: validation 2.000 approximate bits per byte (exact")
+    assert lines[1] == "step 2: validation 2.000 approximate bits per byte (exact)"
     assert lines[2].strip() == "(no prompt) →"
+
+
+def test_a_full_disk_ends_no_run_and_a_closed_pipe_does(tiny):
+    with open("/dev/full", "w") as stream:
+        with training_progress(Console(file=stream), tiny(), 0) as display:
+            display(metrics(1, 1.0))
+            display.show_evaluation(1, {"bits_per_byte": 2.0}, [])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stream:
+        with (
+            training_progress(Console(file=stream), tiny(), 0) as display,
+            pytest.raises(SystemExit),
+        ):
+            display(metrics(1, 1.0))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writer)
 
 
 @pytest.mark.parametrize(

@@ -156,14 +156,16 @@ def _exit_seen_by_srun(folder: Path, has_lost_peer: bool) -> str | None:
 
     An exit code alone says less than the first line of start.log, unless that line is srun's.
     """
-    reported = failures_of(folder)
+    failures = failures_of(folder)
+    hosts = {str(record["host"]).partition(".")[0] for record in failures.values()}
+    settings = read_json(run_folder_of(folder) / LAUNCH / "settings.json")
+    is_rank = settings.get("launcher", "srun") == "srun"  # else a task is the launcher of a node
     start_log = read_text(folder / "start.log")
     says_more = not (has_lost_peer or start_log.startswith("srun: error: "))
 
     for seen in exits_seen_by_srun(folder):
-        if seen.task not in reported and (seen.is_signal or not says_more):
-            settings = read_json(run_folder_of(folder) / LAUNCH / "settings.json")
-            is_rank = settings.get("launcher", "srun") == "srun"
+        has_reported = seen.task in failures if is_rank else seen.node in hosts
+        if not has_reported and (seen.is_signal or not says_more):
             who = f"rank {seen.task}" if is_rank else "the launcher of the ranks"
             return f"{who} on {seen.node} {seen.words}"
     return None

@@ -147,7 +147,10 @@ def test_under_slurm_the_task_that_srun_saw_die_is_named(folder, how, words, has
 def test_a_task_of_torchrun_is_no_rank(folder):
     (folder.parents[1] / "settings.json").write_text(json.dumps({"launcher": "torchrun"}))
     (folder / "start.log").write_text("srun: error: n1: task 1: Killed\n")
-    assert outcome_of(folder, 137)[1] == f"the launcher of the ranks on n1 {KILLED}"
+    killed = f"the launcher of the ranks on n1 {KILLED}"
+    assert outcome_of(folder, 137)[1] == killed
+    lose_peer(folder, 1)  # a rank of the first node
+    assert outcome_of(folder, 137)[1] == killed
 
 
 def test_of_ranks_that_refuse_for_one_reason_the_first_one_is_shown(folder):

@@ -67,11 +67,22 @@ def _deepspeed() -> Finding:
     return Finding("DeepSpeed ZeRO", True, "head.engine = deepspeed, stages 0 to 3")
 
 
+def _optional_package(name: str, module: str, distribution: str, brings: str) -> Finding:
+    """Look for a package; ``brings`` is the note if it is not installed."""
+    version = package_version(distribution)
+    if _importable(module):
+        return Finding(name, True, version or "of unknown version")
+    if version:
+        return Finding(name, False, f"{version} is installed, but cannot be imported")
+    return Finding(name, False, brings)
+
+
 def _transformer_engine() -> Finding:
-    is_installed = _importable("transformer_engine.pytorch")
-    brings = "fused layers and FP8 for the backbone: pip install 'bitlm-dist[te]' beside CUDA"
-    return Finding(
-        "Transformer Engine", is_installed, package_version("transformer-engine") or brings
+    return _optional_package(
+        "Transformer Engine",
+        "transformer_engine.pytorch",
+        "transformer-engine",
+        "fused layers and FP8 for the backbone: pip install 'bitlm-dist[te]' beside CUDA",
     )
 
 
@@ -100,11 +111,11 @@ def _flash_attention() -> Finding:
 
 
 def _wandb() -> Finding:
-    is_installed = _importable("wandb")
-    return Finding(
+    return _optional_package(
         "Weights & Biases",
-        is_installed,
-        package_version("wandb") or "logging.wandb_project: pip install 'bitlm-dist[wandb]'",
+        "wandb",
+        "wandb",
+        "logging.wandb_project: pip install 'bitlm-dist[wandb]'",
     )
 
 

@@ -53,6 +53,10 @@ def test_a_package_that_fails_on_import_is_not_found(tmp_path, monkeypatch):
     assert doctor._importable("broken")
     assert not doctor._importable("broken.part")
 
+    monkeypatch.setattr(doctor, "package_version", lambda package: "2.6")
+    finding = doctor._optional_package("Broken", "broken.part", "broken", "speed")
+    assert finding == ("Broken", False, "2.6 is installed, but cannot be imported")
+
 
 @pytest.mark.slow
 def test_nothing_heavy_is_imported_but_torch():

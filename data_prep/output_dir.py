@@ -69,7 +69,6 @@ def acquired(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             finally:
                 shutil.rmtree(out / WORK_DIR, ignore_errors=True)
     except OSError as error:  # errors of sources have already become UserErrors
-        remove_empty_folders(created)
         if error.errno in DISK_FULL:
             raise UserError(
                 f"{out}: the disk is full: make room and run the same command again, "
@@ -77,6 +76,8 @@ def acquired(out: Path, settings: Mapping[str, Any]) -> Iterator[Path]:
             ) from None
         where = "" if error.filename else f"{out}: "
         raise UserError(f"{where}{os_error_message(error)}") from None
+    finally:
+        remove_empty_folders(created)  # those of a preparation that came to nothing
 
 
 def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:

@@ -89,8 +89,8 @@ def test_when_no_document_is_left_the_remedy_is_named(bitlm, tmp_path, option, r
     file = tmp_path / "x.jsonl"
     file.write_text('{"text": "one a"}\n{"text": "two b"}\n{"text": "three c"}\n')
     with pytest.raises(UserError, match=re.escape(f"no document is left; dropped: {remedy}")):
-        bitlm(*words_for(file, tmp_path / "out", *option))
-    assert not (tmp_path / "out").exists()
+        bitlm(*words_for(file, tmp_path / "new" / "out", *option))
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("megabytes", [2, 6])

@@ -20,7 +20,7 @@ from bitlm_dist.launch import attempts, supervisor
 from bitlm_dist.launch.attempts import CANCELLED, CANCELLED_FILE, LAUNCH, Attempt, Outcome
 from bitlm_dist.launch.disk_room import with_disk_hint
 from bitlm_dist.launch.liveness import LAUNCHER_LOCK, being_trained_error
-from bitlm_dist.launch.local_ranks import POLL, RankProcesses
+from bitlm_dist.launch.local_ranks import POLL, STOP_SIGNALS, RankProcesses
 from bitlm_dist.launch.next_action import Action
 from bitlm_dist.launch.outcomes import first_failure
 from bitlm_dist.launch.supervisor import Decision
@@ -166,9 +166,11 @@ class _LocalLauncher:
         def note(number: int, frame: FrameType | None) -> None:
             self._requests.append(signal.Signals(number))
 
+        has_nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
         old = {
             number: signal.signal(number, note)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+            for number in STOP_SIGNALS
+            if not (number == signal.SIGHUP and has_nohup)
         }
         try:
             yield

@@ -320,6 +320,25 @@ def test_a_run_that_is_cancelled_between_two_attempts_ends(run_here, launched):
     assert "; cancelled; details: " in shown[-1]
 
 
+@pytest.mark.parametrize(
+    ("handler", "requested"), [(signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])]
+)
+def test_a_terminal_that_closes_stops_a_run_unless_nohup_started_it(run_here, handler, requested):
+    seen = []
+
+    def hang_up(folder, requests):
+        os.kill(os.getpid(), signal.SIGHUP)
+        seen.extend(requests)
+        return report("done")(folder, requests)
+
+    old = signal.signal(signal.SIGHUP, handler)
+    try:
+        run_here(hang_up)
+    finally:
+        signal.signal(signal.SIGHUP, old)
+    assert seen == requested
+
+
 def test_a_run_that_fails_while_it_is_to_stop_is_not_said_to_start_again(run_here):
     def fail_to_save(folder, requests):
         requests.append(signal.SIGINT)

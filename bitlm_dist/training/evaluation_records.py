@@ -3,14 +3,13 @@
 Training appends one per evaluation, `bitlm eval` one per call.
 """
 
-import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bitlm_dist.launch.records import read_jsonl
 from bitlm_dist.strict_json import to_json
 
 EVALUATIONS = "evaluations.jsonl"
@@ -54,24 +53,14 @@ def evaluation_record(
 
 def read_evaluations(run: Path) -> list[dict[str, Any]]:
     """Read the records of held-out text in a run folder, ordered by step; empty without any."""
-    file = run / EVALUATIONS
-    records = []
-    for line in file.read_bytes().splitlines() if file.is_file() else []:
-        # A killed process may leave a truncated line, which is skipped.
-        with suppress(ValueError):
-            if _is_record(record := json.loads(line)):
-                records.append(record)
-
-    held_out = [r for r in records if r.get("split", "validation") == "validation"]
+    held_out = [
+        record
+        for record in read_jsonl(run / EVALUATIONS)
+        if isinstance(record.get("step"), int)
+        and isinstance(record.get("validation"), dict)
+        and record.get("split", "validation") == "validation"
+    ]
     return sorted(held_out, key=lambda record: record["step"])
-
-
-def _is_record(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("step"), int)
-        and isinstance(value.get("validation"), dict)
-    )
 
 
 def scored_text(record: Mapping[str, Any]) -> ScoredText | None:

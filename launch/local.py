@@ -69,9 +69,10 @@ class _LocalLauncher:
                 if attempts.is_cancelled(self._run):
                     attempts.request_stop(folder, CANCELLED)
                 self._log_start(attempts.read_attempt(folder), folder)
-                code = RankProcesses(folder, self._num_ranks, self._env, self._echo).wait(
-                    self._requests
+                ranks = self._when_there_is_room(
+                    partial(RankProcesses, folder, self._num_ranks, self._env, self._echo)
                 )
+                code = ranks.wait(self._requests)
                 decision = self._when_there_is_room(partial(supervisor.decide, folder, code))
 
                 # a request or `bitlm launch cancel` cuts the wait short

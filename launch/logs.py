@@ -50,9 +50,9 @@ def read_log_tail(run: Path, rank: int | None, attempt_number: int | None) -> Ra
 
     file = folder / "logs" / f"rank-{shown}.log"
     if not file.is_file():
-        raise UserError(
-            f"{file} is not there: the rank never started, see the job's own log in {run}/launch"
-        )
+        start_log = folder / "start.log"
+        why = start_log if start_log.is_file() else f"the job's own log in {run}/launch"
+        raise UserError(f"{file} is not there: the rank never started, see {why}")
 
     # the traceback of an error that training has survived is no news
     max_traceback_lines = MAX_TRACEBACK_LINES if shown == cause else 0

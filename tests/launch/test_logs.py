@@ -89,7 +89,11 @@ def test_a_rank_that_failed_is_shown_with_its_whole_traceback(launched):
     assert title.endswith(": ValueError: x")
     assert shown == lines
     launched.start()
-    with pytest.raises(UserError, match=r"rank-0\.log is not there"):
+    with pytest.raises(UserError, match=r"rank-0\.log is not there: .* job's own log in"):
+        read_log_tail(launched.folder, None, None)
+    start_log = attempts.attempt_folder(launched.folder, 2) / "start.log"
+    start_log.touch()
+    with pytest.raises(UserError, match=rf"the rank never started, see {start_log}"):
         read_log_tail(launched.folder, None, None)
     with pytest.raises(UserError, match="has no attempt 3: it has 2 attempts"):
         read_log_tail(launched.folder, None, 3)

@@ -20,12 +20,10 @@ from rich.progress import (
 from bitlm_dist.cli import progress
 from bitlm_dist.config import Config
 from bitlm_dist.formatting import format_duration, format_time, format_value
+from bitlm_dist.training.display import EVALUATING, SAVING
 
 NUM_RECENT_STEPS = 50  # of which the mean time predicts that of the remaining steps
 MAX_SAMPLE_CHARACTERS = 240  # of a sample text that is shown; samples.jsonl has all of it
-# the phases that training tells of, see bitlm_dist.training.display
-EVALUATING = "evaluating"
-SAVING = "saving"
 
 
 class TimeLeft:

@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+# The phases between steps.
+EVALUATING = "evaluating"
+SAVING = "saving"
+
 
 class TrainingDisplay(Protocol):
     """Shows the phases between steps, and what comes out of them."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Context of work that is no step: "evaluating" or "saving"."""
+        """Context of work that is no step: EVALUATING or SAVING."""
         ...
 
     def show_evaluation(

@@ -37,7 +37,8 @@ from bitlm_dist.paths import check_absent
 from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import run_folder_of
 from bitlm_dist.training.export_record import EXPORT_FORMAT, EXPORT_RECORD, load_verified_record
-from bitlm_dist.training.run_folder import CODES, RunFolder, environment
+from bitlm_dist.training.run_folder import RunFolder, environment
+from bitlm_dist.training.trained_files import CODES, TOKENIZER
 from bitlm_dist.training.weights import checkpoint_ema_name, checkpoint_weight_name
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -181,11 +182,11 @@ def _write_run_files(folder: Path, run: RunFolder) -> dict[str, Any]:
     # not a copy: paths in the run folder's config are relative to that folder
     write_atomically(folder / "config.yaml", to_yaml(load_run_config(run.path)))
     shutil.copy(run.path / CODES, folder)
-    shutil.copytree(run.path / "tokenizer", folder / "tokenizer")
+    shutil.copytree(run.path / TOKENIZER, folder / TOKENIZER)
 
     return {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in [folder / "config.yaml", folder / CODES, *(folder / "tokenizer").iterdir()]
+        for path in [folder / "config.yaml", folder / CODES, *(folder / TOKENIZER).iterdir()]
     }
 
 
@@ -247,8 +248,8 @@ def import_checkpoint(source: Path, run: Path) -> None:
 
     with _built_folder(run) as building:
         folder = RunFolder(building)
-        folder.acquire(config, source / "tokenizer", RunFolder(source).codes())
-        folder.write_metadata(config, source / "tokenizer", RunFolder(source).codes())
+        folder.acquire(config, source / TOKENIZER, RunFolder(source).codes())
+        folder.write_metadata(config, source / TOKENIZER, RunFolder(source).codes())
 
         files = [source / name for name in record["files"] if name.endswith(WEIGHTS_SUFFIX)]
         state = {"tokens": record["tokens"], "weights_only": True}

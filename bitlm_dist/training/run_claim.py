@@ -23,7 +23,7 @@ from bitlm_dist.launch.attempts import FILES_BEFORE_FIRST_STEP, check_run_folder
 from bitlm_dist.paths import absolute_path
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
 from bitlm_dist.training.metrics import LOG_FILES, METRICS
-from bitlm_dist.training.trained_files import CODES
+from bitlm_dist.training.trained_files import CODES, TOKENIZER
 from bitlm_dist.training.wandb_log import WANDB, check_wandb
 
 # Prefixes of keys that may change when a run resumes. Any other change would make it another run.
@@ -59,7 +59,7 @@ FILES_OF_A_START = (
     "config.yaml",
     "environment.json",
     CODES,
-    "tokenizer",
+    TOKENIZER,
     "tensorboard",
     "wandb",
     WANDB,

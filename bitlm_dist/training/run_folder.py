@@ -40,14 +40,9 @@ from bitlm_dist.strict_json import to_json
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, CheckpointFolder
 from bitlm_dist.training.evaluation_records import BY_TRAINING, EVALUATIONS
 from bitlm_dist.training.metrics import LOG_FILES, METRICS
-from bitlm_dist.training.run_claim import (
-    check_claim,
-    has_started,
-    run_folder_error,
-)
+from bitlm_dist.training.run_claim import check_claim, has_started, run_folder_error
 from bitlm_dist.training.stop_signals import STOP_FILE
-from bitlm_dist.training.trained_files import CODES as CODES
-from bitlm_dist.training.trained_files import missing_codes_error
+from bitlm_dist.training.trained_files import CODES, TOKENIZER, missing_codes_error
 from bitlm_dist.training.wandb_log import WANDB, record_sent_steps
 
 VOCABULARY_IN_PROGRESS = ".vocabulary"
@@ -121,13 +116,13 @@ class RunFolder:
         self._checkpoint_folder.make_link()
         write_atomically(self.path / "config.yaml", to_yaml(config, in_run_folder=True))
         write_atomically(self.path / "environment.json", to_json(environment(), indent=1) + "\n")
-        if not (self.path / "tokenizer").is_dir():
+        if not (self.path / TOKENIZER).is_dir():
             self._save_vocabulary(Tokenizer.from_folder(tokenizer_folder), codes)
 
     def _remove_metadata(self) -> None:
         """Remove what a start that took no step wrote, all of it or some."""
         self._checkpoint_folder.remove_link()
-        names = ["environment.json", CODES, "tokenizer", VOCABULARY_IN_PROGRESS]
+        names = ["environment.json", CODES, TOKENIZER, VOCABULARY_IN_PROGRESS]
         names += ["tensorboard", "wandb", WANDB]
         names += [file.name for file in self.path.glob(".*.partial")]
         # who put it there, if it was not this process, is not known
@@ -223,7 +218,7 @@ class RunFolder:
             return True
 
     def _check_same_vocabulary(self, tokenizer: Tokenizer, codes: BitCodes) -> None:
-        if not (self.path / "tokenizer").is_dir():  # killed before it was saved
+        if not (self.path / TOKENIZER).is_dir():  # killed before it was saved
             return
 
         has_same_tokenizer = self.tokenizer().fingerprint == tokenizer.fingerprint
@@ -240,19 +235,19 @@ class RunFolder:
         """Write tokenizer and codes; a folder ``tokenizer`` must imply that both are complete."""
         building = self.path / VOCABULARY_IN_PROGRESS
         shutil.rmtree(building, ignore_errors=True)  # left by a killed process
-        tokenizer.save(building / "tokenizer")
+        tokenizer.save(building / TOKENIZER)
         np.savez(building / CODES, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
         fsync_tree(building)
 
         # The codes come first: readers and the next start look for the tokenizer.
         (building / CODES).rename(self.path / CODES)
-        (building / "tokenizer").rename(self.path / "tokenizer")
+        (building / TOKENIZER).rename(self.path / TOKENIZER)
         building.rmdir()
         fsync_folder(self.path)
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
-        return Tokenizer.from_folder(self.path / "tokenizer")
+        return Tokenizer.from_folder(self.path / TOKENIZER)
 
     def codes(self) -> BitCodes:
         """The run's codes.

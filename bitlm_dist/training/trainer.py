@@ -36,7 +36,7 @@ from bitlm_dist.training.disk_space import (
     check_disk_space,
     estimate_checkpoint_bytes,
 )
-from bitlm_dist.training.display import NoDisplay, TrainingDisplay
+from bitlm_dist.training.display import EVALUATING, SAVING, NoDisplay, TrainingDisplay
 from bitlm_dist.training.divergence import DivergenceMonitor
 from bitlm_dist.training.engine import Engine, StepResult
 from bitlm_dist.training.memory_advice import out_of_memory_advice
@@ -480,7 +480,7 @@ class Trainer:
                     samples.extend(self._sample_text.write(model))
                 return report
 
-        with self._display.phase("evaluating"):
+        with self._display.phase(EVALUATING):
             report = self.evaluations.run(self.step, score)
 
         if report is not None:
@@ -509,7 +509,7 @@ class Trainer:
 
         # A resumed run never rewrites TensorBoard events up to this step, so they must be on disk.
         self._flush_log()
-        with self._display.phase("saving"):
+        with self._display.phase(SAVING):
             self.checkpoint_manager.save(
                 self.step, self._checkpoint_contents, self._divergence_monitor.is_finite, wait
             )
@@ -538,7 +538,7 @@ class Trainer:
             UserError: It could not be written.
         """
         if self.checkpoint_manager.saver.has_pending_save:
-            with self._display.phase("saving"):
+            with self._display.phase(SAVING):
                 self.checkpoint_manager.finish_save()
 
         if self.step > 0 and self.checkpoint_manager.latest_step != self.step:

@@ -7,7 +7,6 @@ import typer
 
 from bitlm_dist.cli.console import (
     AsJson,
-    check_output_file,
     check_plot,
     path_argument,
     path_option,
@@ -50,14 +49,13 @@ def compare_command(
     if markdown and as_json:
         raise UserError("--markdown and --json exclude each other: leave out one of them")
     check_plot(plot)
-    check_output_file("--plot", plot)
     if axis not in (None, *compare_plot.AXES):
         raise UserError(f"--axis {axis}: choose from {', '.join(compare_plot.AXES)}")
 
     records = load_records(runs)
-    if plot:
-        compare_plot.plot(records, compare_plot.choose_axis(records, axis), plot)
+    plot_axis = compare_plot.choose_axis(records, axis) if plot else ""
 
+    # printed before the plot is saved, which may fail although it was tried
     if as_json:
         print(to_json(comparison.json_report(records)))
     elif markdown:
@@ -66,3 +64,6 @@ def compare_command(
         print_table("", comparison.COLUMNS, comparison.table_rows(records))
         for note in comparison.footnotes(records):
             print_line(note)
+
+    if plot:
+        compare_plot.plot(records, plot_axis, plot)

@@ -4,6 +4,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
+TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ")  # starts a line off a terminal
 HANG_LINE = "bitlm: a rank hangs; this one is here"  # followed by the stacks of all threads
 
 _TRACEBACK = "Traceback (most recent call last)"
@@ -12,7 +13,7 @@ _AFTER_DEATH = "resource_tracker"  # Python's helper, which cleans up after a ki
 _FAILED_RANK = re.compile(r"bitlm: rank \d+ on \S+ failed: ")  # ends a traceback
 
 # Lines of bitlm's own, which come after the traceback of an error that training survives.
-_OWN_LINE = re.compile(r"bitlm: |\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d")
+_OWN_LINE = re.compile(rf"bitlm: |{TIME_PATTERN.pattern}")
 
 
 class LogFollower:

@@ -1,6 +1,6 @@
 """The command `bitlm launch`."""
 
-import re
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +28,7 @@ from bitlm_dist.formatting import (
     format_value,
     plural,
 )
+from bitlm_dist.launch.rank_log import TIME_PATTERN
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 launch_app = typer.Typer(
     no_args_is_help=True, help="Start and manage runs on a cluster or on this machine."
 )
-TIME_PATTERN = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d ")
 MaxRestarts = Annotated[
     int | None,
     typer.Option(help="Consecutive restarts without a new checkpoint before giving up."),
@@ -150,7 +150,9 @@ def local_command(
 def _print_log_line(line: str) -> None:
     """Print a line of a launcher or rank, with the time where the output is no terminal."""
     has_time = console.is_terminal or TIME_PATTERN.match(line)
-    print_line(line if has_time else f"{format_time()} {line}")
+    # rich ends a program whose output nobody reads any more, as after Ctrl-C in `… | tee log`
+    with suppress(SystemExit):
+        print_line(line if has_time else f"{format_time()} {line}")
 
 
 @launch_app.command("status")

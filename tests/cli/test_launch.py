@@ -116,6 +116,20 @@ def test_a_folder_without_permission_is_refused(tiny, prepared, tmp_path):
     assert os.listdir(folder) == []
 
 
+def test_a_launcher_whose_output_nobody_reads_goes_on():
+    script = (
+        "import sys; from bitlm_dist.cli.launch import _print_log_line\n"
+        "for _ in range(3): _print_log_line('step 1')\n"
+        "print('goes on', file=sys.stderr)"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "goes on\n")
+
+
 def test_the_history_of_a_run(run_main, launched):
     assert (
         run_main("history", launched.folder)[0].strip()

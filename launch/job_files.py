@@ -52,8 +52,7 @@ def build_job(config: Config, cluster: Cluster, num_nodes: int, exclude: tuple[s
     ]
     folders.append(external_checkpoint_folder(config))
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
-    for folder in data[:1]:
-        read_manifest(folder)
+    read_manifest(config.data.path)
 
     if not str(config.run.dir).isprintable():
         raise UserError(

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from math import isfinite, nan
 from pathlib import Path
@@ -33,6 +33,7 @@ from bitlm_dist.files import (
     remove_empty_folders,
     write_atomically,
 )
+from bitlm_dist.launch.records import parse_records, read_jsonl
 from bitlm_dist.package_versions import PACKAGES, package_version
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
@@ -270,55 +271,52 @@ class RunFolder:
         The steps that were sent to W&B are recorded first, as they cannot be taken back there.
         """
         files = [self.path / name for name in LOG_FILES]
-        lines_per_file = [file.read_text().splitlines() if file.is_file() else [] for file in files]
-        steps = [[_step_of(line) for line in lines] for lines in lines_per_file]
-
-        # A line that was cut in half has no step (infinity here). `bitlm eval` sends nothing.
-        sent_steps = {
-            file.name: [int(_step_of(line)) for line in lines if _is_by_training(line)]
-            for file, lines in zip(files, lines_per_file, strict=True)
+        lines_per_file = {
+            file: file.read_text().splitlines() if file.is_file() else [] for file in files
         }
         record_sent_steps(
-            self.path, {name: max(numbers, default=0) for name, numbers in sent_steps.items()}
+            self.path,
+            {
+                file.name: max(_steps_by_training(parse_records(lines)), default=0)
+                for file, lines in lines_per_file.items()
+            },
         )
 
-        for file, lines, numbers in zip(files, lines_per_file, steps, strict=True):
-            kept = [line for line, number in zip(lines, numbers, strict=True) if number <= step]
+        for file, lines in lines_per_file.items():
+            kept = [line for line in lines if _step_of(line) <= step]
             if len(kept) < len(lines):
                 write_atomically(file, "".join(line + "\n" for line in kept))
 
     def losses(self) -> list[float]:
         """The loss of every recorded step, in order; NaN where it was not finite."""
-        file = self.path / METRICS
-        lines = file.read_text().splitlines() if file.is_file() else []
-        losses = [json.loads(line)["loss"] for line in lines if isfinite(_step_of(line))]
+        records = read_jsonl(self.path / METRICS)
+        losses = [record["loss"] for record in records if "loss" in record]
         return [nan if loss is None else float(loss) for loss in losses]
 
     def last_finite_loss(self) -> tuple[float, int] | None:
         """The last finite recorded loss and its step; None if there is none."""
-        file = self.path / METRICS
-        for line in reversed(file.read_text().splitlines() if file.is_file() else []):
-            if isfinite(_step_of(line)):
-                entry = json.loads(line)
-                if entry["loss"] is not None and isfinite(entry["loss"]):
-                    return float(entry["loss"]), int(entry["step"])
-        return None
+        last = None
+        for record in read_jsonl(self.path / METRICS):
+            loss = record.get("loss")
+            if loss is not None and isfinite(loss):
+                last = float(loss), int(record["step"])
+        return last
 
     def last_evaluation(self, step: int) -> int:
         """The last step up to ``step`` that training has evaluated; 0: none.
 
         `bitlm eval` appends to the same file.
         """
-        file = self.path / EVALUATIONS
-        lines = file.read_text().splitlines() if file.is_file() else []
-        steps = [_step_of(line) for line in lines if _is_by_training(line)]
-        return int(max((s for s in steps if s <= step), default=0))
+        steps = _steps_by_training(read_jsonl(self.path / EVALUATIONS))
+        return max((s for s in steps if s <= step), default=0)
 
 
-def _is_by_training(line: str) -> bool:
-    """True if training wrote this line, which is whole, and not `bitlm eval`."""
-    # Older versions did not say, as only training wrote evaluations.
-    return isfinite(_step_of(line)) and json.loads(line).get("by", BY_TRAINING) == BY_TRAINING
+def _steps_by_training(records: Iterable[Mapping[str, Any]]) -> Iterator[int]:
+    """The steps of records that training wrote, and not `bitlm eval`, which sends none to W&B."""
+    for record in records:
+        # Older versions did not say, as only training wrote evaluations.
+        if "step" in record and record.get("by", BY_TRAINING) == BY_TRAINING:
+            yield int(record["step"])
 
 
 def _step_of(line: str) -> float:

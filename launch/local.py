@@ -23,6 +23,7 @@ from bitlm_dist.launch.liveness import LAUNCHER_LOCK, being_trained_error
 from bitlm_dist.launch.local_ranks import POLL, STOP_SIGNALS, RankProcesses
 from bitlm_dist.launch.next_action import Action
 from bitlm_dist.launch.outcomes import first_failure
+from bitlm_dist.launch.records import read_text
 from bitlm_dist.launch.supervisor import Decision
 
 _T = TypeVar("_T")
@@ -197,10 +198,13 @@ _VERBS = {
 
 
 def _log_of_cause(folder: Path) -> Path:
-    """The log of the rank that failed first; the folder of all logs if none did."""
+    """The log of the rank that failed first, or of all, or of ranks that could not start."""
     failure = first_failure(folder)
-    file = folder / "logs" / f"rank-{failure['rank'] if failure else 0}.log"
-    return file if failure and file.is_file() else file.parent
+    logs = folder / "logs"
+    if failure and (file := logs / f"rank-{failure['rank']}.log").is_file():
+        return file
+    start_log = folder / "start.log"
+    return start_log if read_text(start_log) else logs
 
 
 @contextmanager

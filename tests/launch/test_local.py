@@ -309,6 +309,16 @@ def test_every_end_has_its_exit_code_and_its_words(run_here, ranks, code, last_l
     assert shown[-1].startswith(f"bitlm: {last_line}")
 
 
+@pytest.mark.parametrize("name", ["logs/rank-0.log", "start.log", "logs"])
+def test_the_log_with_the_cause_is_named(run_here, name):
+    def fail_with_log(folder, requests):
+        if name != "logs":
+            (folder / name).write_text("why\n")
+        return fail("x", refused=True)(folder, requests)
+
+    assert run_here(fail_with_log)[1][-1].endswith(f"/attempts/0001/{name}")
+
+
 def test_a_run_that_is_cancelled_between_two_attempts_ends(run_here, launched):
     def cancel(folder, requests):
         (launched.folder / "launch" / attempts.CANCELLED_FILE).touch()

@@ -90,9 +90,9 @@ MAX_WORD = 24  # columns: longer words, mostly paths, may be folded in a table
 
 
 def prepare_terminal() -> None:
-    """Have output that the terminal's encoding lacks replaced, and take no terminal for a dumb one.
+    """Replace characters that the output's encoding lacks; without TERM, assume a dumb terminal.
 
-    Without TERM nothing is known of the terminal, so nothing is drawn over and over on it.
+    Nothing is drawn over and over on a terminal of which nothing is known.
     """
     os.environ.setdefault("TERM", "dumb")
     codecs.register_error("bitlm", _as_ascii)

@@ -230,7 +230,7 @@ def _prepare(
 
 
 class _Terminated(BaseException):
-    """SIGTERM; no Exception, so that no handler of errors takes it for one."""
+    """SIGTERM. Derives from BaseException so that no ``except Exception`` swallows it."""
 
 
 @contextmanager

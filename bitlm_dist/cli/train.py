@@ -72,7 +72,7 @@ def train_command(
         _dry_run(loaded.config)
         return
 
-    # A launcher reads the outcome from its files; to any other it is a failure if a rank fails.
+    # A launcher reads the outcome from a file, and would take another exit code for a failure.
     stopped = _start(loaded.config, resume, quiet)
     if stopped and not is_launched(os.environ):
         raise typer.Exit(STOPPED_EXIT_CODE)

@@ -43,7 +43,7 @@ class TimeLeft:
         self._updated = time.monotonic()
 
     def record_step(self, step: int, seconds: float | None) -> None:
-        """Record that a step was taken, in so many seconds; None: it tells nothing of others."""
+        """Record a step and its duration; None: the duration says nothing about other steps."""
         self._step = step
         self._updated = time.monotonic()
         if seconds is not None:

@@ -217,7 +217,7 @@ class MetricsLog:
 def _silence_tensorboard_threads() -> None:
     """Keep TensorBoard's thread from printing a traceback of what it cannot write.
 
-    It keeps the error and raises it again where the next events are handed over, which tells of it.
+    The thread keeps the error, and handing over the next events raises it again, to be reported.
     """
     print_traceback = threading.excepthook
 

@@ -1,4 +1,4 @@
-"""Whether a config can start to train: its data, its packages, and its run folder.
+"""Check that a config can start to train: its data, its packages, and its run folder.
 
 A folder is free for a run if it is empty, or that run's own. Imports no torch, so that a refusal
 comes at once.
@@ -70,7 +70,7 @@ FILES_OF_A_START = (
 
 
 def check_start(config: Config, rank: int, resume: bool = True) -> None:
-    """Check all that a look at files and packages tells.
+    """Check what can be told from files and packages alone.
 
     Args:
         config: the config.
@@ -106,7 +106,7 @@ def check_start(config: Config, rank: int, resume: bool = True) -> None:
 
 
 def run_folder_error(run: Path, error: OSError) -> UserError:
-    """The error that tells of a run folder which the system does not let us use."""
+    """The error for a run folder that the system does not let us use."""
     where = "" if error.filename else f" = {run}"  # the system's text names the path, or none
     return UserError(f"run.dir{where} cannot be used: {os_error_message(error)}")
 
@@ -130,7 +130,7 @@ def has_started(run: Path) -> bool:
     """True if a folder holds a run that has taken a step, which no other config may continue.
 
     A start that failed before its first step leaves the folder to the next one. A folder with
-    other files, such as an exported model, is nobody else's either.
+    other files, such as an exported model, counts as started.
 
     Raises:
         UserError: the run's checkpoints are behind a broken link.

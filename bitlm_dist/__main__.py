@@ -56,8 +56,11 @@ def _run() -> int:
         # NCCL complains of a process group that is still open at exit.
         if (mesh := sys.modules.get("bitlm_dist.parallel.mesh")) is not None:
             mesh.destroy_process_groups()
-        if sys.stdout is not None:  # it may be closed
-            sys.stdout.flush()  # here, where a full disk is reported in one line
+        try:
+            if sys.stdout is not None:  # it may be closed
+                sys.stdout.flush()  # here, where a full disk is reported in one line
+        except BrokenPipeError:
+            return 1  # nobody reads on, which is no error to report; as click does while it prints
         return code if isinstance(code, int) else 0
 
     except (errors.UserError, usage_error) as error:

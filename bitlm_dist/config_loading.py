@@ -141,8 +141,12 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
     file = folder / "config.yaml"
     if not file.is_file():
         where = f"{folder}{relative_to_note(folder)}"
-        if (folder / "manifest.json").is_file() and folder.parent.name == "checkpoints":
-            raise UserError(f"{where} is a checkpoint: name its run, {folder.parents[1]}")
+        run = folder.absolute().parent.parent
+        if folder.absolute().parent.name == "checkpoints" and (run / "config.yaml").is_file():
+            raise UserError(
+                f"{folder} is no run folder but a checkpoint in one: "
+                f"name {folder.parent.parent}, whose latest checkpoint is used"
+            )
         raise UserError(
             f"{where} is no run folder: it holds no config.yaml; "
             "train into it first with `bitlm train`"

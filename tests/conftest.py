@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -83,6 +84,9 @@ def pytest_configure(config):
     The run gets a folder of its own, which the janitor removes however the run ends.
     """
     _check_markers(config)
+    # A shell ignores it in what it starts with `&`, and so would every process of the tests.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Without GPUs, as other tests compare results with those of a CPU bit by bit.
     if not _wants_gpus(config) and os.environ.get(SEE_GPUS) != "1":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -19,8 +19,20 @@ from bitlm_dist import config_loading
 from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.paths import expand_path
 
-console = Console(highlight=False)
-stderr_console = Console(highlight=False, stderr=True)  # progress of commands that print a result
+
+class TerminalConsole(Console):
+    """A console whose reader may go away, as `tee` does at Ctrl-C in `bitlm train … | tee log`."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more. The work goes on: it may be a run that has to save first."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+
+
+console = TerminalConsole(highlight=False)
+stderr_console = TerminalConsole(
+    highlight=False, stderr=True
+)  # progress of commands that print a result
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigWords = Annotated[
     list[str] | None,

@@ -1,6 +1,5 @@
 """The command `bitlm launch`."""
 
-from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -150,9 +149,7 @@ def local_command(
 def _print_log_line(line: str) -> None:
     """Print a line of a launcher or rank, with the time where the output is no terminal."""
     has_time = console.is_terminal or TIME_PATTERN.match(line)
-    # rich ends a program whose output nobody reads any more, as after Ctrl-C in `… | tee log`
-    with suppress(SystemExit):
-        print_line(line if has_time else f"{format_time()} {line}")
+    print_line(line if has_time else f"{format_time()} {line}")
 
 
 @launch_app.command("status")

@@ -200,8 +200,8 @@ class _Lines(TrainingProgress):
         """Print a line with the time in front; a full disk does not end the run."""
         try:
             print(f"{format_time()} {text}", file=self._console.file, flush=True)
-        except BrokenPipeError:  # nobody reads any more; as rich does
-            raise SystemExit(1) from None
+        except BrokenPipeError:
+            self._console.on_broken_pipe()
         except OSError:  # the file has the line when there is room again
             pass
 

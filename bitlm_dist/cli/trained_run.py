@@ -11,7 +11,6 @@ from bitlm_dist.config_loading import all_keys, load_run_config, override_keys
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trained_files import (
     ATTENTION_KEY,
-    checkpoint_given_as_run,
     describes_model,
 )
 
@@ -42,9 +41,6 @@ def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config
         UserError: there is no run, or a word is no override, or it sets a key that does not exist,
             has an invalid value, or belongs to the model or its training.
     """
-    if error := checkpoint_given_as_run(run):
-        raise error
-
     known_keys = set(all_keys())
     for key in override_keys(words):
         # what is no key at all is reported with a hint when the config is loaded

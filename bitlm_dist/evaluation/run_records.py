@@ -20,7 +20,6 @@ from bitlm_dist.training.evaluation_records import (
     read_evaluations,
     scored_text,
 )
-from bitlm_dist.training.trained_files import checkpoint_given_as_run
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,6 @@ def load_record(folder: Path) -> RunRecord:
     Raises:
         UserError: the folder is not a run folder, or holds no evaluations.
     """
-    if error := checkpoint_given_as_run(folder):
-        raise error
     config = load_run_config(folder)
     evaluations = read_evaluations(folder)
     if not evaluations:

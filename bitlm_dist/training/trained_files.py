@@ -10,7 +10,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.config_loading import flatten, value_as_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.renamed_keys import current_key
-from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
+from bitlm_dist.training.checkpoint_folder import checkpoint_steps
 
 CODES = "codes.npz"
 TOKENIZER = "tokenizer"
@@ -92,15 +92,4 @@ def missing_codes_error(run: Path, problem: str) -> UserError:
     return UserError(
         f"{run / CODES} {problem}: copy it from a backup of the run, or from a run that was "
         "trained with the same data and the same model section"
-    )
-
-
-def checkpoint_given_as_run(folder: Path) -> UserError | None:
-    """The error for a checkpoint where a run folder is expected; None if it is none."""
-    run = folder.absolute().parent.parent
-    if folder.absolute().parent.name != CHECKPOINTS or not (run / "config.yaml").is_file():
-        return None
-    return UserError(
-        f"{folder} is no run folder but a checkpoint in one: "
-        f"name {folder.parent.parent}, whose latest checkpoint is used"
     )

@@ -6,7 +6,13 @@ import pytest
 from rich.console import Console
 
 from bitlm_dist.cli import console as console_module
-from bitlm_dist.cli.console import check_output_file, prepare_terminal, print_line, print_table
+from bitlm_dist.cli.console import (
+    TerminalConsole,
+    check_output_file,
+    prepare_terminal,
+    print_line,
+    print_table,
+)
 from bitlm_dist.errors import UserError
 
 COLUMNS = ("run", "bits per byte", "command")
@@ -56,6 +62,16 @@ def test_lines_break_between_words_on_a_terminal_alone(screen):
     stream = screen(30, terminal=False)
     print_line(text)
     assert stream.getvalue() == f"{text}\n"
+
+
+def test_a_reader_that_goes_away_ends_nothing():
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as stream:
+        console = TerminalConsole(file=stream)
+        for _ in range(3):
+            console.print("a line")
+        print("a line", file=stream, flush=True)  # what does not go through the console, too
 
 
 def test_an_output_is_tried_before_the_work(tmp_path):

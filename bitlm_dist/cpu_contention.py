@@ -49,10 +49,9 @@ class CpuContention:
         busy = (
             f", of which other programs keep {others:.1f} busy" if others > BACKGROUND_CORES else ""
         )
-        return (
-            f"{ranks} on {plural(num_cores, 'core')}{busy}: training will be slower; "
-            f"end the others or set {NUM_THREADS} lower"
-        )
+        fewer = f"set {NUM_THREADS} lower" if num_threads > 1 else "start fewer ranks"
+        remedy = f"end the others or {fewer}" if num_ranks * num_threads > 1 else "end the others"
+        return f"{ranks} on {plural(num_cores, 'core')}{busy}: training will be slower; {remedy}"
 
 
 def _busy_seconds() -> float:

@@ -8,6 +8,7 @@ frequent tokens. For vocabularies of up to ``ROWS`` tokens the result is exact.
 Legend: V vocabulary, F frequent tokens (at most 512), E dimensions of a vector (at most 48).
 """
 
+import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,5 +240,7 @@ def save_statistics(
     byte_lengths: NDArray[np.int64],
 ) -> None:
     """Save the statistics as an .npz file."""
-    with file.open("wb") as stream:
-        np.savez(stream, counts=counts, contexts=contexts, byte_lengths=byte_lengths)
+    # In memory first: zipfile complains a second time when it meets a full disk.
+    stream = io.BytesIO()
+    np.savez(stream, counts=counts, contexts=contexts, byte_lengths=byte_lengths)
+    file.write_bytes(stream.getvalue())

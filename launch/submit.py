@@ -21,6 +21,7 @@ from bitlm_dist.launch.liveness import (
 )
 from bitlm_dist.launch.render import Job, render
 from bitlm_dist.launch.supervisor import SETTINGS
+from bitlm_dist.paths import relative_to_note
 from bitlm_dist.strict_json import to_json
 
 JOBS = "jobs"  # ids of the run's jobs, one per line
@@ -192,6 +193,8 @@ def launch_folder(run: Path) -> Path:
         UserError: the run was not launched.
     """
     folder = run / LAUNCH
+    if not run.is_dir():
+        raise UserError(f"{run}{relative_to_note(run)} does not exist")
     if not (folder / SETTINGS).is_file():
         raise UserError(
             f"{run} was not launched: start it with `bitlm launch slurm` or `bitlm launch local`"

@@ -18,11 +18,19 @@ def folder_of(root: Path, step: int) -> Path:
 
 def complete_steps(root: Path) -> list[int]:
     """Steps with a complete checkpoint, ascending."""
-    # The manifest is written last. A link to a checkpoint, such as ``latest``, is no other one.
+    return [step for step in all_steps(root) if (folder_of(root, step) / MANIFEST).is_file()]
+
+
+def all_steps(root: Path) -> list[int]:
+    """Steps with a checkpoint, ascending.
+
+    One without a manifest has lost it: a folder gets its name when it is complete.
+    """
+    # A link to a checkpoint, such as ``latest``, is no other one.
     matches = (
-        _STEP_FOLDER.fullmatch(path.parent.name)
-        for path in root.glob(f"*/{MANIFEST}")
-        if not path.parent.is_symlink()
+        _STEP_FOLDER.fullmatch(path.name)
+        for path in (root.iterdir() if root.is_dir() else ())
+        if not path.is_symlink()
     )
     return sorted(int(match[1]) for match in matches if match)
 

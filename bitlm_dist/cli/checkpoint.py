@@ -212,15 +212,16 @@ def import_command(
 
 
 def _checkpoint_folders(run: Path) -> list[Path]:
-    """Folders of the complete checkpoints of a run, oldest first."""
-    from bitlm_dist.checkpoint.steps import folder_of
-    from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
+    """Folders of the checkpoints of a run, whole or damaged, oldest first."""
+    from bitlm_dist.checkpoint.steps import all_steps, folder_of
+    from bitlm_dist.launch.attempts import check_checkpoint_link
+    from bitlm_dist.training.checkpoint_folder import CHECKPOINTS
 
-    steps = checkpoint_steps(run)
+    check_checkpoint_link(run)
     root = run / CHECKPOINTS
     if not root.is_dir():
         raise UserError(f"{run}{relative_to_note(run)} is no run folder: it holds no checkpoints/")
-    return [folder_of(root, step) for step in steps]
+    return [folder_of(root, step) for step in all_steps(root)]
 
 
 def _resolve_checkpoint(path: Path) -> Path:

@@ -67,3 +67,5 @@ def compare_command(
 
     if plot:
         compare_plot.plot(records, plot_axis, plot)
+        if not (as_json or markdown):
+            print_line(f"plot: {plot}")

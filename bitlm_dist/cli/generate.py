@@ -178,6 +178,7 @@ def _print_end(text: str, ids: Sequence[int], stats: "GenerationStats", as_json:
         print(to_json(report))
         return
 
-    passes = f"{stats.backbone_passes:,} backbone and {stats.head_passes:,} head passes"
+    head_passes = plural(stats.head_passes, "head pass", "head passes")
+    passes = f"{stats.backbone_passes:,} backbone and {head_passes}"
     tokens = plural(stats.tokens, "token")
     console.print(f"\n[dim]{tokens}, {passes}, {rate:.0f} tokens/s[/dim]", soft_wrap=True)

@@ -279,7 +279,7 @@ def _print_report(out: Path, report: "Report") -> None:
     )
     print_line(
         f"dropped: {report.dropped_in_words}; "
-        f"unigram entropy {report.unigram_nats:.3f} nats per token"
+        f"unigram entropy {abs(report.unigram_nats):.3f} nats per token"
     )
     for warning in report.warnings:
         print_line(f"warning: {warning}")

@@ -48,18 +48,19 @@ def _judge_score(score: float, unigram: float, report: Mapping[str, Any]) -> str
     delta = report["context_shuffle_delta_nats"]
     ratio = score / unigram
 
-    # A model that has learned little depends little on its context, one that has learned its
-    # training text by heart depends on it, and is wrong.
+    # It is early in training, or it has learned its training text by heart: either way it depends
+    # on its context and is often wrong, and only the course of the scores tells which.
     if ratio > 1 + ABOUT_EQUAL and delta is not None and delta >= MIN_CONTEXT_DELTA:
         return (
             f"{score:.3f} {per_byte} is above the unigram entropy, {unigram:.3f}, although the "
-            "model uses its context: it has learned its training text by heart; train it for "
-            "fewer steps, or on more text."
+            "model uses its context: either it has been trained too briefly, or it has learned its "
+            "training text by heart. If the scores during training still fall, train for more "
+            "steps; if they rise again, for fewer, or on more text."
         )
     if ratio > 1 + ABOUT_EQUAL:
         return (
             f"{score:.3f} {per_byte} is above the unigram entropy, {unigram:.3f}: the model has "
-            "learned nothing yet that the frequencies of tokens do not say; train it longer."
+            "learned nothing yet that the frequencies of tokens do not say; train for more steps."
         )
     if ratio >= 1 - ABOUT_EQUAL:
         return (

@@ -14,7 +14,13 @@ import torch
 
 from bitlm_dist.checkpoint import retention, store
 from bitlm_dist.checkpoint.saver import Saver, SaveStats
-from bitlm_dist.checkpoint.steps import complete_steps, folder_of, read_health, read_train_state
+from bitlm_dist.checkpoint.steps import (
+    all_steps,
+    complete_steps,
+    folder_of,
+    read_health,
+    read_train_state,
+)
 from bitlm_dist.checkpoint.store import SaveError
 from bitlm_dist.config import CheckpointConfig
 from bitlm_dist.errors import UserError, log_to_stderr, os_error_message
@@ -71,7 +77,7 @@ class CheckpointManager:
             UserError: on every rank: the checkpoint is damaged, and ``checkpoint.fallback`` is off
                 or no older one is intact.
         """
-        steps = mesh.broadcast_object(complete_steps(self._root), self._layout)
+        steps = mesh.broadcast_object(all_steps(self._root), self._layout)
         unhealthy: list[Path] = []
 
         for folder in (folder_of(self._root, step) for step in reversed(steps)):

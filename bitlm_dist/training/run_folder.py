@@ -3,6 +3,7 @@
 It holds everything that `bitlm eval` and `bitlm generate` need.
 """
 
+import io
 import json
 import os
 import platform
@@ -237,7 +238,10 @@ class RunFolder:
         building = self.path / VOCABULARY_IN_PROGRESS
         shutil.rmtree(building, ignore_errors=True)  # left by a killed process
         tokenizer.save(building / TOKENIZER)
-        np.savez(building / CODES, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
+        # In memory first: zipfile complains a second time when it meets a full disk.
+        stream = io.BytesIO()
+        np.savez(stream, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
+        (building / CODES).write_bytes(stream.getvalue())
         fsync_tree(building)
 
         # The codes come first: readers and the next start look for the tokenizer.

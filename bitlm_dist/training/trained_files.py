@@ -5,12 +5,13 @@ So `bitlm eval` and `bitlm generate` report what is missing at once.
 
 from pathlib import Path
 
-from bitlm_dist.checkpoint.steps import read_train_state
+from bitlm_dist.checkpoint.steps import MANIFEST, all_steps, folder_of, read_train_state
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import flatten, value_as_yaml
 from bitlm_dist.errors import UserError
 from bitlm_dist.renamed_keys import current_key
-from bitlm_dist.training.checkpoint_folder import checkpoint_steps
+from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
+from bitlm_dist.training.export_record import EXPORT_RECORD
 
 CODES = "codes.npz"
 TOKENIZER = "tokenizer"
@@ -43,6 +44,16 @@ def find_trained_steps(run: Path, config: Config) -> list[int]:
         )
 
     steps = checkpoint_steps(run)
+    if not steps and (damaged := all_steps(run / CHECKPOINTS)):
+        folder = folder_of(run / CHECKPOINTS, damaged[-1])
+        raise UserError(
+            f"{folder} is damaged: it has no {MANIFEST}: restore it from a backup, "
+            "or remove the folder"
+        )
+    if not steps and (run / EXPORT_RECORD).is_file():
+        raise UserError(
+            f"{run} is an exported folder: `bitlm checkpoint import {run} RUN` makes a run of it"
+        )
     if not steps:
         raise UserError(
             f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"

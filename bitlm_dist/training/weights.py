@@ -124,7 +124,7 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
         others = (
             f"remove {checkpoint} to use step {steps[-2]}"
             if len(steps) > 1
-            else "there is no other"
+            else "the run has no other checkpoint: restore the file from a backup"
         )
         raise UserError(f"{error}: {others}") from error
     check_same_model(run, config, checkpoint)

@@ -32,12 +32,12 @@ def run_main(monkeypatch, capsys):
 
 
 REFUSED = [  # words with RUN for an unlaunched run and FOLDER for its parent, and what is said
-    ("status RUN", "was not launched: start it with"),
-    ("logs RUN", "was not launched: start it with"),
-    ("logs RUN --follow", "was not launched: start it with"),
-    ("history RUN", "was not launched: start it with"),
-    ("cancel RUN", "was not launched: start it with"),
-    ("resume RUN", "was not launched: start it with"),
+    ("status RUN", "does not exist"),
+    ("logs RUN", "does not exist"),
+    ("logs RUN --follow", "does not exist"),
+    ("history RUN", "does not exist"),
+    ("cancel RUN", "does not exist"),
+    ("resume RUN", "does not exist"),
     ("status", "Missing argument 'RUN'"),
     ("nosuch", "No such command 'nosuch'"),
     ("local CONFIG -n 0", "Invalid value for '-n' / '--ranks'"),

@@ -86,6 +86,11 @@ def test_a_damaged_checkpoint_is_refused_or_loudly_left_for_the_one_before(tiny,
     whole.close()
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
+    # a checkpoint without its manifest is damaged, too: taken for none, the run would begin anew
+    (folder_of(root, complete_steps(root)[-1]) / "manifest.json").unlink()
+    with pytest.raises(UserError, match="has no manifest.json: remove .* or set checkpoint.fallb"):
+        Trainer(tiny(*words))
+
     for step in complete_steps(root):
         harm(folder_of(root, step))
     with pytest.raises(UserError, match="none of the checkpoints in .* is intact: restore one"):

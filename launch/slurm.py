@@ -10,6 +10,9 @@ from bitlm_dist.launch.cluster import parse_walltime
 
 COMMAND_TIMEOUT = 60.0  # seconds, for every command
 ERROR_PREFIX = re.compile(r"^(sbatch|scontrol|scancel|squeue): (error: )?")
+# what Slurm's commands say where they find no cluster
+NO_CLUSTER_SIGNS = ("configuration source", "Unable to contact slurm controller")
+WHERE_TO_LAUNCH = "launch from a login node of a Slurm cluster, or use `bitlm launch local`"
 TERMINAL_STATES = (
     "BOOT_FAIL",
     "CANCELLED",
@@ -30,10 +33,7 @@ def run_command(*words: str) -> str:
         UserError: the command is not installed, fails, or does not answer in time.
     """
     if shutil.which(words[0]) is None:
-        raise UserError(
-            f"{words[0]} is not on the path: launch from a login node of a Slurm cluster, "
-            "or use `bitlm launch local`"
-        )
+        raise UserError(f"{words[0]} is not on the path: {WHERE_TO_LAUNCH}")
 
     try:
         answer = subprocess.run(
@@ -43,6 +43,9 @@ def run_command(*words: str) -> str:
         raise UserError(
             f"{words[0]} gave no answer for {COMMAND_TIMEOUT:.0f} s: is Slurm's controller up?"
         ) from None
+
+    if answer.returncode and any(sign in answer.stderr for sign in NO_CLUSTER_SIGNS):
+        raise UserError(f"{words[0]} finds no Slurm controller here: {WHERE_TO_LAUNCH}")
 
     # the message names the command already, so its own prefix is dropped
     if answer.returncode:

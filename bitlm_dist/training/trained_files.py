@@ -59,7 +59,7 @@ def find_trained_steps(run: Path, config: Config) -> list[int]:
             f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
         )
 
-    if not (run / TOKENIZER).is_dir():
+    if not (run / TOKENIZER).is_dir() or not any((run / TOKENIZER).iterdir()):
         raise UserError(
             f"{run / TOKENIZER} is missing: copy the folder {TOKENIZER} of the prepared data there"
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import to_yaml
-from bitlm_dist.errors import UserError
+from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import missing_folders, remove_empty_folders, write_atomically
 from bitlm_dist.launch import attempts
 from bitlm_dist.launch.attempts import LAUNCH, Limits
@@ -125,7 +125,7 @@ def _make_checkpoint_folder(checkpoints: Path) -> None:
         checkpoints.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"checkpoint.dir = {checkpoints} cannot be written ({error}): choose another folder"
+            f"checkpoint.dir = {checkpoints} cannot be used: {os_error_message(error)}"
         ) from error
 
 

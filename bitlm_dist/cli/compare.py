@@ -37,7 +37,7 @@ def compare_command(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs: bits per byte, its ratio to the first run, and cost.
+    """Compare runs: bits per byte, its ratio to the first run, and the CPU-seconds of rank 0.
 
     The values are those of the latest evaluation of each run, by training or by `bitlm eval`. A
     ratio is printed only for runs that were scored on the same text.

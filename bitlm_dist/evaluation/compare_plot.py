@@ -16,7 +16,7 @@ AXES = {
     "predicted_tokens": "predicted tokens",
     "text_bytes": "bytes of text",
     "tokens": "positions",
-    "cpu_seconds": "CPU-seconds of training",
+    "cpu_seconds": "CPU-seconds of training, rank 0",
     "seconds": "seconds of training",
 }
 

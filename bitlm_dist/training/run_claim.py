@@ -122,6 +122,10 @@ def _check_writable(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run) as probe:
             os.posix_fallocate(probe.fileno(), 0, 1)  # finds full disks and quotas
+    except OSError as error:
+        if run.is_dir():  # the user knows the folder, not the file that was tried
+            error.filename = str(run)
+        raise
     finally:
         remove_empty_folders(created)
 

@@ -31,6 +31,17 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def try_to_write(folder: Path) -> None:
+    """Write a page to a folder, and leave nothing behind.
+
+    Raises:
+        OSError: it cannot be written, or its disk is full.
+    """
+    # Allocating a page finds quotas and full disks, which the statistics may not show.
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        os.posix_fallocate(probe.fileno(), 0, 1)
+
+
 def write_problem(folder: Path, num_bytes: int) -> str:
     """Describe what prevents this process from writing ``num_bytes`` into a folder.
 
@@ -39,9 +50,7 @@ def write_problem(folder: Path, num_bytes: int) -> str:
     """
     try:
         free = free_bytes(folder)
-        # Allocating a page finds quotas and full disks, which the statistics may not show.
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            os.posix_fallocate(probe.fileno(), 0, 1)
+        try_to_write(folder)
     except OSError as error:
         return f"{folder} cannot be written ({error.strerror})"
 

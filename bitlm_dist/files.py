@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,16 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         raise
 
     fsync_folder(file.parent)
+
+
+def save_npz(file: Path, **arrays: Any) -> None:
+    """Write arrays as an .npz file."""
+    import numpy as np  # here, as the command line starts without it
+
+    # In memory first: zipfile complains a second time when it meets a full disk.
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    file.write_bytes(stream.getvalue())
 
 
 def missing_folders(path: Path) -> list[Path]:

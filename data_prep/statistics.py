@@ -8,7 +8,6 @@ frequent tokens. For vocabularies of up to ``ROWS`` tokens the result is exact.
 Legend: V vocabulary, F frequent tokens (at most 512), E dimensions of a vector (at most 48).
 """
 
-import io
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from bitlm_dist.files import save_npz
 
 MAX_CONTEXT_TOKENS = 512  # frequent tokens that count as context, per side
 MAX_CONTEXT_DIM = 48
@@ -240,7 +241,4 @@ def save_statistics(
     byte_lengths: NDArray[np.int64],
 ) -> None:
     """Save the statistics as an .npz file."""
-    # In memory first: zipfile complains a second time when it meets a full disk.
-    stream = io.BytesIO()
-    np.savez(stream, counts=counts, contexts=contexts, byte_lengths=byte_lengths)
-    file.write_bytes(stream.getvalue())
+    save_npz(file, counts=counts, contexts=contexts, byte_lengths=byte_lengths)

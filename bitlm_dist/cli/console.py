@@ -30,9 +30,8 @@ class TerminalConsole(Console):
 
 
 console = TerminalConsole(highlight=False)
-stderr_console = TerminalConsole(
-    highlight=False, stderr=True
-)  # progress of commands that print a result
+# for the progress of commands that print a result
+stderr_console = TerminalConsole(highlight=False, stderr=True)
 OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 ConfigWords = Annotated[
     list[str] | None,

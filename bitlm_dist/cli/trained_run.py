@@ -9,10 +9,7 @@ from pathlib import Path
 from bitlm_dist.config import Config
 from bitlm_dist.config_loading import all_keys, load_run_config, override_keys
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.trained_files import (
-    ATTENTION_KEY,
-    describes_model,
-)
+from bitlm_dist.training.trained_files import ATTENTION_KEY, describes_model
 
 # What does not change the trained model: how it is evaluated and sampled from, and where it runs.
 _CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")

@@ -4,8 +4,6 @@ A folder is free for a run if it is empty, or that run's own. Imports no torch, 
 comes at once.
 """
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from bitlm_dist.config_loading import (
     with_absolute_paths,
 )
 from bitlm_dist.data.manifest import read_manifest
+from bitlm_dist.disks import try_to_write
 from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import missing_folders, remove_empty_folders
 from bitlm_dist.launch.attempts import FILES_BEFORE_FIRST_STEP, check_run_folder
@@ -120,8 +119,7 @@ def _check_writable(run: Path) -> None:
     created = missing_folders(run)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run) as probe:
-            os.posix_fallocate(probe.fileno(), 0, 1)  # finds full disks and quotas
+        try_to_write(run)
     except OSError as error:
         if run.is_dir():  # the user knows the folder, not the file that was tried
             error.filename = str(run)

@@ -3,7 +3,6 @@
 It holds everything that `bitlm eval` and `bitlm generate` need.
 """
 
-import io
 import json
 import os
 import platform
@@ -32,6 +31,7 @@ from bitlm_dist.files import (
     missing_folders,
     open_locked,
     remove_empty_folders,
+    save_npz,
     write_atomically,
 )
 from bitlm_dist.launch.records import parse_records, read_jsonl
@@ -238,10 +238,7 @@ class RunFolder:
         building = self.path / VOCABULARY_IN_PROGRESS
         shutil.rmtree(building, ignore_errors=True)  # left by a killed process
         tokenizer.save(building / TOKENIZER)
-        # In memory first: zipfile complains a second time when it meets a full disk.
-        stream = io.BytesIO()
-        np.savez(stream, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
-        (building / CODES).write_bytes(stream.getvalue())
+        save_npz(building / CODES, codes=codes.code_of_token.cpu().numpy(), bits=codes.num_bits)
         fsync_tree(building)
 
         # The codes come first: readers and the next start look for the tokenizer.

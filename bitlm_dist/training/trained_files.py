@@ -44,20 +44,8 @@ def find_trained_steps(run: Path, config: Config) -> list[int]:
         )
 
     steps = checkpoint_steps(run)
-    if not steps and (damaged := all_steps(run / CHECKPOINTS)):
-        folder = folder_of(run / CHECKPOINTS, damaged[-1])
-        raise UserError(
-            f"{folder} is damaged: it has no {MANIFEST}: restore it from a backup, "
-            "or remove the folder"
-        )
-    if not steps and (run / EXPORT_RECORD).is_file():
-        raise UserError(
-            f"{run} is an exported folder: `bitlm checkpoint import {run} RUN` makes a run of it"
-        )
     if not steps:
-        raise UserError(
-            f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
-        )
+        raise _no_checkpoint_error(run)
 
     if not (run / TOKENIZER).is_dir() or not any((run / TOKENIZER).iterdir()):
         raise UserError(
@@ -66,6 +54,23 @@ def find_trained_steps(run: Path, config: Config) -> list[int]:
     if not (run / CODES).is_file():
         raise missing_codes_error(run, "is missing")
     return steps
+
+
+def _no_checkpoint_error(run: Path) -> UserError:
+    """The error for a folder without a complete checkpoint."""
+    if damaged := all_steps(run / CHECKPOINTS):
+        folder = folder_of(run / CHECKPOINTS, damaged[-1])
+        return UserError(
+            f"{folder} is damaged: it has no {MANIFEST}: restore it from a backup, "
+            "or remove the folder"
+        )
+    if (run / EXPORT_RECORD).is_file():
+        return UserError(
+            f"{run} is an exported folder: `bitlm checkpoint import {run} RUN` makes a run of it"
+        )
+    return UserError(
+        f"{run} holds no checkpoint yet: train it with `bitlm train {run}/config.yaml`"
+    )
 
 
 def check_same_model(run: Path, config: Config, checkpoint: Path) -> None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from bitlm_dist.config import Section
 from bitlm_dist.config_loading import COMMAND_LINE, CONFIGS, format_validation_error, unflatten
+from bitlm_dist.config_section import Section
 from bitlm_dist.errors import UserError
 from bitlm_dist.renamed_keys import renamed_message
 from bitlm_dist.yaml_files import EXPANDED, SourcedValue, read_yaml_file

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.codes import BitCodes
-from bitlm_dist.config import BackboneConfig, Config
+from bitlm_dist.config import Config
 from bitlm_dist.diffusion.process import logit_normal_time
 from bitlm_dist.model.bit_embedding import BitEmbedding
+from bitlm_dist.model.config import BackboneConfig
 from bitlm_dist.model.head import Conditioning, DiffusionHead
 from bitlm_dist.model.torch_layer import LayerWeights, rotary_cos_sin, transformer_layer
 

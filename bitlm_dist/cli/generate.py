@@ -7,9 +7,10 @@ import typer
 
 from bitlm_dist.cli.console import AsJson, Run, console
 from bitlm_dist.cli.trained_run import load_trained_config
-from bitlm_dist.config import Config, SamplingConfig
+from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.formatting import plural
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bitlm_dist.config import Config, SourceConfig
+from bitlm_dist.config import Config
+from bitlm_dist.data.config import SourceConfig
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixture import BEGINNING, Mixture, Origin
 from bitlm_dist.data.packed_dataset import (

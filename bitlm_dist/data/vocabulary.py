@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bitlm_dist import codes
 from bitlm_dist.codes import BitCodes, num_bits_needed
-from bitlm_dist.config import ModelConfig
 from bitlm_dist.data.manifest import check_file
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.config import ModelConfig
 
 STATISTICS_FILE = "statistics.npz"
 

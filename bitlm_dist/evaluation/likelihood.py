@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.diffusion.likelihood import (
@@ -21,6 +20,8 @@ from bitlm_dist.diffusion.likelihood import (
 )
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.evaluation.brier import brier_scores
+from bitlm_dist.evaluation.config import EvaluationConfig
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import sample_block, sample_next_block
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.language_model import Batch, LanguageModel, Targets, TargetScores

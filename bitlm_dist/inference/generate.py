@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import SamplingConfig
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.diffusion.sampler import (
@@ -25,6 +24,7 @@ from bitlm_dist.diffusion.sampler import (
     sde_sample,
     sequential_sample,
 )
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.head import Conditioning
 from bitlm_dist.model.in_block_decoding import AutoregressiveDecoder, DenoisingDecoder

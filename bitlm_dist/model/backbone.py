@@ -20,7 +20,8 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
 if TYPE_CHECKING:
-    from bitlm_dist.config import Config, ModelConfig
+    from bitlm_dist.config import Config
+    from bitlm_dist.model.config import ModelConfig
 
 # training.precision -> dtype of the weights and activations
 DTYPES = {

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import ModelConfig
 from bitlm_dist.kernels import block_causal_attention, decode_attention
+from bitlm_dist.model.config import ModelConfig
 from bitlm_dist.model.torch_layer import LayerWeights, rms_norm, rotary_cos_sin, transformer_layer
 
 

@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.compilation import compiled_region
-from bitlm_dist.config import Config, HeadConfig
+from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput, MixtureOutput, OutputDistribution
 from bitlm_dist.diffusion.sampler import Denoisers, DenoiseStep
 from bitlm_dist.kernels import in_block_attention
 from bitlm_dist.kernels.skinny_linear import Linear, linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.conditional_group_logits import ConditionalGroupLogits
+from bitlm_dist.model.config import HeadConfig
 
 TIMESTEP_EMBEDDING_DIM = 256
 

@@ -10,8 +10,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import Config, ParallelConfig
+from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.parallel.config import ParallelConfig
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bitlm_dist.config import BackboneConfig, Config
+from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import MixtureOutput, OutputDistribution
+from bitlm_dist.model.config import BackboneConfig
 from bitlm_dist.model.head import (
     TIMESTEP_EMBEDDING_DIM,
     has_autoregressive_pass,

@@ -22,11 +22,11 @@ from bitlm_dist.checkpoint.steps import (
     read_train_state,
 )
 from bitlm_dist.checkpoint.store import SaveError
-from bitlm_dist.config import CheckpointConfig
 from bitlm_dist.errors import UserError, log_to_stderr, os_error_message
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
+from bitlm_dist.training.config import CheckpointConfig
 
 MAX_FAILED_SAVES = 3  # in a row
 POLL_SECONDS = 0.05

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint.steps import complete_steps
-from bitlm_dist.config import CheckpointConfig, Config
+from bitlm_dist.config import Config
 from bitlm_dist.disks import format_bytes, free_bytes
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.formatting import plural
+from bitlm_dist.training.config import CheckpointConfig
 from bitlm_dist.training.optimizer import is_inner_matrix
 
 ADVICE = "make room, or set checkpoint.dir to a folder on another disk"

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.cpu import tensors_named_as_on_cuda
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training import fused_adam
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizer import (
     EMA,
     EMA_SLOT,

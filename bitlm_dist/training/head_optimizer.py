@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import ParamRange, Partition
 from bitlm_dist.training import fused_adam
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.muon import orthogonalize
 
 # coefficients, steps and eps of torch.optim.Muon

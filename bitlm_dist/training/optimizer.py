@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.model.initialization import shard_dim
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training import fused_adam
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.muon import Muon
 
 MASTER_WEIGHT_SLOT = "master"

@@ -13,10 +13,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from bitlm_dist.config import Config, LoggingConfig
+from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.files import write_atomically
 from bitlm_dist.strict_json import to_json
+from bitlm_dist.training.config import LoggingConfig
 
 WANDB = "wandb.json"  # {"id": …, "sent": {file of the run folder: last step}}
 

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data.shards import DocumentShards
 from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.evaluation.likelihood import _clustered_standard_error, evaluate
+from bitlm_dist.inference.config import SamplingConfig
 
 pytestmark = pytest.mark.integration
 

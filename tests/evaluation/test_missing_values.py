@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from bitlm_dist.cli.evaluate import _print_report
-from bitlm_dist.config import EvaluationConfig, SamplingConfig
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.compare import markdown_table, table_rows
 from bitlm_dist.evaluation.compare_plot import choose_axis, plot
+from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.evaluation.judgement import best_bits_per_byte, judge
 from bitlm_dist.evaluation.likelihood import evaluate
 from bitlm_dist.evaluation.run_records import load_record
 from bitlm_dist.formatting import format_value, ratio_or_none
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.model.language_model import Batch
 
 BOS = 0

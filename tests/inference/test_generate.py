@@ -3,8 +3,8 @@ import time
 import pytest
 import torch
 
-from bitlm_dist.config import SamplingConfig
 from bitlm_dist.diffusion.noise import NoiseKey
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import (
     GenerationStats,
     generate_batch,

@@ -10,11 +10,11 @@ from bitlm_dist.checkpoint import store
 from bitlm_dist.checkpoint import tensors as tensor_files
 from bitlm_dist.checkpoint.steps import complete_steps, folder_of
 from bitlm_dist.checkpoint.store import SaveError
-from bitlm_dist.config import CheckpointConfig
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.training.checkpointing import CheckpointManager
+from bitlm_dist.training.config import CheckpointConfig
 from bitlm_dist.training.weights import load_job_shards
 
 

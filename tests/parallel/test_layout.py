@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitlm_dist.config import ParallelConfig
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.errors import UserError
+from bitlm_dist.parallel.config import ParallelConfig
 from bitlm_dist.parallel.layout import (
     ParallelLayout,
     build_layout,

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from parity import NUM_SEQUENCES, TINY, V, make_batch, reset_process_groups, train
 
 from bitlm_dist.codes import BitCodes, natural_codes
-from bitlm_dist.config import SamplingConfig
 from bitlm_dist.config_loading import load_config
+from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import generate_blocks
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.language_model import loss_mask

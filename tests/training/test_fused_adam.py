@@ -10,9 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel import mesh
 from bitlm_dist.training import fused_adam
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizer import Optimizers
 
 

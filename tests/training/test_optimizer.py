@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.layout import SINGLE_PROCESS
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.muon import Muon, orthogonalize
 from bitlm_dist.training.optimizer import Optimizers, is_inner_matrix, lr_multiplier_at
 

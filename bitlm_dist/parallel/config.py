@@ -1,0 +1,143 @@
+"""Config keys of the parallel layout, and their rules."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from bitlm_dist.config_section import Section
+from bitlm_dist.model.config import HeadConfig, ModelConfig
+
+
+class ParallelConfig(Section):
+    """Parallel layout."""
+
+    tensor: int = Field(1, ge=1)
+    """Tensor-parallel ranks."""
+    sequence: bool = False
+    """Also split the activations between layers over the tensor-parallel ranks."""
+    pipeline: int = Field(1, ge=1)
+    """Pipeline stages."""
+    virtual_pipeline: int = Field(1, ge=1)
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    layers_per_stage: tuple[int, ...] | None = None
+    """Layers of each of the pipeline x virtual_pipeline stages.
+
+    null: balanced so that the last stages hold fewer, to make up for the head.
+    """
+    context: int = Field(1, ge=1)
+    """Context-parallel ranks."""
+    data: int | None = Field(None, ge=1)
+    """Data-parallel ranks. null: all remaining ranks."""
+    micro_batch_size: int = Field(0, ge=0)
+    """Sequences per forward pass of a data-parallel rank.
+
+    0: all of its sequences at once, or one with a pipeline.
+    """
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass: those of attention, or of whole layers."""
+
+    def problems(self) -> Iterator[str]:
+        """Splits over an axis of one rank."""
+        if self.sequence and self.tensor == 1:
+            yield (
+                "parallel.sequence = true splits over the tensor ranks: "
+                "set parallel.tensor > 1 or leave it off"
+            )
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            yield (
+                f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1"
+            )
+
+
+def head_sharding_problems(head: HeadConfig, precision: str) -> Iterator[str]:
+    """Settings that `head.engine` does not support."""
+    # FSDP2 always shards the gradients.
+    if head.engine == "fsdp2" and head.zero_stage < 2:
+        yield (
+            f"head.zero_stage = {head.zero_stage}: head.engine = fsdp2 has stages 2 and 3 only; "
+            "or use deepspeed"
+        )
+    if head.engine == "deepspeed" and head.zero_stage < 2 and precision == "bf16":
+        yield (
+            f"head.zero_stage = {head.zero_stage} would add up gradients of bf16 weights in bf16: "
+            "use 2 or 3 with training.precision = bf16"
+        )
+
+    # Only what is sharded can be offloaded.
+    if head.offload != "none" and head.engine != "deepspeed":
+        yield f"head.offload = {head.offload} needs head.engine = deepspeed"
+    least = {"none": 0, "optimizer": 1, "all": 3}[head.offload]
+    if head.zero_stage < least:
+        yield (
+            f"head.offload = {head.offload} needs head.zero_stage of at least {least}, "
+            f"not {head.zero_stage}"
+        )
+
+
+def layout_problems(
+    parallel: ParallelConfig, model: ModelConfig, sequence_length: int
+) -> Iterator[str]:
+    """Layouts that the model cannot have on any number of ranks."""
+    yield from _axis_problems(parallel, model)
+    yield from _sequence_split_problems(parallel, model.block_size, sequence_length)
+    yield from _stage_problems(parallel, model.backbone.num_layers)
+
+
+def _axis_problems(parallel: ParallelConfig, model: ModelConfig) -> Iterator[str]:
+    """Tensor and pipeline axes that the model cannot be split over."""
+    tensor = parallel.tensor
+    for key in ("num_heads", "num_kv_heads", "ffn_hidden_size"):
+        size = getattr(model.backbone, key)
+        if size % tensor:
+            fits = ", ".join(str(t) for t in range(1, min(size, 2 * tensor) + 1) if size % t == 0)
+            yield (
+                f"model.backbone.{key} = {size} cannot be split over "
+                f"parallel.tensor = {tensor} ranks: use one of {fits}"
+            )
+
+    if model.tie_embeddings and parallel.pipeline > 1:
+        yield "model.tie_embeddings = true needs parallel.pipeline = 1: set it false"
+    # The softmax's tables are padded to a multiple of 128 rows.
+    if model.output == "softmax" and 128 % tensor:
+        yield (
+            "model.output = softmax splits its tables in 1, 2, 4, … parts, "
+            f"not in parallel.tensor = {tensor}"
+        )
+
+
+def _sequence_split_problems(
+    parallel: ParallelConfig, block_size: int, length: int
+) -> Iterator[str]:
+    """Sequences that cannot be split into whole blocks over the ranks."""
+    # Context parallelism deals every rank one chunk from either half, to balance causal attention.
+    halves = 2 if parallel.context > 1 else 1
+    unit = parallel.tensor * parallel.context * block_size * halves
+    if length % unit:
+        near = max(1, round(length / unit)) * unit
+        yield (
+            f"data.sequence_length = {length} cannot be split into whole blocks of {block_size} "
+            f"over parallel.tensor = {parallel.tensor} x parallel.context = {parallel.context} "
+            f"ranks: it must be a multiple of {unit}, e.g. {near}"
+        )
+
+
+def _stage_problems(parallel: ParallelConfig, num_layers: int) -> Iterator[str]:
+    """Layers that cannot be split into the pipeline's stages."""
+    stages = parallel.pipeline * parallel.virtual_pipeline
+
+    # Every stage holds at least one layer.
+    if stages > num_layers:
+        yield (
+            f"model.backbone.num_layers = {num_layers} is too few for "
+            f"parallel.pipeline x virtual_pipeline = {stages} stages"
+        )
+
+    if parallel.layers_per_stage is not None:
+        given = list(parallel.layers_per_stage)
+        if len(given) != stages or sum(given) != num_layers or min(given, default=0) < 1:
+            yield (
+                f"parallel.layers_per_stage = {given} must name {stages} stages "
+                "(pipeline x virtual_pipeline) of a layer or more "
+                f"that add up to model.backbone.num_layers = {num_layers}"
+            )

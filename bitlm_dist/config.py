@@ -16,8 +16,10 @@ from bitlm_dist.data.config import DataConfig, sequence_problems
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.inference.config import SamplingConfig, sampling_problems
-from bitlm_dist.model.config import DiffusionConfig, HeadConfig, ModelConfig, objective_problems
-from bitlm_dist.parallel.config import ParallelConfig, head_sharding_problems, layout_problems
+from bitlm_dist.model.config import DiffusionConfig, ModelConfig, objective_problems
+from bitlm_dist.model.heads.config import AblationHeadConfig as AblationHeadConfig
+from bitlm_dist.model.heads.config import BitLMHeadConfig, HeadConfig
+from bitlm_dist.parallel.config import ParallelConfig, layout_problems
 from bitlm_dist.training.config import (
     CheckpointConfig,
     DistillationConfig,
@@ -33,12 +35,12 @@ from bitlm_dist.training.config import (
 class Config(Section):
     """The config of a run."""
 
-    preset: Literal["default", "paper", "bare"] = "default"
+    preset: Literal["default", "paper"] = "default"
     """Preset that supplies the defaults."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = BitLMHeadConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     distillation: DistillationConfig = DistillationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -73,8 +75,8 @@ class Config(Section):
         yield from sampling_problems(self.sampling, self.diffusion, self.model.block_size)
         yield from self.sampling.problems()
         yield from self.data.problems()
-        yield from head_sharding_problems(self.head, self.training.precision)
-        yield from distillation_problems(self.distillation, self.diffusion, self.head, self.model)
+        yield from self.parallel.head.problems(self.training.precision)
+        yield from distillation_problems(self.distillation, self.diffusion, self.model)
         yield from self.parallel.problems()
         yield from layout_problems(self.parallel, self.model, self.data.sequence_length)
 

@@ -11,7 +11,7 @@ from bitlm_dist.config_loading import load_config
 from bitlm_dist.diffusion.likelihood import estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.training.optimizer import Optimizers
 
 V = 256

@@ -16,7 +16,8 @@ from bitlm_dist.config import Config
 from bitlm_dist.diffusion.process import logit_normal_time
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.config import BackboneConfig
-from bitlm_dist.model.head import Conditioning, DiffusionHead
+from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.build import build_head
 from bitlm_dist.model.torch_layer import LayerWeights, rotary_cos_sin, transformer_layer
 
 
@@ -111,7 +112,8 @@ class PlainBitLM(nn.Module):
             config.model.backbone,
             config.model.block_size if config.model.attention == "block" else 1,
         )
-        self.head = DiffusionHead(config, codes.num_bits)
+        self.head = build_head(config, codes.num_bits)
+        self.weights = config.diffusion.loss_weights(self.head.loss_terms)
 
     def loss(self, tokens: Tensor, document_ids: Tensor) -> Tensor:
         """Mean loss of the tokens after the first block.
@@ -121,34 +123,28 @@ class PlainBitLM(nn.Module):
             document_ids: [B, S].
         """
         m = self.config.model.block_size
-        diffusion = self.config.diffusion
+        weights = self.weights
         bits = self.codes.ids_to_bits(tokens)
         hidden = self.backbone(self.embedding(bits), document_ids)
 
         # each block is predicted from the hidden states of the block before it
         clean = bits.unflatten(1, (-1, m))[:, 1:].flatten(0, 1)
         conditioning = self.head.condition(hidden.unflatten(1, (-1, m))[:, :-1].flatten(0, 1))
-        loss = self._denoising_loss(clean, conditioning)
+        loss = weights["denoising"] * self._denoising_loss(clean, conditioning)
 
-        # the denoising loss is a mean over the bits of a token, so likelihoods are divided by them
-        if conditioning.context_logits is not None:
-            log_prob = self.head.output.log_prob(conditioning.context_logits, clean)
-            loss = loss - log_prob.mean() / self.codes.num_bits
-
-        if self.head.has_autoregressive_pass:
-            log_prob = self.head.output.log_prob(
-                self.head.autoregressive_logits(clean, conditioning), clean
-            )
-            loss = (
-                loss - diffusion.autoregressive_loss_weight * log_prob.mean() / self.codes.num_bits
-            )
-
-        if diffusion.next_token_loss_weight and m > 1:
+        if "context" in weights:
+            loss = loss + weights["context"] * self._nll(conditioning.context_logits, clean)
+        if "autoregressive" in weights:
+            logits = self.head.autoregress(clean, conditioning)
+            loss = loss + weights["autoregressive"] * self._nll(logits, clean)
+        if "next_token" in weights:
             logits = self.head.next_token_logits(hidden[:, m - 1 : -1])
-            log_prob = self.head.output.log_prob(logits, bits[:, m:])
-            loss = loss - diffusion.next_token_loss_weight * log_prob.mean() / self.codes.num_bits
-
+            loss = loss + weights["next_token"] * self._nll(logits, bits[:, m:])
         return loss
+
+    def _nll(self, logits: Tensor, bits: Tensor) -> Tensor:
+        """Mean negative log-probability, per bit as the denoising loss."""
+        return -self.head.output.log_prob(logits, bits).mean() / self.codes.num_bits
 
     def _denoising_loss(self, clean: Tensor, conditioning: Conditioning) -> Tensor:
         """Mean denoising loss of clean bits [blocks, m, bits] over all noise samples."""
@@ -168,5 +164,5 @@ class PlainBitLM(nn.Module):
         )
         noisy = (1 - t)[..., None] * clean + t[..., None] * torch.randn_like(clean)
 
-        prediction = self.head(noisy, t, conditioning.expand(diffusion.num_noise_samples))
+        prediction = self.head.denoise(noisy, t, conditioning.expand(diffusion.num_noise_samples))
         return self.head.output.loss(prediction, noisy, t, clean).mean()

@@ -23,10 +23,11 @@ from bitlm_dist.bench.results import Results, common_settings, machine_environme
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.data.mixture_dataset import MixtureDataset
+from bitlm_dist.data.loader import CPU
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import cast_weights, prepare_device
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.planning.flops import training_flops
@@ -68,11 +69,7 @@ def synthetic_batch(config: Config, vocab_size: int, seed: int, device: torch.de
         2, vocab_size, (num_sequences, config.data.sequence_length), generator=generator
     )
 
-    return Batch(
-        tokens.to(device),
-        torch.zeros_like(tokens, device=device),
-        torch.arange(num_sequences, device=device),
-    )
+    return Batch(tokens, torch.zeros_like(tokens), torch.arange(num_sequences)).to(device)
 
 
 class StackRunner(BenchRunner):
@@ -101,14 +98,19 @@ class StackRunner(BenchRunner):
             if workload.has_data
             else None
         )
+        max_targets = None if self.dataset is None else self.dataset.max_targets_per_sequence
+        self.finder = self.engine.target_finder(max_targets)
         self.step = 0
 
     def _batch(self) -> Batch:
+        """The next batch, as the loader's thread prepares it."""
+        config = self.config
         if self.dataset is None:
-            return synthetic_batch(self.config, self.workload.vocab_size, self.step, self.device)
-
-        num_sequences = self.config.training.global_batch_tokens // self.config.data.sequence_length
-        return self.dataset.batch(self.step * num_sequences, num_sequences, self.device)
+            batch = synthetic_batch(config, self.workload.vocab_size, self.step, CPU)
+        else:
+            num_sequences = config.training.global_batch_tokens // config.data.sequence_length
+            batch = self.dataset.batch(self.step * num_sequences, num_sequences, CPU)
+        return self.finder.find_all(batch).to(self.device)
 
     @override
     def __call__(self) -> int:

@@ -64,7 +64,7 @@ def _deepspeed() -> Finding:
         check_deepspeed()
     except UserError as error:
         return Finding("DeepSpeed ZeRO", False, str(error))
-    return Finding("DeepSpeed ZeRO", True, "head.engine = deepspeed, stages 0 to 3")
+    return Finding("DeepSpeed ZeRO", True, "parallel.head.engine = deepspeed, stages 0 to 3")
 
 
 def _optional_package(name: str, module: str, distribution: str, brings: str) -> Finding:
@@ -208,7 +208,7 @@ def iter_findings() -> Iterator[tuple[str, list[Finding]]]:
     yield "machine", _machine()
     yield "attention, first choice first", _attention()
     yield "optimizers", _optimizers()
-    yield "head", [_deepspeed(), Finding("FSDP2", True, "torch's, head.engine = fsdp2")]
+    yield "head", [_deepspeed(), Finding("FSDP2", True, "torch's, parallel.head.engine = fsdp2")]
     yield "optional", [_transformer_engine(), _apex(), _flash_attention(), _wandb()]
 
 

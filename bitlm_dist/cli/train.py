@@ -249,7 +249,7 @@ def _loss_unit(config: Config) -> str:
     if config.model.output == "softmax":
         return "nats per token"
     # the other terms are cross-entropies, also where the first one is a squared error
-    has_squared_error = config.head.output == "bits" and config.diffusion.loss in ("x", "v")
+    has_squared_error = config.diffusion.loss in ("x", "v")
     first = "squared error, plus " if has_squared_error else ""
     return f"{first}nats per bit, summed over its terms"
 

@@ -16,11 +16,11 @@ from bitlm_dist.data.prefetch import Prefetcher
 from bitlm_dist.data.stale_resources import remove_stale_resources
 from bitlm_dist.disks import check_shared_memory
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch, TargetFinder
 from bitlm_dist.processes import die_with_parent
 
 CPU = torch.device("cpu")
-NUM_BATCH_TENSORS = 2  # tokens and document ids, both [sequences, L]
+BYTES_PER_TOKEN = 40  # of a batch: int64 tokens, document ids, and the index of its targets
 PREFETCH_FACTOR = 2  # batches prepared ahead per worker
 
 
@@ -32,6 +32,7 @@ class Loader:
     Args:
         config: ``data.workers`` is the number of worker processes. With 0, a thread of this process
             reads the batches.
+        finder: finds what carries loss, where the batches are read.
         dataset: training split.
         start_step: first step to load.
         first_sequence: global index of this rank's first sequence in ``start_step``.
@@ -44,6 +45,7 @@ class Loader:
         self,
         config: Config,
         dataset: PackedDataset | MixtureDataset,
+        finder: TargetFinder,
         *,
         start_step: int,
         first_sequence: int,
@@ -52,7 +54,7 @@ class Loader:
         device: torch.device,
     ) -> None:
         self._step_dataset = _StepDataset(
-            config, dataset.origin, start_step, first_sequence, num_sequences, stride
+            config, dataset.origin, finder, start_step, first_sequence, num_sequences, stride
         )
         self._device = device
         self._num_workers = config.data.workers
@@ -60,8 +62,7 @@ class Loader:
 
         if self._num_workers:
             # Workers hand over batches in shared memory, and die of a bus error where it is full.
-            # int64: 8 bytes per element.
-            batch_bytes = NUM_BATCH_TENSORS * 8 * config.data.sequence_length * num_sequences
+            batch_bytes = BYTES_PER_TOKEN * config.data.sequence_length * num_sequences
             check_shared_memory(
                 self._num_workers * (PREFETCH_FACTOR + 1) * batch_bytes,
                 f"data.workers = {self._num_workers}",
@@ -154,6 +155,7 @@ class _StepDataset(Dataset[Any]):
         self,
         config: Config,
         origin: Origin,
+        finder: TargetFinder,
         start_step: int,
         first_sequence: int,
         num_sequences: int,
@@ -161,6 +163,7 @@ class _StepDataset(Dataset[Any]):
     ) -> None:
         self._config = config
         self._origin = origin
+        self._finder = finder
         self._start_step = start_step
         self._first_sequence = first_sequence
         self._num_sequences = num_sequences
@@ -172,11 +175,12 @@ class _StepDataset(Dataset[Any]):
         try:
             if self.dataset is None:
                 self.dataset = training_dataset(self._config, self._origin)
-            return self.dataset.batch(
+            batch = self.dataset.batch(
                 self._first_sequence + (step - self._start_step) * self._stride,
                 self._num_sequences,
                 CPU,
             )
+            return self._finder.find_all(batch)
         except UserError as error:
             # Raised in a worker, DataLoader would wrap it together with a traceback.
             if in_worker:

@@ -22,7 +22,7 @@ from bitlm_dist.data.packed_dataset import (
     few_sequences_warning,
 )
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 
 
 class MixtureDataset:
@@ -77,6 +77,11 @@ class MixtureDataset:
                 )
             ),
         }
+
+    @property
+    def max_targets_per_sequence(self) -> int:
+        """Bound of the target blocks of any sequence of any source."""
+        return max(dataset.max_targets_per_sequence for dataset in self._datasets)
 
     def check_source_limits(self, num_steps: int) -> None:
         """Check that the sources suffice for a run of ``num_steps``.

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from bitlm_dist.config import Config
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.data.mixture import BEGINNING
-from bitlm_dist.data.packing import PackingPlan, assemble_sequence, pack
+from bitlm_dist.data.packing import PackingPlan, assemble_sequence, max_targets_per_sequence, pack
 from bitlm_dist.data.shards import DocumentShards
 from bitlm_dist.formatting import format_percent, plural
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 
 
 def collate_sequences(
@@ -199,6 +199,15 @@ class PackedDataset:
             The number of epochs, under its key in metrics.jsonl.
         """
         return {"epochs": sequence / len(self)}
+
+    @cached_property
+    def max_targets_per_sequence(self) -> int:
+        """Bound of the target blocks of any sequence of any epoch."""
+        return max_targets_per_sequence(
+            self._shards.document_lengths,
+            self._block_size,
+            self._sequence_length // self._block_size,
+        )
 
     @property
     def num_predicted_tokens(self) -> int:

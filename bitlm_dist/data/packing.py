@@ -86,6 +86,30 @@ def num_packed_blocks(lengths: NDArray[np.int64], block_size: int) -> NDArray[np
     return 2 + lengths // block_size
 
 
+def max_targets_per_sequence(
+    lengths: NDArray[np.int64], block_size: int, blocks_per_sequence: int
+) -> int:
+    """Bound of the target blocks of any sequence, for any order of the documents.
+
+    The first block of each span of a document is input only, so a sequence has the most targets if
+    it consists of the longest documents.
+
+    Args:
+        lengths: tokens per document.
+        block_size: m.
+        blocks_per_sequence: L / m.
+    """
+    # Every packed document has at least two blocks.
+    num_longest = min(len(lengths), -(-blocks_per_sequence // 2))
+    longest = np.partition(lengths, len(lengths) - num_longest)[len(lengths) - num_longest :]
+    total_blocks = num_packed_blocks(np.sort(longest)[::-1], block_size).cumsum()
+
+    num_spans = int(np.searchsorted(total_blocks, blocks_per_sequence)) + 1
+    if num_spans > num_longest:  # all documents fit in one sequence
+        return int(total_blocks[-1]) - num_longest
+    return blocks_per_sequence - num_spans
+
+
 def pack(
     lengths: NDArray[np.int64],
     order: NDArray[np.int64],

@@ -3,7 +3,6 @@
 Legend: N blocks (any leading shape), M tokens per block, K bits.
 """
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from bitlm_dist.compilation import compiled_region
@@ -46,9 +45,3 @@ def elbo_loss(clean: Tensor, denoised: Tensor, t: Tensor, time_distribution: str
         / time_density(t, time_distribution)
     )
     return weight * x_loss(clean, denoised)
-
-
-@compiled_region
-def bce_loss(clean: Tensor, logits: Tensor) -> Tensor:
-    """Cross-entropy in nats, averaged over the bits of each token; logits of a bit being +1."""
-    return F.softplus(-clean * logits).mean(-1)

@@ -1,8 +1,8 @@
 """Output distributions: the clean bits given the noisy ones, parametrized by the head's raw output.
 
-Two distributions share one interface. :class:`BitOutput` has one logit per bit (paper, Eq. 12, with
-further options). :class:`MixtureOutput` has, for each token, a mixture of products of distributions
-over groups of bits.
+Two distributions share one interface. :class:`BitOutput` predicts the bits themselves (paper,
+Eq. 12). :class:`MixtureOutput` has, for each token, a mixture of products of distributions over
+groups of bits.
 
 Legend: N blocks (any leading shape), M tokens per block, K bits, R mixture components, G groups,
 g bits per group, P = 2^g patterns. A0_hat is the estimate of the clean bits, o a bit's logit, and
@@ -78,53 +78,30 @@ class OutputDistribution(Protocol):
 
 
 class BitOutput:
-    """One logit per bit, an :class:`OutputDistribution`.
+    """The raw output is A0_hat itself (paper, Eq. 12), an :class:`OutputDistribution`.
 
     Args:
         num_bits: K.
-        loss: ``x``, ``v``, ``bce`` or ``elbo``.
-        output_activation: ``tanh`` (A0_hat = tanh(o/2)) or ``none`` (A0_hat = o); ``bce`` reads o
-            as a logit in either case.
-        channel_skip: add the channel's own log-odds 2·lambda to o, so that the network learns only
-            what the context contributes.
+        loss: ``x``, ``v`` or ``elbo``.
         time_distribution: distribution of t in training; ``elbo`` divides by its density.
     """
 
-    def __init__(
-        self,
-        num_bits: int,
-        loss: str,
-        output_activation: str,
-        channel_skip: bool,
-        time_distribution: str,
-    ) -> None:
+    def __init__(self, num_bits: int, loss: str, time_distribution: str) -> None:
         self.num_logits = self.num_posterior_features = num_bits
         self.loss_type = loss
-        self.output_activation = output_activation
-        self.channel_skip = channel_skip
         self.time_distribution = time_distribution
 
     def channel_logits(self, noisy: Tensor, t: Tensor) -> Tensor:
-        """Log-odds 2·lambda of the channel, [N, M, K]; zero without the channel skip."""
-        return 2 * half_channel_logits(noisy, t) if self.channel_skip else noisy.new_zeros(())
+        """Nothing: the network itself reads the noisy bits."""
+        return noisy.new_zeros(())
 
     def denoise(self, logits: Tensor, channel_logits: Tensor) -> Tensor:
-        """A0_hat = tanh(o/2) or o, as ``output_activation`` selects."""
-        posterior_logits = logits.float() + channel_logits
-        return (
-            torch.tanh(posterior_logits / 2)
-            if self.output_activation == "tanh"
-            else posterior_logits
-        )
+        """The raw output in fp32."""
+        return logits.float()
 
     def loss(self, logits: Tensor, noisy: Tensor, t: Tensor, clean: Tensor) -> Tensor:
         """Loss of the configured type."""
-        channel_logits = self.channel_logits(noisy, t)
-        # bce reads the logits, all other losses the estimate A0_hat
-        if self.loss_type == "bce":
-            return losses.bce_loss(clean, logits.float() + channel_logits)
-
-        denoised = self.denoise(logits, channel_logits)
+        denoised = logits.float()
         if self.loss_type == "x":
             return losses.x_loss(clean, denoised)
         if self.loss_type == "v":
@@ -155,8 +132,8 @@ class MixtureOutput(nn.Module):
 
     The posterior given noisy bits has a closed form (diffusion/mixture.py). The raw output of a
     token has R mixture logits, then R x G x P pattern logits. If the last group is shorter than g,
-    its surplus patterns are masked. With g = 1 and R = 1 this is :class:`BitOutput` with ``bce``
-    and channel skip.
+    its surplus patterns are masked. With g = 1 and R = 1 each bit has a logit of its own, to which
+    the channel's log-odds are added.
 
     Args:
         num_bits: K.

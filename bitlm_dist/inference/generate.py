@@ -117,7 +117,7 @@ def _sample_left_to_right(
     num_blocks, num_tokens, num_bits = shape
 
     decoder: AutoregressiveDecoder | DenoisingDecoder
-    if head.has_autoregressive_pass:
+    if "autoregressive" in head.loss_terms:
         # this pass reads no noise
         start = torch.zeros(shape, device=conditioning.hidden_states.device)
         decoder = AutoregressiveDecoder(head, conditioning)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -16,17 +15,17 @@ from bitlm_dist.config import Config
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.likelihood import NelboEstimate, autoregressive_nll, estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
+from bitlm_dist.model.batch import Batch, rows_and_columns
 from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
-from bitlm_dist.model.head import Conditioning, DiffusionHead
-from bitlm_dist.model.head_loss import HeadLoss, has_next_token_loss
+from bitlm_dist.model.head_loss import HeadBatch, HeadLoss
+from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.build import build_head
 from bitlm_dist.model.initialization import seeded_init
 from bitlm_dist.model.language_model import (
-    Batch,
     LanguageModel,
     PipelineStage,
     Targets,
     TargetScores,
-    loss_mask,
 )
 
 
@@ -61,10 +60,18 @@ class BitLM(LanguageModel):
 
         if self.pipeline_stage.model_chunk.is_last:
             with seeded_init(seed, "head"):
-                self.head = DiffusionHead(config, codes.num_bits)
+                self.head = build_head(config, codes.num_bits)
             # A bound method and not the module, so that each head parameter has a single name.
             # The engine that shards the head replaces it.
-            self.head_loss: Callable[..., Tensor] = HeadLoss(config, codes, self.head).__call__
+            self.head_loss: Callable[[HeadBatch], tuple[Tensor, Tensor]] = HeadLoss(
+                config, codes, self.head
+            ).__call__
+
+    @property
+    @override
+    def has_next_token_loss(self) -> bool:
+        # With blocks of one token, the loss of the context logits is already that loss.
+        return self.config.diffusion.next_token_loss_weight > 0 and self.block_size > 1
 
     @override
     def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:
@@ -88,36 +95,34 @@ class BitLM(LanguageModel):
 
     @override
     def compute_loss(
-        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
-    ) -> Tensor:
+        self, hidden_states: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         """Sum the loss over valid tokens; per token it is a mean over noise samples and bits."""
-        targets = self.targets(batch, hidden_states, positions)
+        index = self.find_targets(batch)
+        targets = self.targets(batch, hidden_states, index)
         tokens = targets.tokens.unsqueeze(0)
-        teacher_tokens = targets.teacher_tokens
 
-        # With causal attention every state could be the last of its block, so the backbone learns
-        # from every token and not only from every m-th.
-        has_loss = F.pad(loss_mask(batch, self.block_size, self.eos)[:, 1:], (0, 1))[:, positions]
-        if not has_next_token_loss(self.config):
-            has_loss = torch.zeros_like(has_loss)
-        row, column = has_loss.nonzero(as_tuple=True)
-        next_position = positions[column] + 1
-        next_tokens = batch.tokens[row, next_position].unsqueeze(0)
-
-        if teacher_tokens is not None and batch.teacher_tokens is not None:
-            tokens = torch.cat((tokens, teacher_tokens))
-            next_tokens = torch.cat((next_tokens, batch.teacher_tokens[:, row, next_position]))
+        row, column = rows_and_columns(index.states, hidden_states.shape[1])
+        sequence, position = rows_and_columns(index.next_positions, batch.tokens.shape[1])
+        next_tokens = batch.tokens[sequence, position].unsqueeze(0)
+        if batch.teacher_tokens is not None and targets.teacher_tokens is not None:
+            tokens = torch.cat((tokens, targets.teacher_tokens))
+            next_tokens = torch.cat((next_tokens, batch.teacher_tokens[:, sequence, position]))
 
         return self.head_loss(
-            targets.context_hidden,
-            hidden_states[row, column],
-            tokens,
-            targets.valid,
-            next_tokens,
-            targets.sequence_index,
-            targets.block_index,
-            seed,
-            step,
+            HeadBatch(
+                context=targets.context_hidden,
+                states=hidden_states[row, column],
+                tokens=tokens,
+                valid=targets.valid,
+                next_tokens=next_tokens,
+                next_valid=index.next_valid,
+                next_position=position % self.block_size,
+                sequence_index=targets.sequence_index,
+                block_index=targets.block_index,
+                seed=seed,
+                step=step,
+            )
         )
 
     @override
@@ -167,14 +172,14 @@ class BitLM(LanguageModel):
             other_context = targets.context_hidden.roll(len(clean) // 2, 0)
             shuffled_context_nats = bound(head.condition(other_context)).nelbo[valid]
 
-        if head.has_autoregressive_pass:
+        if "autoregressive" in head.loss_terms:
             autoregressive_nats = -head.output.log_prob(
-                head.autoregressive_logits(clean, conditioning), clean
+                head.autoregress(clean, conditioning), clean
             )[valid]
         # Else only per-token noise or one-token blocks give the denoiser a chain rule.
         elif self.config.diffusion.per_token_noise_prob > 0 or self.block_size == 1:
             autoregressive_nats = autoregressive_nll(
-                lambda z, t: head(z, t, conditioning), head.output, clean, noise_key
+                lambda z, t: head.denoise(z, t, conditioning), head.output, clean, noise_key
             )[valid]
 
         return TargetScores(

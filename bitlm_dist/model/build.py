@@ -15,7 +15,7 @@ from bitlm_dist.kernels.attention_inputs import validate_inputs
 from bitlm_dist.kernels.self_check import select_verified_backend, verify_in_block_kernels
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import num_head_weights
+from bitlm_dist.model.heads.build import num_head_weights
 from bitlm_dist.model.language_model import LanguageModel, PipelineStage
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 from bitlm_dist.parallel import mesh

@@ -29,9 +29,11 @@ class ConditionalGroupLogits(nn.Module):
         super().__init__()
         patterns = 2**output.bits_per_group
         self.output = output
-        self.rows = nn.Parameter(
-            torch.zeros((output.num_groups - 1) * patterns, patterns, hidden_size)
-        )  # [(G - 1)·P, P, D]
+        self.rows: nn.Parameter | None = None  # [(G - 1)·P, P, D]; a single group has none before
+        if output.num_groups > 1:
+            self.rows = nn.Parameter(
+                torch.zeros((output.num_groups - 1) * patterns, patterns, hidden_size)
+            )
 
     def logits_given_previous(
         self, hidden: Tensor, group_index: int, previous_patterns: Tensor
@@ -46,6 +48,7 @@ class ConditionalGroupLogits(nn.Module):
         Returns:
             [..., P].
         """
+        assert self.rows is not None
         flat = grouped_matmul(
             hidden.reshape(-1, hidden.shape[-1]),
             previous_patterns.flatten(),
@@ -64,6 +67,9 @@ class ConditionalGroupLogits(nn.Module):
         Returns:
             [..., num_logits].
         """
+        if self.rows is None:
+            return logits
+
         output = self.output
         pattern_index = self.output.pattern_index(clean)
         hidden = hidden.expand(*pattern_index.shape[:-1], -1)

@@ -1,11 +1,14 @@
 """Config keys of the model and of its objective, and their rules."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Collection, Iterator
+from typing import Literal, get_args
 
 from pydantic import Field
 
 from bitlm_dist.config_section import Section
+from bitlm_dist.model.heads.config import HeadConfig
+
+Term = Literal["denoising", "context", "autoregressive", "next_token"]  # of the loss
 
 
 class BackboneConfig(Section):
@@ -81,98 +84,13 @@ class ModelConfig(Section):
             )
 
 
-class HeadConfig(Section):
-    """The diffusion head."""
-
-    num_layers: int = Field(3, ge=1)
-    """Number of Transformer layers."""
-    hidden_size: int = Field(128, ge=1)
-    """Hidden size (w)."""
-    num_heads: int = Field(4, ge=1)
-    """Number of attention heads; divides hidden_size."""
-    num_adaln_layers: int = Field(1, ge=1)
-    """Number of AdaLN modulation layers, each shared by consecutive layers; at most num_layers."""
-    output: Literal["bits", "mixture"] = "mixture"
-    """Output distribution: one logit per bit (paper), or a mixture of products over bit groups."""
-    bits_per_group: int = Field(6, ge=1, le=12)
-    """mixture: bits per group (g)."""
-    num_mixture_components: int = Field(8, ge=1)
-    """mixture: number of components (M), each a product over the bit groups."""
-    squash: Literal["tanh", "none"] = "tanh"
-    """bits: activation of the output o, A0_hat = tanh(o/2) or o itself."""
-    channel_skip: bool = True
-    """bits: add the channel's own log-odds to the output; a mixture always does."""
-    context_logits: bool = True
-    """Add a linear readout of the conditioning to the output, and train it at pure noise."""
-    shared_readout: bool = True
-    """Predict a correction to the projected hidden states and read both with one linear map.
-
-    Needs context_logits.
-    """
-    group_tables: bool = True
-    """Autoregressive pass: condition every group of a token's bits on the previous one.
-
-    The previous group selects rows of a table, whose product with the state is added to the logits.
-    Needs shared_readout; has an effect only on a mixture.
-    """
-    posterior_input: bool = True
-    """Feed the head the posterior of the bits given context logits and noisy bits.
-
-    Needs context_logits.
-    """
-    context_ahead: bool = True
-    """Lookahead: condition token i on state i plus a projection of the block's last state.
-
-    Each i has a projection of its own.
-    """
-    input_condition: bool = True
-    """Add time, conditioning and position to the head's input as well as to its modulation."""
-    position_table: bool = True
-    """Add a learned m x d table to the conditioning, one row per position in the block."""
-    engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
-    """Sharding of the head over the ranks of the last stage.
-
-    deepspeed is DeepSpeed's ZeRO, fsdp2 is torch's FSDP2, replicated is no sharding.
-    """
-    zero_stage: int = Field(2, ge=0, le=3)
-    """ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3).
-
-    FSDP2 supports 2 and 3.
-    """
-    offload: Literal["none", "optimizer", "all"] = "none"
-    """deepspeed: keep the optimizer state, or all (weights too), in host memory.
-
-    optimizer needs stage 1, 2 or 3; all needs stage 3.
-    """
-
-    def problems(self) -> Iterator[str]:
-        """Sizes and parts that do not go together."""
-        # One modulation layer may serve several layers, but not the other way round.
-        if self.hidden_size % self.num_heads:
-            yield (
-                f"head.num_heads = {self.num_heads} must divide "
-                f"head.hidden_size = {self.hidden_size}"
-            )
-        if self.num_adaln_layers > self.num_layers:
-            yield (
-                f"head.num_adaln_layers = {self.num_adaln_layers} exceeds "
-                f"head.num_layers = {self.num_layers}: use at most one per layer"
-            )
-
-        for name in ("posterior_input", "shared_readout"):
-            if getattr(self, name) and not self.context_logits:
-                yield f"head.{name} = true needs head.context_logits = true"
-        if self.group_tables and not self.shared_readout:
-            yield "head.group_tables = true needs head.shared_readout = true: or set it false"
-
-
 class DiffusionConfig(Section):
     """Noise and training objective."""
 
     loss: Literal["x", "v", "bce", "elbo"] = "bce"
-    """Objective.
+    """Denoising loss: bce is the cross-entropy of the clean bits, with every head but the paper's.
 
-    Mean squared error (x), velocity-weighted error (v), cross-entropy (bce), or the weight of the
+    head.kind = paper: mean squared error (x), the velocity's error (v), or the weight of the
     likelihood bound (elbo).
     """
     time_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
@@ -183,16 +101,22 @@ class DiffusionConfig(Section):
     """Fraction of training blocks in which every token has its own noise level."""
     per_token_noise_sigma: float = Field(1.5, gt=0)
     """Sigma of the logit-normal distribution of per-token noise levels."""
-    next_token_loss_weight: float = Field(1.0, ge=0)
-    """Weight of the next-token loss, which trains every state and not only the last of a block.
-
-    Needs model.attention = causal and head.context_logits.
-    """
+    denoising_loss_weight: float = Field(1.0, gt=0)
+    """Weight of the denoising loss, the only one of head.kind = paper."""
+    context_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the loss of the context logits, which predict the block from its context alone."""
     autoregressive_loss_weight: float = Field(1.0, ge=0)
     """Weight of the loss of the autoregressive pass: each token given the clean ones before it.
 
     It trains the head for the `sequential` sampler.
     """
+    next_token_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the next-token loss, which trains every state and not only the last of a block.
+
+    Needs model.attention = causal.
+    """
+    detached_losses: tuple[Term, ...] = ()
+    """Losses that teach the head alone: their gradients stop at the backbone's hidden states."""
     context_dropout: float = Field(0.0, ge=0, lt=1)
     """Probability of replacing a block's conditioning by the learned null state.
 
@@ -205,25 +129,45 @@ class DiffusionConfig(Section):
     """
 
 
+    def loss_weights(self, terms: Collection[str]) -> dict[str, float]:
+        """The weights of the losses in ``terms`` that are trained."""
+        weights = {term: getattr(self, f"{term}_loss_weight") for term in get_args(Term)}
+        return {term: weight for term, weight in weights.items() if weight and term in terms}
+
+
 def objective_problems(
     diffusion: DiffusionConfig, head: HeadConfig, model: ModelConfig
 ) -> Iterator[str]:
     """Losses that the model cannot be trained with."""
-    if head.output == "mixture" and diffusion.loss != "bce":
-        yield (
-            f"diffusion.loss = {diffusion.loss} needs head.output = bits; "
-            "a mixture is trained with bce"
-        )
+    if model.output == "bits":
+        yield from _term_problems(diffusion, head.kind, model)
 
-    # With blocks of one token the context logits already are a next-token loss.
-    if diffusion.next_token_loss_weight and model.block_size > 1 and model.output == "bits":
-        key = f"diffusion.next_token_loss_weight = {diffusion.next_token_loss_weight}"
-        if model.attention == "block":
-            yield f"{key}: states that see their whole block cannot predict in it; use 0"
-        if not head.context_logits:
-            yield f"{key} needs head.context_logits = true: or use 0"
-
+    if (diffusion.loss == "bce") == (head.kind == "paper"):
+        losses = "x, v or elbo" if head.kind == "paper" else "bce"
+        yield f"diffusion.loss = {diffusion.loss}: head.kind = {head.kind} is trained with {losses}"
     if diffusion.input_bit_flips and model.input == "table":
         yield f"diffusion.input_bit_flips = {diffusion.input_bit_flips} needs model.input = bits"
-    if diffusion.loss == "bce" and head.squash != "tanh":
-        yield "diffusion.loss = bce reads the output as logits: set head.squash = tanh"
+
+
+def _term_problems(diffusion: DiffusionConfig, kind: str, model: ModelConfig) -> Iterator[str]:
+    """Weights of losses that the model does not have."""
+    if kind == "paper":
+        for term in diffusion.loss_weights({"context", "autoregressive", "next_token"}):
+            key = f"diffusion.{term}_loss_weight"
+            yield (
+                f"{key} = {getattr(diffusion, f'{term}_loss_weight')}: head.kind = paper has no "
+                "such loss: use 0, as preset: paper does"
+            )
+
+    # With blocks of one token the context logits already are a next-token loss.
+    weight = diffusion.next_token_loss_weight
+    if weight and model.block_size > 1 and model.attention == "block":
+        yield (
+            f"diffusion.next_token_loss_weight = {weight}: states that see their whole block "
+            "cannot predict in it; use 0"
+        )
+    if kind == "bitlm" and not diffusion.autoregressive_loss_weight:
+        yield (
+            "diffusion.autoregressive_loss_weight = 0 leaves a part of the head untrained: "
+            "use head.kind = ablation with head.ablation = no_autoregressive_pass"
+        )

@@ -3,8 +3,11 @@
 ZeRO and FSDP2 wrap this module; ``forward`` is the only entry point they see.
 
 Legend: N target blocks, M tokens per block, K bits, D hidden size of the backbone, R samples of a
-teacher per token, T states within documents.
+teacher per token, T states whose next token carries loss, A noise samples.
 """
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +16,30 @@ from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.diffusion.process import NoiseDistribution, sample_noisy
-from bitlm_dist.model.head import DiffusionHead
+from bitlm_dist.model.heads.base import Conditioning, Head
+from bitlm_dist.model.loss_terms import (
+    LossTerms,
+    noise_level_bin,
+    NUM_NOISE_LEVELS,
+    sum_by_bin,
+    sum_by_position,
+)
 
 
-def has_next_token_loss(config: Config) -> bool:
-    """True if the token after every state carries loss.
+class HeadBatch(NamedTuple):
+    """All that the head is given of one microbatch."""
 
-    For one-token blocks, the loss of the context logits is already that loss.
-    """
-    return config.diffusion.next_token_loss_weight > 0 and config.model.block_size > 1
+    context: Tensor  # [N, M, D] states of the block before each target
+    states: Tensor  # [T, D] states whose next token carries a loss of its own
+    tokens: Tensor  # [1 + R, N, M] the targets: the text, then the samples of a teacher
+    valid: Tensor  # [N, M] bool, the tokens that carry loss
+    next_tokens: Tensor  # [1 + R, T] the token after each of the states
+    next_valid: Tensor  # [T] bool
+    next_position: Tensor  # [T] int64, position of that token in its block
+    sequence_index: Tensor  # [N] int64, with block_index the key of a target's noise
+    block_index: Tensor  # [N] int64
+    seed: int  # of the run
+    step: int  # of training; both key the noise, too
 
 
 class HeadLoss(nn.Module):
@@ -33,7 +51,7 @@ class HeadLoss(nn.Module):
         head: becomes a submodule; its parameters are this module's only parameters.
     """
 
-    def __init__(self, config: Config, codes: BitCodes, head: DiffusionHead) -> None:
+    def __init__(self, config: Config, codes: BitCodes, head: Head) -> None:
         super().__init__()
         self.head = head
         self.codes = codes
@@ -46,70 +64,78 @@ class HeadLoss(nn.Module):
             diffusion.per_token_noise_sigma,
             diffusion.context_dropout,
         )
-        self.autoregressive_loss_weight = diffusion.autoregressive_loss_weight
-        self.next_token_loss_weight = diffusion.next_token_loss_weight
         self.distillation_weight = config.distillation.weight
-        self.has_next_token_loss = has_next_token_loss(config)
+        self.weights = diffusion.loss_weights(head.loss_terms)
+        self.detached = frozenset(diffusion.detached_losses)
 
-    def forward(
-        self,
-        context_hidden: Tensor,
-        hidden_states: Tensor,
-        tokens: Tensor,
-        valid: Tensor,
-        next_tokens: Tensor,
-        sequence_index: Tensor,
-        block_index: Tensor,
-        seed: int,
-        step: int,
-    ) -> Tensor:
+    def forward(self, batch: HeadBatch) -> tuple[Tensor, Tensor]:
         """Sum the loss over the valid tokens, in nats per bit, as a mean over noise samples.
 
-        Args:
-            context_hidden: [N, M, D] states of the block before each target.
-            hidden_states: [T, D] states whose next token carries a loss of its own; T = 0 unless
-                ``has_next_token_loss``.
-            tokens: [1 + R, N, M], the text first, then the samples of a teacher.
-            valid: [N, M] bool.
-            next_tokens: [1 + R, T] the token after each of ``hidden_states``.
-            sequence_index, block_index: int64 [N], location of each target, which keys its noise.
-            seed, step: seed of the run and the training step, which key the noise too.
+        Returns:
+            The loss [], and its terms, see :meth:`LossTerms.pack`, which carry no gradient.
         """
-        clean = self.codes.ids_to_bits(tokens)
-        loss = self._denoising_loss(
-            context_hidden, clean, NoiseKey(seed, sequence_index, block_index, step)
+        clean = self.codes.ids_to_bits(batch.tokens)
+        key = NoiseKey(batch.seed, batch.sequence_index, batch.block_index, batch.step)
+        noisy, t, keep_mask = sample_noisy(self.noise_distribution, clean[0], key)
+
+        # All noise samples and terms share one conditioning, but for terms kept from the backbone.
+        conditioning = {
+            is_detached: self.head.condition(
+                batch.context.detach() if is_detached else batch.context, keep_mask
+            )
+            for is_detached in {term in self.detached for term in self.weights}
+        }
+        denoising = self._denoising_loss(
+            clean[0], noisy, t, conditioning["denoising" in self.detached]
         )
-        loss = (loss * valid).sum()
+        losses = {
+            "denoising": denoising.mean(0),
+            **self._block_losses(clean, conditioning),
+        }
+        loss = torch.zeros((), device=denoising.device)
+        for term, values in losses.items():
+            loss = loss + self.weights[term] * (values * batch.valid).sum()
+        sums = {term: sum_by_position(values, batch.valid) for term, values in losses.items()}
 
-        if self.has_next_token_loss:
-            logits = self.head.next_token_logits(hidden_states)
-            loss = (
-                loss
-                + self.next_token_loss_weight
-                * self._cross_entropy(logits, self.codes.ids_to_bits(next_tokens)).sum()
+        if "next_token" in self.weights:
+            values = self._next_token_loss(batch)
+            loss = loss + self.weights["next_token"] * (values * batch.next_valid).sum()
+            sums["next_token"] = sum_by_bin(
+                values, batch.next_position, batch.next_valid, batch.valid.shape[1]
             )
 
-        return loss
+        by_noise_level = sum_by_bin(denoising, noise_level_bin(t), batch.valid, NUM_NOISE_LEVELS)
+        return loss, LossTerms.of(sums, by_noise_level).pack()
 
-    def _denoising_loss(self, context_hidden: Tensor, clean: Tensor, noise_key: NoiseKey) -> Tensor:
-        """Loss of each token [N, M] with bits ``clean`` [1 + R, N, M, K]."""
-        head = self.head
-        noisy, t, keep_mask = sample_noisy(self.noise_distribution, clean[0], noise_key)
-        conditioning = head.condition(context_hidden, keep_mask)
+    def _denoising_loss(
+        self, clean: Tensor, noisy: Tensor, t: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Loss of each noise sample and token, [A, N, M]."""
+        logits = self.head.denoise(noisy, t, conditioning.expand(len(noisy)))
+        return self.head.output.loss(logits, noisy, t, clean.expand(noisy.shape))
 
-        # All noise samples share one conditioning.
-        logits = head(noisy, t, conditioning.expand(len(noisy)))
-        loss = head.output.loss(logits, noisy, t, clean[0].expand(noisy.shape)).mean(0)
-
-        # The context logits must predict the block on their own, without any noisy bits.
-        if conditioning.context_logits is not None:
-            loss = loss + self._cross_entropy(conditioning.context_logits, clean)
-
-        if head.has_autoregressive_pass:
-            loss = loss + self.autoregressive_loss_weight * self._cross_entropy(
-                head.autoregressive_logits(clean[0], conditioning, clean), clean
+    def _block_losses(
+        self, clean: Tensor, conditioning: Mapping[bool, Conditioning]
+    ) -> dict[str, Tensor]:
+        """Losses [N, M] that see no noise, of bits [1 + R, N, M, K]."""
+        losses = {}
+        # The context logits must predict the block on their own.
+        if "context" in self.weights:
+            given = conditioning["context" in self.detached]
+            losses["context"] = self._cross_entropy(given.context_logits, clean)
+        if "autoregressive" in self.weights:
+            given = conditioning["autoregressive" in self.detached]
+            losses["autoregressive"] = self._cross_entropy(
+                self.head.autoregress(clean[0], given, clean), clean
             )
-        return loss
+        return losses
+
+    def _next_token_loss(self, batch: HeadBatch) -> Tensor:
+        """Loss [T] of the token after each state."""
+        states = batch.states.detach() if "next_token" in self.detached else batch.states
+        return self._cross_entropy(
+            self.head.next_token_logits(states), self.codes.ids_to_bits(batch.next_tokens)
+        )
 
     def _cross_entropy(self, logits: Tensor, target_bits: Tensor) -> Tensor:
         """Negative log-probability at pure noise, in nats per bit.

@@ -5,23 +5,21 @@ One decoder runs the head's autoregressive pass with a key-value cache, the othe
 Legend: N blocks, M tokens per block, K bits, D hidden size of the backbone, W of the head.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from bitlm_dist.diffusion.outputs import MixtureOutput
-from bitlm_dist.model.head import Conditioning, DiffusionHead, apply_readout
+from bitlm_dist.model.heads.base import Conditioning, Head
+from bitlm_dist.model.heads.bitlm import BitLMConditioning, BitLMHead
 
 
 class AutoregressiveDecoder:
-    """:meth:`DiffusionHead.autoregressive_logits`, one token at a time.
+    """:meth:`BitLMHead.autoregress`, one token at a time.
 
     The modulation is computed once per block. Every pass handles a single token: the keys and
     values of the tokens before it are cached.
     """
 
-    def __init__(self, head: DiffusionHead, conditioning: Conditioning) -> None:
+    def __init__(self, head: BitLMHead, conditioning: BitLMConditioning) -> None:
         self._head = head
         self._conditioning = conditioning
         self._modulation = head.modulate(conditioning.projected.new_ones(1, 1), conditioning)
@@ -40,19 +38,9 @@ class AutoregressiveDecoder:
         Returns:
             Bits [N, K].
         """
-        head = self._head
         logits, x = self(i, bits)
-        if head.conditional_group_logits is None:
-            return head.output.sample(logits, u, temperature)
-
-        # With group tables, the groups are sampled in order, each given the one before.
-        assert isinstance(head.output, MixtureOutput)
-        readout_input = head.readout_input(x, self._conditioning.hidden_states[:, i])
-        return head.output.sample(
-            logits,
-            u,
-            temperature,
-            partial(head.conditional_group_logits.logits_given_previous, readout_input),
+        return self._head.sample_token(
+            logits, x, self._conditioning.hidden_states[:, i], u, temperature
         )
 
     def __call__(self, i: int, bits: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,12 +54,8 @@ class AutoregressiveDecoder:
             x = self._features(self._num_decoded, bits)
             self._num_decoded += 1
 
-        context_logits = (
-            None
-            if self._conditioning.context_logits is None
-            else self._conditioning.context_logits[:, i]
-        )
-        return apply_readout(x[:, 0], context_logits, self._conditioning.readout), x[:, 0]
+        context_logits = self._conditioning.context_logits[:, i]
+        return self._head.read_out(x[:, 0], context_logits, self._conditioning), x[:, 0]
 
     def _features(self, i: int, bits: Tensor) -> Tensor:
         """Run the layers on token i, extending the caches: [N, 1, W]."""
@@ -82,7 +66,7 @@ class AutoregressiveDecoder:
         # The input is the token before; the first token has none.
         x = (
             torch.zeros_like(modulation.adaln_input)
-            if i == 0 or head.previous_token_in is None
+            if i == 0
             else head.previous_token_in(bits[:, i - 1 : i])
         )
         return head.features(x, modulation, True, position, self._qkv_caches)
@@ -94,7 +78,7 @@ class DenoisingDecoder:
     Training with per-token noise covers these inputs.
     """
 
-    def __init__(self, head: DiffusionHead, conditioning: Conditioning) -> None:
+    def __init__(self, head: Head, conditioning: Conditioning) -> None:
         self._head = head
         self._conditioning = conditioning
 
@@ -109,5 +93,4 @@ class DenoisingDecoder:
         """Raw output of token i, [N, num_logits]."""
         # t = 0 marks the clean tokens, t = 1 the noise
         t = (torch.arange(bits.shape[-2], device=bits.device) >= i).float().expand(bits.shape[:-1])
-        logits: Tensor = self._head(bits, t, self._conditioning)[:, i]
-        return logits
+        return self._head.denoise(bits, t, self._conditioning)[:, i]

@@ -1,4 +1,4 @@
-"""Base class of all models: batches, a causal backbone, blocks that carry loss (paper, section 3).
+"""Base class of all models: a causal backbone, and blocks that carry loss (paper, section 3).
 
 Legend: B batch, S sequence, N blocks per sequence, M tokens per block, K bits, D hidden size,
 V valid target blocks of a batch, R samples of a teacher per token.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import Backbone
+from bitlm_dist.model.batch import Batch, TargetFinder, TargetIndex, rows_and_columns
 from bitlm_dist.model.initialization import initialize_layers
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
@@ -31,41 +32,6 @@ class PipelineStage:
     def single_process(cls, num_layers: int) -> "PipelineStage":
         """Return the stage of a single process, which holds all layers."""
         return cls(SINGLE_PROCESS, ModelChunk(range(num_layers)), [num_layers])
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Packed sequences, see :mod:`bitlm_dist.data.packing`."""
-
-    tokens: Tensor  # [B, S] int64
-    document_ids: Tensor  # [B, S] int64, -1 where the sequence is padding
-    sequence_index: Tensor  # [B] int64, global index of each sequence
-    teacher_tokens: Tensor | None = None  # [R, B, S] int64, a teacher's samples at each position
-
-    def to(self, device: torch.device) -> "Batch":
-        """Move to a device.
-
-        Copies from CPU to GPU go through pinned memory. They do not block the host, and are queued
-        on the current stream.
-        """
-
-        def move(x: Tensor) -> Tensor:
-            """Move one tensor."""
-            if device.type == "cuda" and x.device.type == "cpu":
-                return x.pin_memory().to(device, non_blocking=True)
-            return x.to(device)
-
-        teacher_tokens = None if self.teacher_tokens is None else move(self.teacher_tokens)
-        return Batch(
-            move(self.tokens), move(self.document_ids), move(self.sequence_index), teacher_tokens
-        )
-
-    def microbatch(self, rows: slice) -> "Batch":
-        """Select the sequences of a microbatch."""
-        teacher_tokens = None if self.teacher_tokens is None else self.teacher_tokens[:, rows]
-        return Batch(
-            self.tokens[rows], self.document_ids[rows], self.sequence_index[rows], teacher_tokens
-        )
 
 
 @dataclass(frozen=True)
@@ -88,22 +54,6 @@ class TargetScores:
     shuffled_context_nats: Tensor | None = None  # [T], the same, given the context of another block
     autoregressive_nats: Tensor | None = None  # [T], the same by the chain rule
     bit_accuracy: Tensor | None = None  # [S], by stratum of the noise level
-
-
-def loss_mask(batch: Batch, block_size: int, eos: int) -> Tensor:
-    """Mask of the tokens that carry loss, [B, S] bool.
-
-    A block is a target if the block before it belongs to the same document, so the BOS block of a
-    document is only input. EOS padding after the first EOS carries no loss.
-    """
-    blocks = batch.document_ids.unflatten(1, (-1, block_size))
-    is_target = torch.zeros_like(blocks, dtype=torch.bool)
-    is_target[:, 1:] = (blocks[:, 1:] == blocks[:, :-1]) & (blocks[:, 1:] >= 0)
-
-    # exclusive cumulative sum: the first EOS itself still counts
-    is_eos = (batch.tokens == eos).unflatten(1, (-1, block_size))
-    num_eos_before = is_eos.cumsum(-1) - is_eos.long()
-    return (is_target & (num_eos_before == 0)).flatten(1)
 
 
 class LanguageModel(nn.Module, ABC):
@@ -161,13 +111,17 @@ class LanguageModel(nn.Module, ABC):
 
     @abstractmethod
     def compute_loss(
-        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
-    ) -> Tensor:
+        self, hidden_states: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         """Sum the loss over the predicted tokens that follow the given states; last stage only.
 
         Args:
-            hidden_states: [B, S, D].
-            positions: [S], positions of the states in the sequence.
+            hidden_states: [B, S', D], those that this rank's head handles.
+            batch: a microbatch.
+
+        Returns:
+            The loss [], and its terms as :class:`~bitlm_dist.model.loss_terms.LossTerms` packs
+            them; empty if the loss has a single one.
         """
 
     @abstractmethod
@@ -185,6 +139,11 @@ class LanguageModel(nn.Module, ABC):
             seed: seed of the bound's noise.
             shuffle_context: also score each block given the context of another one.
         """
+
+    @property
+    def has_next_token_loss(self) -> bool:
+        """True if the token after every state carries a loss of its own."""
+        return False
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Parameters of the diffusion head, if this stage has one."""
@@ -224,19 +183,13 @@ class LanguageModel(nn.Module, ABC):
         )
         return embedded.transpose(0, 1).contiguous()
 
-    def local_hidden_states(self, hidden: Tensor, sequence_length: int) -> tuple[Tensor, Tensor]:
-        """Select the hidden states that this rank's head handles.
+    def local_hidden_states(self, hidden: Tensor) -> Tensor:
+        """Select the hidden states [B, S', D] that this rank's head handles.
 
         Args:
             hidden: output [S, B, D] of the last stage.
-
-        Returns:
-            States [B, S', D] and their positions [S'] in the sequence.
         """
         layout = self.pipeline_stage.layout
-        positions = layout.local_head_positions(
-            layout.local_positions(sequence_length, hidden.device)
-        )
 
         # Sequence parallelism has split the states over the tensor ranks already.
         if layout.tensor > 1 and not layout.sequence:
@@ -244,7 +197,7 @@ class LanguageModel(nn.Module, ABC):
 
             hidden = scatter_to_sequence_parallel_region(hidden)
 
-        return hidden.transpose(0, 1), positions
+        return hidden.transpose(0, 1)
 
     def loss(self, batch: Batch, *, seed: int, step: int) -> Tensor:
         """Sum the loss over the batch's predicted tokens, for a model of one stage.
@@ -252,12 +205,16 @@ class LanguageModel(nn.Module, ABC):
         The caller divides by the global number of predicted tokens. The noise depends on (seed,
         step, sequence, block, noise sample) alone.
         """
-        return self.loss_from_hidden(self(batch, seed=seed, step=step), batch, seed=seed, step=step)
+        loss, _ = self.loss_from_hidden(
+            self(batch, seed=seed, step=step), batch, seed=seed, step=step
+        )
+        return loss
 
-    def loss_from_hidden(self, hidden: Tensor, batch: Batch, *, seed: int, step: int) -> Tensor:
-        """This rank's part of :meth:`loss`, from the output [S, B, D] of the last stage."""
-        hidden_states, positions = self.local_hidden_states(hidden, batch.tokens.shape[1])
-        return self.compute_loss(hidden_states, positions, batch, seed=seed, step=step)
+    def loss_from_hidden(
+        self, hidden: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's part of :meth:`compute_loss`, from the output [S, B, D] of the last stage."""
+        return self.compute_loss(self.local_hidden_states(hidden), batch, seed=seed, step=step)
 
     def hidden_states(self, tokens: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Compute the hidden states [B, S, D] of tokens [B, S] on a single process."""
@@ -278,39 +235,47 @@ class LanguageModel(nn.Module, ABC):
         with self.backbone.decoding():
             yield
 
+    def state_positions(self, sequence_length: int, device: torch.device | None = None) -> Tensor:
+        """Positions in the sequence of the states that this rank's head handles, int64 [S']."""
+        layout = self.pipeline_stage.layout
+        return layout.local_head_positions(layout.local_positions(sequence_length, device))
+
+    def target_finder(self, sequence_length: int) -> TargetFinder:
+        """What finds the targets of this rank's states."""
+        positions = self.state_positions(sequence_length)
+        return TargetFinder(self.block_size, self.eos, self.has_next_token_loss, positions)
+
+    def find_targets(self, batch: Batch) -> TargetIndex:
+        """Which blocks and states of a microbatch carry loss, if its loader has not found them."""
+        if batch.targets is not None:
+            return batch.targets
+        return self.target_finder(batch.tokens.shape[1]).find(batch)
+
     def targets(
-        self, batch: Batch, hidden_states: Tensor, positions: Tensor | None = None
+        self, batch: Batch, hidden_states: Tensor, index: TargetIndex | None = None
     ) -> Targets:
         """Select the blocks that carry loss, each with the states of the block before it.
 
         This is the one-block shift of the paper.
 
         Args:
-            hidden_states: [B, S, D], full blocks.
-            positions: [S], positions of the states in the sequence; None: the full sequence.
+            batch: a microbatch.
+            hidden_states: [B, S', D], this rank's states, full blocks.
+            index: which blocks carry loss; None: find them.
         """
         m = self.block_size
-        valid = loss_mask(batch, m, self.eos).unflatten(1, (-1, m))
-
-        # The target of the states of block i is block i + 1.
-        target_blocks = torch.arange(1, valid.shape[1] + 1, device=valid.device)
-        if positions is not None:
-            target_blocks = positions[::m] // m + 1
-
-        # The last block of a sequence has no target: its index is clamped, then masked out.
-        is_inside = target_blocks < valid.shape[1]
-        row, column = (
-            valid.any(-1)[:, target_blocks.clamp_max(valid.shape[1] - 1)] & is_inside
-        ).nonzero(as_tuple=True)
-        block_index = target_blocks[column]
+        index = self.find_targets(batch) if index is None else index
+        states = hidden_states.unflatten(1, (-1, m))
+        row, column = rows_and_columns(index.context_blocks, states.shape[1])
+        sequence, block_index = rows_and_columns(index.target_blocks, batch.tokens.shape[1] // m)
 
         return Targets(
-            context_hidden=hidden_states.unflatten(1, (-1, m))[row, column],
-            tokens=batch.tokens.unflatten(1, (-1, m))[row, block_index],
-            valid=valid[row, block_index],
-            sequence_index=batch.sequence_index[row],
+            context_hidden=states[row, column],
+            tokens=batch.tokens.unflatten(1, (-1, m))[sequence, block_index],
+            valid=index.valid,
+            sequence_index=batch.sequence_index[sequence],
             block_index=block_index,
             teacher_tokens=None
             if batch.teacher_tokens is None
-            else batch.teacher_tokens.unflatten(-1, (-1, m))[:, row, block_index],
+            else batch.teacher_tokens.unflatten(-1, (-1, m))[:, sequence, block_index],
         )

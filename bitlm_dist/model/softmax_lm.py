@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bitlm_dist.config import Config
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.language_model import (
-    Batch,
     LanguageModel,
     PipelineStage,
     Targets,
@@ -19,6 +19,7 @@ from bitlm_dist.model.language_model import (
 from bitlm_dist.model.vocab_parallel_table import VocabParallelTable
 
 MAX_LOGITS_PER_CHUNK = 2**27  # elements of a chunk of logits, where no gradient is needed
+IGNORED = -100  # in place of a target token that carries no loss
 
 try:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as _fused
@@ -87,7 +88,11 @@ class SoftmaxLM(LanguageModel):
         return summed
 
     @override
-    def local_hidden_states(self, hidden: Tensor, sequence_length: int) -> tuple[Tensor, Tensor]:
+    def state_positions(self, sequence_length: int, device: torch.device | None = None) -> Tensor:
+        return self.pipeline_stage.layout.local_positions(sequence_length, device)
+
+    @override
+    def local_hidden_states(self, hidden: Tensor) -> Tensor:
         """Give every tensor rank all states of its context rank."""
         layout = self.pipeline_stage.layout
         if layout.tensor > 1:
@@ -102,34 +107,40 @@ class SoftmaxLM(LanguageModel):
                 if hidden.requires_grad:
                     hidden.register_hook(torch.Tensor.contiguous)
 
-        return hidden.transpose(0, 1), layout.local_positions(sequence_length, hidden.device)
+        return hidden.transpose(0, 1)
 
     @override
     def compute_loss(
-        self, hidden_states: Tensor, positions: Tensor, batch: Batch, *, seed: int, step: int
-    ) -> Tensor:
+        self, hidden_states: Tensor, batch: Batch, *, seed: int, step: int
+    ) -> tuple[Tensor, Tensor]:
         """Sum -log p over the valid tokens, in nats; deterministic, so seed and step are unused."""
-        targets = self.targets(batch, hidden_states, positions)
-        hidden = targets.context_hidden[targets.valid]
-        tokens = targets.tokens[targets.valid]
+        targets = self.targets(batch, hidden_states)
+        hidden = targets.context_hidden.flatten(0, 1)
+        tokens = targets.tokens.flatten().where(targets.valid.flatten(), IGNORED)
+        no_terms = hidden.new_empty(0)
 
         if self.pipeline_stage.layout.tensor > 1:
             from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 
-            parallel_loss: Tensor = vocab_parallel_cross_entropy(
-                self.output.logits(hidden).float(), tokens
-            ).sum()
-            return parallel_loss
+            parallel_losses: Tensor = vocab_parallel_cross_entropy(
+                self.output.logits(hidden).float(), targets.tokens.flatten()
+            )
+            return (parallel_losses * targets.valid.flatten()).sum(), no_terms
 
         if hidden.is_cuda and _fused is not None:
             fused_loss: Tensor = _fused(
-                hidden, self.output.rows[: self.output.vocab_size], tokens, reduction="sum"
+                hidden,
+                self.output.rows[: self.output.vocab_size],
+                tokens,
+                reduction="sum",
+                ignore_index=IGNORED,
             )
-            return fused_loss
+            return fused_loss, no_terms
 
         # Nothing is faster on a CPU: torch's chunked linear_cross_entropy takes many times as long,
         # and recomputing the logits twice as long.
-        return F.cross_entropy(self.output.logits(hidden).float(), tokens, reduction="sum")
+        logits = self.output.logits(hidden).float()
+        return F.cross_entropy(logits, tokens, reduction="sum", ignore_index=IGNORED), no_terms
 
     def _rows_per_chunk(self) -> int:
         return max(1, MAX_LOGITS_PER_CHUNK // self.output.vocab_size)

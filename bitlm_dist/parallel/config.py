@@ -6,7 +6,50 @@ from typing import Literal
 from pydantic import Field
 
 from bitlm_dist.config_section import Section
-from bitlm_dist.model.config import HeadConfig, ModelConfig
+from bitlm_dist.model.config import ModelConfig
+
+
+class HeadParallelConfig(Section):
+    """Sharding of the head over the ranks of the last pipeline stage."""
+
+    engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
+    """deepspeed is DeepSpeed's ZeRO, fsdp2 is torch's FSDP2, replicated is no sharding."""
+    zero_stage: int = Field(2, ge=0, le=3)
+    """ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3).
+
+    FSDP2 supports 2 and 3.
+    """
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """deepspeed: keep the optimizer state, or all (weights too), in host memory.
+
+    optimizer needs stage 1, 2 or 3; all needs stage 3.
+    """
+
+    def problems(self, precision: str) -> Iterator[str]:
+        """Settings that the engine does not support."""
+        stage = f"parallel.head.zero_stage = {self.zero_stage}"
+
+        # FSDP2 always shards the gradients.
+        if self.engine == "fsdp2" and self.zero_stage < 2:
+            yield (
+                f"{stage}: parallel.head.engine = fsdp2 has stages 2 and 3 only; or use deepspeed"
+            )
+        if self.engine == "deepspeed" and self.zero_stage < 2 and precision == "bf16":
+            yield (
+                f"{stage} would add up gradients of bf16 weights in bf16: "
+                "use 2 or 3 with training.precision = bf16"
+            )
+
+        # Only what is sharded can be offloaded.
+        offload = f"parallel.head.offload = {self.offload}"
+        if self.offload != "none" and self.engine != "deepspeed":
+            yield f"{offload} needs parallel.head.engine = deepspeed"
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            yield (
+                f"{offload} needs parallel.head.zero_stage of at least {least}, "
+                f"not {self.zero_stage}"
+            )
 
 
 class ParallelConfig(Section):
@@ -36,6 +79,7 @@ class ParallelConfig(Section):
     """
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: those of attention, or of whole layers."""
+    head: HeadParallelConfig = HeadParallelConfig()
 
     def problems(self) -> Iterator[str]:
         """Splits over an axis of one rank."""
@@ -48,31 +92,6 @@ class ParallelConfig(Section):
             yield (
                 f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1"
             )
-
-
-def head_sharding_problems(head: HeadConfig, precision: str) -> Iterator[str]:
-    """Settings that `head.engine` does not support."""
-    # FSDP2 always shards the gradients.
-    if head.engine == "fsdp2" and head.zero_stage < 2:
-        yield (
-            f"head.zero_stage = {head.zero_stage}: head.engine = fsdp2 has stages 2 and 3 only; "
-            "or use deepspeed"
-        )
-    if head.engine == "deepspeed" and head.zero_stage < 2 and precision == "bf16":
-        yield (
-            f"head.zero_stage = {head.zero_stage} would add up gradients of bf16 weights in bf16: "
-            "use 2 or 3 with training.precision = bf16"
-        )
-
-    # Only what is sharded can be offloaded.
-    if head.offload != "none" and head.engine != "deepspeed":
-        yield f"head.offload = {head.offload} needs head.engine = deepspeed"
-    least = {"none": 0, "optimizer": 1, "all": 3}[head.offload]
-    if head.zero_stage < least:
-        yield (
-            f"head.offload = {head.offload} needs head.zero_stage of at least {least}, "
-            f"not {head.zero_stage}"
-        )
 
 
 def layout_problems(

@@ -35,7 +35,7 @@ class FsdpHead:
         self._group = mesh.head_group()
         settings: dict[str, Any] = {
             "mesh": DeviceMesh.from_group(self._group, mesh.device().type),
-            "reshard_after_forward": config.head.zero_stage == 3,
+            "reshard_after_forward": config.parallel.head.zero_stage == 3,
         }
         if config.training.precision == "bf16":
             settings["mp_policy"] = MixedPrecisionPolicy(
@@ -53,10 +53,10 @@ class FsdpHead:
         # the optimizer sees plain tensors in the same memory
         self._partitions = [self._build_partition(n, p) for n, p in self._parameters.items()]
 
-    def __call__(self, context: Tensor, hidden_states: Tensor, *rest: Any) -> Tensor:
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Run the module's forward pass."""
-        loss: Tensor = self._module(context, hidden_states, *rest)
-        return loss
+        loss, terms = self._module(batch)
+        return loss, terms
 
     def start_microbatch(self, is_last: bool) -> None:
         """Announce the next microbatch. The gradients of each are reduced at once."""

@@ -60,19 +60,19 @@ def check_deepspeed() -> None:
         UserError: DeepSpeed is missing, or its version is not tested.
     """
     tested = " or ".join(TESTED_DEEPSPEED_VERSIONS)
-    other = "or set head.engine = fsdp2 or replicated"
+    other = "or set parallel.head.engine = fsdp2 or replicated"
 
     try:
         installed = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"head.engine = deepspeed: DeepSpeed is not installed: install {tested}, {other}"
+            f"parallel.head.engine = deepspeed: DeepSpeed is not installed: install {tested}, {other}"
         ) from None
 
     # a local version such as 0.19.8+abc counts, too
     if installed.partition("+")[0] not in TESTED_DEEPSPEED_VERSIONS:
         raise UserError(
-            f"head.engine = deepspeed: DeepSpeed {installed} is installed, but tested is {tested}: "
+            f"parallel.head.engine = deepspeed: DeepSpeed {installed} is installed, but tested is {tested}: "
             f"install that, {other}"
         )
 
@@ -196,9 +196,9 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
         on_cuda: whether the head computes on a GPU.
         numel: number of elements of the head's weights.
     """
-    head = config.head
+    head = config.parallel.head
     zero: dict[str, Any] = {
-        "stage": head.zero_stage,
+        "stage": parallel.head.zero_stage,
         "overlap_comm": on_cuda and head.zero_stage > 0,
     }
 
@@ -206,11 +206,11 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
     bucket_numel = min(numel + numel % 2, MAX_BUCKET_NUMEL)
     zero |= {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
 
-    if head.zero_stage == 3:
+    if parallel.head.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     if head.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
-    if head.offload == "all":
+    if parallel.head.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_cuda}
 
     return {
@@ -265,7 +265,7 @@ class ZeroHead:
 
         group = mesh.head_group()
         comm.cdb = _group_backend(group)
-        self.zero_stage = config.head.zero_stage
+        self.zero_stage = config.parallel.head.zero_stage
         self._num_ranks = dist.get_world_size(group)
         self._group = group
 
@@ -281,24 +281,23 @@ class ZeroHead:
         )
         self._zero: Any = self._engine.optimizer
 
-    def __call__(self, context: Tensor, hidden_states: Tensor, *rest: Any) -> Tensor:
+    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Run the module's forward pass.
 
         DeepSpeed averages gradients over the head's ranks. Each rank has a part of one loss, so
         they must be summed: the gradient is multiplied by G for the head, and divided by G again
         for the backbone.
         """
-        context, hidden_states = (
-            _ScaleGradient.apply(x, 1 / self._num_ranks) for x in (context, hidden_states)
+        batch = batch._replace(
+            context=_ScaleGradient.apply(batch.context, 1 / self._num_ranks),
+            states=_ScaleGradient.apply(batch.states, 1 / self._num_ranks),
         )
 
         # At stage 0 DeepSpeed's engine insists on calling the backward pass itself, though it has
         # nothing to do before :meth:`reduce_grads`.
         forward = self._engine.module if self.zero_stage == 0 else self._engine
-        loss: Tensor = forward(context, hidden_states, *rest)
-
-        scaled: Tensor = _ScaleGradient.apply(loss, float(self._num_ranks))
-        return scaled
+        loss, terms = forward(batch)
+        return _ScaleGradient.apply(loss, float(self._num_ranks)), terms
 
     def start_microbatch(self, is_last: bool) -> None:
         """Announce the next microbatch; the step's last one completes the reduction."""

@@ -3,10 +3,10 @@
 Norms, softmaxes, elementwise operations and optimizers are not counted, as is usual for MFU. The
 backward pass costs twice the forward pass.
 
-Legend: w hidden size of the head, m tokens per block.
+Legend: m tokens per block.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 
@@ -101,54 +101,27 @@ def training_flops(config: Config, bits: int, vocab_size: int) -> Flops:
     # on average a position sees half of the sequence, and half of its own block or of itself
     length = config.data.sequence_length
     seen = config.model.block_size if config.model.attention == "block" else 1
+    backbone = _backbone_flops(config.model.backbone, mean_context_length=(length + seen) / 2)
+    if config.model.output == "softmax":
+        forward = Flops(backbone, 0.0, _softmax_flops(config, vocab_size), 0.0)
+    else:
+        head = HeadFlops.of(config, bits)
+        trained = config.diffusion.loss_weights(head.loss_terms)
+        num_denoiser_passes = config.diffusion.num_noise_samples
+        num_autoregressive_passes = int("autoregressive" in trained)
 
-    is_autoregressive = has_autoregressive_pass(config, bits)
-    forward = _forward_flops(
-        config,
-        bits,
-        vocab_size,
-        config.diffusion.num_noise_samples,
-        int(is_autoregressive),
-        mean_context_length=(length + seen) / 2,
-    )
-
-    output = forward.output + _next_token_flops(config, bits) + _shared_readout_flops(config, bits)
-    return Flops(
-        *(
-            component * (1 + BACKWARD_FACTOR)
-            for component in (forward.backbone, forward.head, output, forward.input)
+        # the product of a shared readout's two matrices is computed once per microbatch
+        tokens = config.parallel.micro_batch_size * length or config.training.global_batch_tokens
+        forward = Flops(
+            backbone,
+            head.passes(num_denoiser_passes, num_autoregressive_passes),
+            head.logits(num_denoiser_passes, num_autoregressive_passes)
+            + head.next_token * ("next_token" in trained)
+            + head.readout_product / tokens,
+            _input_flops(config, bits),
         )
-    )
 
-
-def _next_token_flops(config: Config, bits: int) -> float:
-    """Forward FLOPs per token of the next-token loss."""
-    is_trained = config.diffusion.next_token_loss_weight and config.model.block_size > 1
-    if not is_trained or config.model.output != "bits":
-        return 0.0
-
-    hidden_size = config.model.backbone.hidden_size
-    num_logits = make_output_distribution(config, bits).num_logits
-    return 2.0 * hidden_size * (num_logits + (hidden_size if config.head.context_ahead else 0))
-
-
-def _shared_readout_flops(config: Config, bits: int) -> float:
-    """Forward FLOPs per token of the product of the shared readout's two matrices."""
-    if not config.head.shared_readout or config.model.output != "bits":
-        return 0.0
-
-    # computed once per microbatch
-    tokens = (
-        config.parallel.micro_batch_size * config.data.sequence_length
-        or config.training.global_batch_tokens
-    )
-    return (
-        2.0
-        * make_output_distribution(config, bits).num_logits
-        * config.model.backbone.hidden_size
-        * config.head.hidden_size
-        / tokens
-    )
+    return Flops(*(part * (1 + BACKWARD_FACTOR) for part in astuple(forward)))
 
 
 def generation_flops(
@@ -164,115 +137,115 @@ def generation_flops(
     """
     sampling = config.sampling
     m = config.model.block_size
-
-    # one pass through the block for each of its m tokens
-    if sampling.sampler == "sequential":
-        is_autoregressive = has_autoregressive_pass(config, bits)
-        return _forward_flops(
-            config,
-            bits,
-            vocab_size,
-            0 if is_autoregressive else m,
-            m if is_autoregressive else 0,
-            mean_context_length,
-        )
-
-    # guidance needs a second pass without the condition
-    return _forward_flops(
-        config,
-        bits,
-        vocab_size,
-        sampling.steps * (1 if sampling.guidance == 1 else 2),
-        0,
-        mean_context_length,
-    )
-
-
-def _forward_flops(
-    config: Config,
-    bits: int,
-    vocab_size: int,
-    num_denoiser_passes: int,
-    num_autoregressive_passes: int,
-    mean_context_length: float,
-) -> Flops:
-    """Forward FLOPs per token.
-
-    Args:
-        config: the checked config.
-        bits: bits per token.
-        vocab_size: number of tokens.
-        num_denoiser_passes: passes of the head through a block of noisy bits.
-        num_autoregressive_passes: passes of the head through a block from left to right.
-        mean_context_length: mean number of positions that attention sees.
-    """
-    hidden_size = config.model.backbone.hidden_size
-    backbone = 2.0 * _num_backbone_weights(config.model.backbone) + _attention_flops(
-        config.model.backbone, mean_context_length
-    )
+    backbone = _backbone_flops(config.model.backbone, mean_context_length)
     if config.model.output == "softmax":
-        return Flops(backbone, 0.0, 2.0 * hidden_size * vocab_size, 0.0)
+        return Flops(backbone, 0.0, _softmax_flops(config, vocab_size), 0.0)
 
-    head = config.head
-    w = head.hidden_size
-    m = config.model.block_size
-    output = make_output_distribution(config, bits)
-
-    # maps, then scores and values over the block
-    layer_weights = 4 * w * w + 3 * w * (3 * w // 2) + 2 * w * m
-    weights_per_pass = (
-        head.num_adaln_layers * 6 * w * w + 2 * w * w + head.num_layers * layer_weights
-    )
-
-    # inputs of the head: noisy bits with their noise level, or clean bits from left to right
-    noisy_in = (
-        bits * w
-        + TIMESTEP_EMBEDDING_DIM * w
-        + w * w
-        + (w * output.num_posterior_features if head.posterior_input else 0)
-    )
-    clean_in = bits * w + w * w if m > 1 else 0
-    conditioning = hidden_size * w + (
-        hidden_size * hidden_size if head.context_ahead and m > 1 else 0
-    )
-    passes = num_denoiser_passes * (weights_per_pass + noisy_in) + num_autoregressive_passes * (
-        weights_per_pass + clean_in
-    )
-
-    logits = _logits_weights(config, output, num_denoiser_passes, num_autoregressive_passes)
-
-    # a table of inputs is read, not multiplied
-    embedding_flops = (
-        0.0 if config.model.input == "table" else 2.0 * hidden_size * (bits + hidden_size)
-    )
-    return Flops(backbone, 2.0 * (passes + conditioning), 2.0 * logits, embedding_flops)
+    head = HeadFlops.of(config, bits)
+    passes = (0, 0)  # of the denoiser and the autoregressive pass
+    if sampling.sampler == "sequential":
+        # one pass through the block for each of its m tokens
+        passes = (0, m) if "autoregressive" in head.loss_terms else (m, 0)
+    else:
+        # guidance needs a second pass without the condition
+        passes = (sampling.steps * (1 if sampling.guidance == 1 else 2), 0)
+    return Flops(backbone, head.passes(*passes), head.logits(*passes), _input_flops(config, bits))
 
 
-def _logits_weights(
-    config: Config,
-    output: OutputDistribution,
-    num_denoiser_passes: int,
-    num_autoregressive_passes: int,
-) -> int:
-    """Multiply-adds per token of the logits of all passes."""
-    head = config.head
-    w = head.hidden_size
-    hidden_size = config.model.backbone.hidden_size
-    weights = output.num_logits * (
-        (num_denoiser_passes + num_autoregressive_passes) * w
-        + (hidden_size if head.context_logits else 0)
-    )
+@dataclass(frozen=True)
+class HeadFlops:
+    """Forward FLOPs per token of a head's parts, from the sizes of its weights.
 
-    # the table rows that one token reads, and the state they are multiplied with
-    if has_conditional_groups(config, output):
-        assert isinstance(output, MixtureOutput)
-        weights += (
-            num_autoregressive_passes
-            * hidden_size
-            * (w + (output.num_groups - 1) * 2**output.bits_per_group)
+    Attributes:
+        loss_terms: of the head.
+        conditioning: what is computed once per block, but for the logits.
+        layers: the layers of one pass.
+        noisy_input: input of a denoiser pass: noisy bits with their noise level.
+        clean_input: input of an autoregressive pass.
+        context_logits: logits that are computed once per block.
+        pass_logits: correction of the logits by each pass.
+        group_tables: correction of the logits by each autoregressive pass.
+        next_token: logits of the next-token loss.
+        readout_product: product of a shared readout's two matrices, per microbatch.
+    """
+
+    loss_terms: tuple[str, ...]
+    conditioning: float
+    layers: float
+    noisy_input: float
+    clean_input: float
+    context_logits: float
+    pass_logits: float
+    group_tables: float
+    next_token: float
+    readout_product: float
+
+    @classmethod
+    def of(cls, config: Config, bits: int) -> "HeadFlops":
+        """Build the config's head without memory, and read the sizes of what it has."""
+        head = meta_head(config, bits)
+        sizes = {n: p.numel() for n, p in head.named_parameters() if not n.endswith("bias")}
+
+        def flops(*prefixes: str) -> float:
+            """2 FLOPs per weight of the parts with these names; 0 for parts that it lacks."""
+            return 2.0 * sum(size for n, size in sizes.items() if n.startswith(prefixes))
+
+        m = config.model.block_size
+        width = config.head.hidden_size
+        num_logits = head.output.num_logits
+        state_size = config.model.backbone.hidden_size
+        attention = 2.0 * config.head.num_layers * 2 * width * m  # scores and values over the block
+        lookahead = flops("lookahead.") / m  # each position has a projection of its own
+        is_shared = head.get_parameter("final.weight").shape[0] == state_size != num_logits
+
+        # the rows of the tables that a token reads, and the state they are multiplied with
+        tables = flops("conditional_group_logits.")
+        if tables:
+            tables = tables / 2**config.head.bits_per_group + flops("final.")
+        return cls(
+            loss_terms=tuple(head.loss_terms),
+            conditioning=flops("context_in.") + lookahead,
+            layers=flops("blocks.", "modulations.", "final_modulation.") + attention,
+            noisy_input=flops("bits_in.", "time_in.", "posterior_in."),
+            clean_input=flops("previous_token_in.up", "previous_token_in.down"),
+            context_logits=flops("context_out."),
+            pass_logits=2.0 * width * num_logits,
+            group_tables=tables,
+            next_token=flops("context_out.") + lookahead,
+            readout_product=num_logits * flops("final.") if is_shared else 0.0,
         )
 
-    return weights
+    def passes(self, num_denoiser_passes: int, num_autoregressive_passes: int) -> float:
+        """FLOPs of conditioning and layers for that many passes."""
+        return (
+            self.conditioning
+            + num_denoiser_passes * (self.layers + self.noisy_input)
+            + num_autoregressive_passes * (self.layers + self.clean_input)
+        )
+
+    def logits(self, num_denoiser_passes: int, num_autoregressive_passes: int) -> float:
+        """FLOPs of the logits for that many passes."""
+        return (
+            self.context_logits
+            + (num_denoiser_passes + num_autoregressive_passes) * self.pass_logits
+            + num_autoregressive_passes * self.group_tables
+        )
+
+
+def _softmax_flops(config: Config, vocab_size: int) -> float:
+    return 2.0 * config.model.backbone.hidden_size * vocab_size
+
+
+def _input_flops(config: Config, bits: int) -> float:
+    # a table is read, not multiplied
+    if config.model.input == "table":
+        return 0.0
+    hidden_size = config.model.backbone.hidden_size
+    return 2.0 * hidden_size * (bits + hidden_size)
+
+
+def _backbone_flops(b: BackboneConfig, mean_context_length: float) -> float:
+    return 2.0 * _num_backbone_weights(b) + _attention_flops(b, mean_context_length)
 
 
 def _num_backbone_weights(b: BackboneConfig) -> int:

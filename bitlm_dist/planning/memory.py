@@ -9,7 +9,7 @@ from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import build_meta_model
-from bitlm_dist.model.head import make_output_distribution
+from bitlm_dist.model.heads.build import meta_head
 from bitlm_dist.parallel import mesh
 
 FP32_BYTES = 4
@@ -41,7 +41,7 @@ def training_bytes(config: Config, vocab_size: int) -> int:
     if config.model.output == "softmax":
         output_numel = 3 * num_tokens * vocab_size  # logits, log-softmax, its gradient
     else:
-        num_logits = make_output_distribution(config, num_bits_needed(vocab_size)).num_logits
+        num_logits = meta_head(config, num_bits_needed(vocab_size)).output.num_logits
         activation_numel += (
             config.diffusion.num_noise_samples
             * num_tokens

@@ -10,7 +10,7 @@ import torch
 from bitlm_dist.checkpoint.tensors import local_entries
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 from bitlm_dist.planning.fake_cuda import GPU, fake_gpu
@@ -75,7 +75,8 @@ def trace_steps(
 
         for step in range(num_steps):
             tracer.start_phase(f"step {step}")
-            engine.train_step(_local_batch(config, layout.data), step)
+            batch = engine.target_finder().find_all(_local_batch(config, layout.data))
+            engine.train_step(batch.to(GPU), step)
 
         # a save copies these tensors to the host
         tracer.start_phase("checkpoint")
@@ -97,8 +98,5 @@ def _local_batch(config: Config, num_data_ranks: int) -> Batch:
     num_sequences = (
         config.training.global_batch_tokens // config.data.sequence_length // num_data_ranks
     )
-    tokens = torch.zeros(num_sequences, config.data.sequence_length, dtype=torch.int64, device=GPU)
-
-    return Batch(
-        tokens, torch.zeros_like(tokens), torch.zeros(num_sequences, dtype=torch.int64, device=GPU)
-    )
+    tokens = torch.zeros(num_sequences, config.data.sequence_length, dtype=torch.int64)
+    return Batch(tokens, torch.zeros_like(tokens), torch.arange(num_sequences))

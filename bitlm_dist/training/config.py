@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from bitlm_dist.config_section import Section
-from bitlm_dist.model.config import DiffusionConfig, HeadConfig, ModelConfig
+from bitlm_dist.model.config import DiffusionConfig, ModelConfig
 
 
 class RunConfig(Section):
@@ -166,15 +166,13 @@ def batch_problems(training: TrainingConfig, sequence_length: int) -> Iterator[s
 def distillation_problems(
     distillation: DistillationConfig,
     diffusion: DiffusionConfig,
-    head: HeadConfig,
     model: ModelConfig,
 ) -> Iterator[str]:
     """A teacher without a loss that could use its tokens."""
-    has_loss = model.output == "bits" and (
-        head.context_logits or diffusion.autoregressive_loss_weight
-    )
-    if distillation.teacher is not None and not has_loss:
+    has_loss = diffusion.loss_weights(("context", "autoregressive", "next_token"))
+    if distillation.teacher is not None and not (model.output == "bits" and has_loss):
         yield (
-            f"distillation.teacher = {distillation.teacher} needs model.output = bits and "
-            "head.context_logits or diffusion.autoregressive_loss_weight"
+            f"distillation.teacher = {distillation.teacher} needs model.output = bits and a loss "
+            "that sees no noise: diffusion.context_loss_weight, autoregressive_loss_weight or "
+            "next_token_loss_weight"
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,9 @@ from bitlm_dist.config import Config
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.model.build import build_model_chunks
 from bitlm_dist.model.initialization import global_named_parameters, shard_dim
-from bitlm_dist.model.language_model import Batch, LanguageModel, loss_mask
+from bitlm_dist.model.batch import Batch, TargetFinder, loss_mask
+from bitlm_dist.model.language_model import LanguageModel
+from bitlm_dist.model.loss_terms import num_packed
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
@@ -34,6 +36,7 @@ class StepResult:
     """Loss, gradient norm and token counts of one optimizer step."""
 
     loss: Tensor  # mean over the predicted tokens of the global batch
+    loss_terms: Tensor  # sums over the global batch, see LossTerms.pack; empty for a softmax
     grad_norm: float  # before clipping
     lr_multiplier: float  # learning rates as a fraction of their peaks
     applied: bool  # False if the update was skipped, as the norm was not finite
@@ -89,6 +92,8 @@ class Engine:
             ShardedHead(config, self.chunks[-1], layout) if has_sharded_head else None
         )
 
+        has_terms = config.model.output == "bits"
+        self._num_loss_terms = num_packed(config.model.block_size) if has_terms else 0
         self._bos = bos
         self._byte_lengths = None if byte_lengths is None else _byte_length_table(byte_lengths)
         self._should_compile = should_compile(config.training.compile, mesh.device())
@@ -124,6 +129,19 @@ class Engine:
             self.optimizers = DistributedAdamW(self._ddp_chunks, named, config, self.layout)
         else:
             self.optimizers = Optimizers(named, config, self.layout)
+
+    def target_finder(self, max_targets_per_sequence: int | None = None) -> TargetFinder:
+        """What finds the blocks and states of this rank that carry loss, before a step.
+
+        Args:
+            max_targets_per_sequence: see :class:`TargetFinder`.
+        """
+        finder = self.chunks[-1].target_finder(self.config.data.sequence_length)
+        return replace(
+            finder,
+            micro_batch_size=self.micro_batch_size,
+            max_targets_per_sequence=max_targets_per_sequence,
+        )
 
     @property
     def model(self) -> LanguageModel:
@@ -191,7 +209,7 @@ class Engine:
             step: index of the step, which selects noise and learning rate.
         """
         with enable_compiled_regions("inductor" if self._should_compile else None):
-            loss, num_tokens_and_bytes = self._forward_backward(batch, step)
+            loss, loss_terms, num_tokens_and_bytes = self._forward_backward(batch, step)
 
         lr_multiplier = lr_multiplier_at(self.config.optimizer, step, self.config.training.steps)
         parts = (
@@ -203,7 +221,9 @@ class Engine:
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        return StepResult(loss, grad_norm, lr_multiplier, applied, num_tokens_and_bytes)
+        return StepResult(
+            loss, loss_terms, grad_norm, lr_multiplier, applied, num_tokens_and_bytes
+        )
 
     def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:
         """Count the predicted tokens of the global batch and the bytes of their text.
@@ -224,39 +244,35 @@ class Engine:
 
         return mesh.all_reduce_sum_over_data(torch.stack([mask.sum(), (text * mask).sum()]))
 
-    def _forward_backward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor]:
+    def _forward_backward(self, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor]:
         """Run all microbatches through the pipeline schedule.
 
         Returns:
-            The global batch's loss [], and :attr:`StepResult.num_tokens_and_bytes`.
+            The global batch's loss [], its terms, and :attr:`StepResult.num_tokens_and_bytes`.
         """
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         num_tokens_and_bytes = self._count_tokens_and_bytes(batch)
         valid = num_tokens_and_bytes[0].clamp_min(1)
 
-        num_microbatches = len(batch.tokens) // self.micro_batch_size
-        self._num_microbatches_left = num_microbatches
-        microbatches = [
-            batch.microbatch(slice(i * self.micro_batch_size, (i + 1) * self.micro_batch_size))
-            for i in range(num_microbatches)
-        ]
+        microbatches = batch.microbatches(self.micro_batch_size)
+        self._num_microbatches_left = len(microbatches)
 
         outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
             forward_step_func=partial(self._forward_microbatch, valid=valid, step=step),
             data_iterator=[iter(microbatches) for _ in self.chunks],
             model=self._ddp_chunks,
-            num_microbatches=num_microbatches,
+            num_microbatches=len(microbatches),
             seq_length=batch.tokens.shape[1],
             micro_batch_size=self.micro_batch_size,
             forward_only=False,
         )
 
-        # Only ranks of the last stage have outputs. Each is divided by the global number of
+        # Only ranks of the last stage have outputs. Each loss is divided by the global number of
         # predicted tokens, so their sum is the mean.
-        return mesh.all_reduce_sum(
-            sum((part["loss"] for part in outputs), torch.zeros((), device=mesh.device()))
-        ), num_tokens_and_bytes
+        zeros = torch.zeros(1 + self._num_loss_terms, device=mesh.device())
+        total = mesh.all_reduce_sum(sum((part["loss and terms"] for part in outputs), zeros))
+        return total[0], total[1:], num_tokens_and_bytes
 
     def _forward_microbatch(
         self, microbatches: Iterator[Batch], wrapped: nn.Module, *, valid: Tensor, step: int
@@ -277,13 +293,11 @@ class Engine:
 
         def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             """Loss of the last chunk's output, and its value for the log."""
-            loss = chunk.loss_from_hidden(hidden, batch, seed=seed, step=step) / valid
+            loss, terms = chunk.loss_from_hidden(hidden, batch, seed=seed, step=step)
+            loss = loss / valid
             # the schedule changes the loss in place; the count of tokens is not used
-            return (
-                loss,
-                torch.ones((), dtype=torch.int),
-                {"loss": loss.detach() / chunk.loss_replication},
-            )
+            logged = torch.cat((loss.detach().view(1) / chunk.loss_replication, terms))
+            return loss, torch.ones((), dtype=torch.int), {"loss and terms": logged}
 
         return wrapped(batch, seed=seed, step=step), compute_loss
 

@@ -28,9 +28,9 @@ def out_of_memory_advice(
     if (
         layout.world_size > 1
         and config.model.output == "bits"
-        and not (is_head_sharded(config, layout) and config.head.zero_stage == 3)
+        and not (is_head_sharded(config, layout) and config.parallel.head.zero_stage == 3)
     ):
-        keys.append("--head.engine deepspeed --head.zero_stage 3")
+        keys.append("--parallel.head.engine deepspeed --parallel.head.zero_stage 3")
     if layout.num_replicas > 1 and not config.optimizer.sharded:
         keys.append("--optimizer.sharded true")
 

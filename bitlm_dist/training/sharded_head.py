@@ -1,4 +1,4 @@
-"""The head sharded outside Megatron, by the engine that ``head.engine`` selects."""
+"""The head sharded outside Megatron, by the engine that ``parallel.head.engine`` selects."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ from torch import Tensor
 from bitlm_dist.config import Config
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.build import cast_weights
-from bitlm_dist.model.head import DiffusionHead
-from bitlm_dist.model.head_loss import HeadLoss
+from bitlm_dist.model.head_loss import HeadBatch, HeadLoss
+from bitlm_dist.model.heads.build import build_head
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
@@ -30,10 +30,10 @@ class HeadEngine(Protocol):
     Collective over these ranks: all of them must call its methods in the same order.
     """
 
-    def __call__(self, context: Tensor, hidden_states: Tensor, *rest: Any) -> Tensor:
+    def __call__(self, batch: HeadBatch) -> tuple[Tensor, Tensor]:
         """Run :meth:`HeadLoss.forward` on this rank's blocks.
 
-        The gradients with respect to ``context`` and ``hidden_states`` are local and unscaled.
+        The gradients with respect to ``batch.context`` and ``batch.states`` are local and unscaled.
         """
         ...
 
@@ -67,7 +67,7 @@ def is_head_sharded(config: Config, layout: ParallelLayout) -> bool:
     # On a single rank there is nothing to shard, whatever the config says.
     return (
         config.model.output == "bits"
-        and config.head.engine != "replicated"
+        and config.parallel.head.engine != "replicated"
         and len(layout.head_ranks()) > 1
     )
 
@@ -78,7 +78,7 @@ def check_head_engine(config: Config, layout: ParallelLayout) -> None:
     Raises:
         UserError: It is not.
     """
-    if is_head_sharded(config, layout) and config.head.engine == "deepspeed":
+    if is_head_sharded(config, layout) and config.parallel.head.engine == "deepspeed":
         check_deepspeed()
 
 
@@ -122,7 +122,7 @@ class ShardedHead:
         self._dtype = next(model.head.parameters()).dtype
         named: dict[str, Tensor] = dict(module.named_parameters())
 
-        if config.head.engine == "fsdp2":
+        if config.parallel.head.engine == "fsdp2":
             from bitlm_dist.parallel.fsdp_head import FsdpHead  # imports half a second of torch
 
             # FSDP2 has its partitions from the start, and the optimizer updates these.
@@ -241,7 +241,7 @@ class ShardedHead:
 
         sharded = self._model.head
         full_head = cast_weights(
-            DiffusionHead(self._config, self._model.codes.num_bits).to(mesh.device()), self._config
+            build_head(self._config, self._model.codes.num_bits).to(mesh.device()), self._config
         )
         full_head.load_state_dict(
             {

@@ -10,7 +10,7 @@ from bitlm_dist.config_loading import load_run_config
 from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout

@@ -17,7 +17,7 @@ CODES = "codes.npz"
 TOKENIZER = "tokenizer"
 ATTENTION_KEY = "model.backbone.attention"
 # Keys in sections of the model that say how it is computed or sharded.
-_EXECUTION_KEYS = (ATTENTION_KEY, "head.engine", "head.zero_stage", "head.offload")
+_EXECUTION_KEYS = (ATTENTION_KEY, "parallel.head.engine", "parallel.head.zero_stage", "parallel.head.offload")
 
 
 def describes_model(key: str) -> bool:

@@ -24,7 +24,8 @@ from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import prepare_device
-from bitlm_dist.model.language_model import Batch, LanguageModel
+from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
@@ -179,6 +180,7 @@ class Trainer:
         return Loader(
             self.config,
             self.dataset,
+            self.engine.target_finder(self.dataset.max_targets_per_sequence),
             start_step=self.step,
             first_sequence=self._next_sequence + self.layout.data_rank * num_local_sequences,
             num_sequences=num_local_sequences,

@@ -45,7 +45,7 @@ def test_plain_backbone_computes_what_megatrons_does(attention, tiny_model, seed
 def test_plain_and_stack_losses_have_the_same_mean(tiny_model, seed):
     """Same weights, independent noise: means over many blocks agree."""
     from bitlm_dist.bench.plain import PlainBitLM
-    from bitlm_dist.model.language_model import Batch, loss_mask
+    from bitlm_dist.model.batch import Batch, loss_mask
 
     model = tiny_model("--data.sequence_length", "512", "--training.global_batch_tokens", "512")
     plain = PlainBitLM(model.config, model.codes)

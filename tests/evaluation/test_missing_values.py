@@ -18,7 +18,7 @@ from bitlm_dist.evaluation.likelihood import evaluate
 from bitlm_dist.evaluation.run_records import load_record
 from bitlm_dist.formatting import format_value, ratio_or_none
 from bitlm_dist.inference.config import SamplingConfig
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 
 BOS = 0
 EOS = 1

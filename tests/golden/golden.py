@@ -26,7 +26,7 @@ NUM_STEPS = 20
 LOSS_TOLERANCE = 1e-5  # relative, on another machine type
 NORM_TOLERANCE = 1e-4
 LIBRARIES = ("torch", "megatron-core", "deepspeed", "numpy")
-DP2 = ["--head.zero_stage", "2"]
+DP2 = ["--parallel.head.zero_stage", "2"]
 # Two sequences per step, so that two ranks have one each.
 COMMON = [
     "--training.global_batch_tokens",

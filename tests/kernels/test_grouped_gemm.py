@@ -4,7 +4,7 @@ import torch
 from bitlm_dist.kernels import grouped_matmul
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 50])
+@pytest.mark.parametrize("rows", [0, 1, 2, 50, 900])
 def test_every_row_meets_the_matrix_it_chose(rows, seed):
     x = torch.randn(rows, 5, requires_grad=True)
     weights = torch.randn(7, 3, 5, requires_grad=True)

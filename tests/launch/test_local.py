@@ -199,7 +199,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(launch, tmp_path):
 def test_what_the_user_must_mend_is_not_tried_again(launch, tmp_path):
     process = launch(
         2,
-        "--head.zero_stage",
+        "--parallel.head.zero_stage",
         "3",
         "--optimizer.sharded",
         "false",

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from bitlm_dist.model.language_model import Batch, loss_mask
+from bitlm_dist.model.batch import Batch, loss_mask
 
 
 def batch_of(rows=8, length=32, vocabulary=300):

@@ -5,7 +5,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from bitlm_dist.compilation import enable_compiled_regions
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 
 ON_GPU = torch.cuda.is_available()
 INDUCTOR = "inductor" if ON_GPU else "aot_eager"  # its C++ takes more than a minute to compile

@@ -42,13 +42,13 @@ STAGES = {
 
 
 def stage(number, *more):
-    return ["--head.zero_stage", str(number), *more]
+    return ["--parallel.head.zero_stage", str(number), *more]
 
 
 ENGINES = {f"ZeRO {number}": stage(number) for number in range(4)}
-ENGINES |= {f"FSDP2 {number}": stage(number, "--head.engine", "fsdp2") for number in (2, 3)}
+ENGINES |= {f"FSDP2 {number}": stage(number, "--parallel.head.engine", "fsdp2") for number in (2, 3)}
 ENGINES |= {
-    f"ZeRO {number}, offloaded": stage(number, "--head.offload", what)
+    f"ZeRO {number}, offloaded": stage(number, "--parallel.head.offload", what)
     for number, what in ((2, "optimizer"), (3, "all"))
 }
 
@@ -272,32 +272,32 @@ def test_another_version_of_deepspeed_is_refused(monkeypatch):
 
     with pytest.raises(
         UserError,
-        match=r"head.engine = deepspeed: DeepSpeed 0.18.2 is installed, but tested is 0.19.8",
+        match=r"parallel.head.engine = deepspeed: DeepSpeed 0.18.2 is installed, but tested is 0.19.8",
     ):
         check_head_engine(config, two)
 
     check_head_engine(config, ParallelLayout())  # nothing to shard
-    check_head_engine(load_config(None, ["--head.engine", "fsdp2"]).config, two)
+    check_head_engine(load_config(None, ["--parallel.head.engine", "fsdp2"]).config, two)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (
-            ["--head.engine", "fsdp2", "--head.zero_stage", "1"],
-            r"head.zero_stage = 1: head.engine = fsdp2 has stages 2 and 3 only",
+            ["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", "1"],
+            r"parallel.head.zero_stage = 1: parallel.head.engine = fsdp2 has stages 2 and 3 only",
         ),
         (
-            ["--training.precision", "bf16", "--head.zero_stage", "1"],
-            r"head.zero_stage = 1 would add up gradients",
+            ["--training.precision", "bf16", "--parallel.head.zero_stage", "1"],
+            r"parallel.head.zero_stage = 1 would add up gradients",
         ),
         (
-            ["--head.engine", "replicated", "--head.offload", "optimizer"],
-            r"head.offload = optimizer needs head.engine = deepspeed",
+            ["--parallel.head.engine", "replicated", "--parallel.head.offload", "optimizer"],
+            r"parallel.head.offload = optimizer needs parallel.head.engine = deepspeed",
         ),
         (
-            ["--head.offload", "all"],
-            r"head.offload = all needs head.zero_stage of at least 3, not 2",
+            ["--parallel.head.offload", "all"],
+            r"parallel.head.offload = all needs parallel.head.zero_stage of at least 3, not 2",
         ),
     ],
 )

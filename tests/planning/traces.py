@@ -72,14 +72,14 @@ LAYOUTS = {
     "TP2+SP PP2 CP2 DP2": (16, [*TENSOR, *PIPELINE, *CONTEXT]),
 }
 HEADS = {
-    "replicated": ["--head.engine", "replicated"],
-    **{f"ZeRO {stage}": ["--head.zero_stage", str(stage)] for stage in range(4)},
+    "replicated": ["--parallel.head.engine", "replicated"],
+    **{f"ZeRO {stage}": ["--parallel.head.zero_stage", str(stage)] for stage in range(4)},
     **{
-        f"FSDP2 {stage}": ["--head.engine", "fsdp2", "--head.zero_stage", str(stage)]
+        f"FSDP2 {stage}": ["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", str(stage)]
         for stage in (2, 3)
     },
-    "ZeRO 2 offloaded": ["--head.zero_stage", "2", "--head.offload", "optimizer"],
-    "ZeRO 3 offloaded": ["--head.zero_stage", "3", "--head.offload", "all"],
+    "ZeRO 2 offloaded": ["--parallel.head.zero_stage", "2", "--parallel.head.offload", "optimizer"],
+    "ZeRO 3 offloaded": ["--parallel.head.zero_stage", "3", "--parallel.head.offload", "all"],
 }
 OPTIMIZERS = {"Muon": [], "AdamW": ["--optimizer.matrix_optimizer", "adamw"]}
 PRECISIONS = {"fp32": [], "bf16": ["--training.precision", "bf16"]}

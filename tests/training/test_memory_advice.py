@@ -33,7 +33,7 @@ def test_the_cheapest_key_comes_first_and_what_is_set_is_not_named():
     )
     assert "activation_checkpointing" not in advice
     assert "micro_batch_size 0" not in advice
-    assert "--head.zero_stage 3" in advice
+    assert "--parallel.head.zero_stage 3" in advice
     assert "--optimizer.sharded true" in advice
     assert "--parallel.tensor 4" in advice
 

@@ -6,7 +6,7 @@ import torch
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import build_model
-from bitlm_dist.model.language_model import Batch
+from bitlm_dist.model.batch import Batch
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.trainer import Trainer

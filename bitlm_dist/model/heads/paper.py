@@ -1,0 +1,54 @@
+"""The head of the BitLM paper (section 3.3), to the letter.
+
+Legend: N blocks (any leading shape), M tokens per block, K bits, D hidden size of the backbone,
+W hidden size of the head.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+from typing_extensions import override
+
+from bitlm_dist.config import Config
+from bitlm_dist.diffusion.outputs import BitOutput
+from bitlm_dist.kernels.skinny_linear import Linear
+from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
+
+
+class PaperHead(AdaLNHead):
+    """Predicts the clean bits themselves: A0_hat = Head(A_t, t; C).
+
+    State i of the previous block modulates token i, together with the time. An untrained head
+    predicts zero.
+    """
+
+    loss_terms = ("denoising",)
+
+    def __init__(self, config: Config, num_bits: int) -> None:
+        super().__init__(config, num_bits)
+        self.output = BitOutput(
+            num_bits, config.diffusion.loss, config.diffusion.time_distribution
+        )
+        self.final = Linear(config.head.hidden_size, num_bits)
+        zero_linear(self.final)
+
+    @override
+    def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> Conditioning:
+        hidden = self.keep_or_null(hidden, keep_mask)
+        return Conditioning(hidden, self.context_in(hidden))
+
+    def denoise(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+        """A0_hat [N, M, K]; see :meth:`~bitlm_dist.model.heads.base.Head.denoise`."""
+        return self._predict(noisy, self.modulate(t, conditioning))
+
+    def _predict(self, noisy: Tensor, modulation: Modulation) -> Tensor:
+        predicted: Tensor = self.final(self.features(self.bits_in(noisy), modulation))
+        return predicted
+
+    @override
+    def estimator(
+        self, conditioning: Conditioning
+    ) -> Callable[[Tensor, Modulation, Tensor], Tensor]:
+        # The modulation holds time and conditioning.
+        return lambda t, modulation, noisy: self._predict(noisy, modulation).float()

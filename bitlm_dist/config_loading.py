@@ -2,24 +2,22 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from bitlm_dist.config import Config
+from bitlm_dist.config_section import Section
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
-from bitlm_dist.renamed_keys import (
-    RENAMED_KEYS,
-    current_key,
-    is_written_by_bitlm,
-    renamed_message,
-)
+from bitlm_dist.renamed_keys import is_written_by_bitlm, old_key_message, with_current_keys
 from bitlm_dist.yaml_files import SourcedValue, annotation_of, parse_override, read_yaml_file
 
+Mark = TypeVar("Mark")
 COMMAND_LINE = "command line"  # the source of a value
 CONFIGS = Path(__file__).parent / "configs"  # in an installed package
 if not CONFIGS.is_dir():
@@ -49,7 +47,7 @@ def load_config(file: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
         file = _find_config_file(file)
         file_values = read_yaml_file(file, Config)
         if is_written_by_bitlm(file):
-            file_values = {current_key(key): entry for key, entry in file_values.items()}
+            file_values = with_current_keys(file_values)
         layers.insert(0, file_values)
 
     # The file or the command line may choose the preset, which goes below both.
@@ -231,21 +229,37 @@ def override_keys(words: Sequence[str]) -> list[str]:
     return [key for key, _ in _parse_overrides(words)]
 
 
-def all_fields(
-    model: type[BaseModel] = Config, prefix: str = ""
-) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted key with its field, in the order of the fields."""
-    for name, field in model.model_fields.items():
+class KeyField(NamedTuple):
+    """A dotted key with its field, and its marks: those of the field, then those of the section."""
+
+    key: str
+    field: FieldInfo
+    marks: tuple[Any, ...]
+
+
+def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyField]:
+    """Yield every key, in the order of the fields."""
+    for name, field in section.model_fields.items():
         annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        if isinstance(annotation, type) and issubclass(annotation, Section):
             yield from all_fields(annotation, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", field
+            yield KeyField(f"{prefix}{name}", field, (*field.metadata, *section.marks))
 
 
 def all_keys() -> Iterator[str]:
     """Yield every dotted key, in the order of the fields."""
-    return (key for key, _ in all_fields())
+    return (field.key for field in all_fields())
+
+
+@cache
+def marks_of_keys(kind: type[Mark]) -> dict[str, Mark]:
+    """The mark of this kind of every key that bears one; the field's own precedes the section's."""
+    return {
+        key: next(mark for mark in marks if isinstance(mark, kind))
+        for key, _, marks in all_fields()
+        if any(isinstance(mark, kind) for mark in marks)
+    }
 
 
 def _check_key(key: str, source: str) -> None:
@@ -254,8 +268,8 @@ def _check_key(key: str, source: str) -> None:
     if key in valid_keys:
         return
 
-    if key in RENAMED_KEYS:
-        raise UserError(renamed_message(key, source, RENAMED_KEYS[key]))
+    if message := old_key_message(key, source):
+        raise UserError(message)
     if any(name.startswith(f"{key}.") for name in valid_keys):
         raise UserError(
             f"{key} ({source}) is a section: set keys in it, "

@@ -1,12 +1,15 @@
-"""Config keys that were renamed.
+"""Config keys of earlier versions: those that were renamed, and those that were removed.
 
-A user who writes an old key is told the new one. Files that `bitlm` itself wrote, such as the
+A user who writes an old key is told what became of it. Files that `bitlm` itself wrote, such as the
 config.yaml of a run folder, are translated, so that runs of earlier versions can be resumed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
-# old name: new name, as of 0.2.0
+Value = TypeVar("Value")
+# Name: the next name. That one may have been renamed since, or removed.
 RENAMED_KEYS = {
     "model.backbone.layers": "model.backbone.num_layers",
     "model.backbone.width": "model.backbone.hidden_size",
@@ -40,13 +43,43 @@ RENAMED_KEYS = {
     "parallel.microbatch": "parallel.micro_batch_size",
     "parallel.recompute": "parallel.activation_checkpointing",
 }
+# Name: why it is gone.
+REMOVED_KEYS = {
+    "model.block_places": "the head's lookahead does its work",
+    "model.embedding_width": "a wider input MLP was no better",
+    "head.context_mix": "the head's lookahead replaced it",
+}
 # Files next to a config.yaml that `bitlm` wrote: in a run folder, an export, a launched job.
 _WRITTEN_BESIDE = ("environment.json", "export.json", "settings.json")
 
 
-def current_key(key: str) -> str:
-    """The current name of a key."""
-    return RENAMED_KEYS.get(key, key)
+def last_name(key: str) -> str:
+    """The last name that a key had, or has."""
+    while key in RENAMED_KEYS:
+        key = RENAMED_KEYS[key]
+    return key
+
+
+def with_current_keys(values: Mapping[str, Value]) -> dict[str, Value]:
+    """Translate the dotted keys of a document that `bitlm` wrote; removed keys are dropped."""
+    names = {key: last_name(key) for key in values}
+    return {names[key]: value for key, value in values.items() if names[key] not in REMOVED_KEYS}
+
+
+def old_key_message(key: str, source: str) -> str | None:
+    """Tell a user what became of a key of an earlier version.
+
+    Args:
+        key: the key.
+        source: where it was set.
+
+    Returns:
+        None if no version had such a key, or this one has.
+    """
+    name = last_name(key)
+    if name in REMOVED_KEYS:
+        return f"unknown key {key} ({source}): it was removed: {REMOVED_KEYS[name]}"
+    return renamed_message(key, source, name) if name != key else None
 
 
 def renamed_message(key: str, source: str, new_key: str) -> str:

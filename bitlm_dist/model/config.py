@@ -1,15 +1,17 @@
 """Config keys of the model and of its objective, and their rules."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Resume, Section, Trained
 
 
 class BackboneConfig(Section):
     """The causal Transformer, Qwen-3 style."""
+
+    marks = (Trained.MODEL,)
 
     num_layers: int = Field(4, ge=1)
     """Number of Transformer layers."""
@@ -30,7 +32,7 @@ class BackboneConfig(Section):
 
     The result is the same up to rounding, as rotary positions are relative.
     """
-    attention: str = "auto"
+    attention: Annotated[str, Trained.FREE] = "auto"
     """Attention backend: auto, or a name that `bitlm doctor` lists."""
 
     def problems(self) -> Iterator[str]:
@@ -47,6 +49,8 @@ class BackboneConfig(Section):
 
 class ModelConfig(Section):
     """The model."""
+
+    marks = (Trained.MODEL,)
 
     output: Literal["bits", "softmax"] = "bits"
     """Prediction: a block of bits, or one token by a softmax over the vocabulary (baseline)."""
@@ -83,6 +87,8 @@ class ModelConfig(Section):
 
 class HeadConfig(Section):
     """The diffusion head."""
+
+    marks = (Trained.MODEL,)
 
     num_layers: int = Field(3, ge=1)
     """Number of Transformer layers."""
@@ -129,17 +135,19 @@ class HeadConfig(Section):
     """Add time, conditioning and position to the head's input as well as to its modulation."""
     position_table: bool = True
     """Add a learned m x d table to the conditioning, one row per position in the block."""
-    engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
+    engine: Annotated[
+        Literal["deepspeed", "fsdp2", "replicated"], Resume.FREE, Trained.TRAINING
+    ] = "deepspeed"
     """Sharding of the head over the ranks of the last stage.
 
     deepspeed is DeepSpeed's ZeRO, fsdp2 is torch's FSDP2, replicated is no sharding.
     """
-    zero_stage: int = Field(2, ge=0, le=3)
+    zero_stage: Annotated[int, Resume.FREE, Trained.TRAINING] = Field(2, ge=0, le=3)
     """ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3).
 
     FSDP2 supports 2 and 3.
     """
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Annotated[Literal["none", "optimizer", "all"], Resume.FREE, Trained.TRAINING] = "none"
     """deepspeed: keep the optimizer state, or all (weights too), in host memory.
 
     optimizer needs stage 1, 2 or 3; all needs stage 3.
@@ -168,6 +176,8 @@ class HeadConfig(Section):
 
 class DiffusionConfig(Section):
     """Noise and training objective."""
+
+    marks = (Trained.MODEL,)
 
     loss: Literal["x", "v", "bce", "elbo"] = "bce"
     """Objective.

@@ -47,6 +47,7 @@ RENAMED_KEYS = {
 REMOVED_KEYS = {
     "model.block_places": "the head's lookahead does its work",
     "model.embedding_width": "a wider input MLP was no better",
+    "model.backbone.rope_reset": "rotary positions are relative, so it changed only the rounding",
     "head.context_mix": "the head's lookahead replaced it",
 }
 # Files next to a config.yaml that `bitlm` wrote: in a run folder, an export, a launched job.

@@ -27,11 +27,6 @@ class BackboneConfig(Section):
     """Hidden size of the SwiGLU."""
     rope_theta: int = Field(1_000_000, ge=1)
     """Base of the rotary position embedding."""
-    rope_reset: bool = False
-    """Restart the rotary positions at every document.
-
-    The result is the same up to rounding, as rotary positions are relative.
-    """
     attention: Annotated[str, Trained.FREE] = "auto"
     """Attention backend: auto, or a name that `bitlm doctor` lists."""
 

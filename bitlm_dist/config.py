@@ -9,9 +9,9 @@ text.
 """
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Section, Trained
 from bitlm_dist.data.config import DataConfig, sequence_problems
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.config import EvaluationConfig
@@ -35,7 +35,7 @@ from bitlm_dist.training.config import (
 class Config(Section):
     """The config of a run."""
 
-    preset: Literal["default", "paper"] = "default"
+    preset: Annotated[Literal["default", "paper"], Trained.MODEL] = "default"
     """Preset that supplies the defaults."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()

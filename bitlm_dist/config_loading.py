@@ -2,24 +2,35 @@
 
 import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from bitlm_dist.config import Config
+from bitlm_dist.config_section import Section
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
 from bitlm_dist.renamed_keys import (
-    RENAMED_KEYS,
-    current_key,
     is_written_by_bitlm,
-    renamed_message,
+    last_name,
+    old_key_message,
+    with_current_keys,
 )
-from bitlm_dist.yaml_files import SourcedValue, annotation_of, parse_override, read_yaml_file
+from bitlm_dist.yaml_files import (
+    SourcedValue,
+    annotation_of,
+    model_classes,
+    parse_override,
+    read_yaml_file,
+)
 
+Mark = TypeVar("Mark")
 COMMAND_LINE = "command line"  # the source of a value
 CONFIGS = Path(__file__).parent / "configs"  # in an installed package
 if not CONFIGS.is_dir():
@@ -49,7 +60,7 @@ def load_config(file: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
         file = _find_config_file(file)
         file_values = read_yaml_file(file, Config)
         if is_written_by_bitlm(file):
-            file_values = {current_key(key): entry for key, entry in file_values.items()}
+            file_values = _in_current_keys(file_values, str(file))
         layers.insert(0, file_values)
 
     # The file or the command line may choose the preset, which goes below both.
@@ -75,6 +86,13 @@ def load_config(file: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
 
     _set_softmax_block_size(values, sources)
     return LoadedConfig(build_config(values, sources), sources)
+
+
+def _in_current_keys(values: Mapping[str, SourcedValue], file: str) -> dict[str, SourcedValue]:
+    """Translate the keys of a file that `bitlm` wrote."""
+    current = with_current_keys({key: entry.value for key, entry in values.items()})
+    sources = {last_name(key): entry.source for key, entry in values.items()}
+    return {key: SourcedValue(value, sources.get(key, file)) for key, value in current.items()}
 
 
 def _set_softmax_block_size(values: dict[str, Any], sources: dict[str, str]) -> None:
@@ -231,21 +249,47 @@ def override_keys(words: Sequence[str]) -> list[str]:
     return [key for key, _ in _parse_overrides(words)]
 
 
-def all_fields(
-    model: type[BaseModel] = Config, prefix: str = ""
-) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every dotted key with its field, in the order of the fields."""
-    for name, field in model.model_fields.items():
-        annotation = field.annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from all_fields(annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", field
+class KeyField(NamedTuple):
+    """A dotted key with its field, and its marks: those of the field, then those of the section."""
+
+    key: str
+    field: FieldInfo
+    marks: tuple[Any, ...]
+
+
+def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[KeyField]:
+    """Yield every key, in the order of the fields."""
+    for name, field in section.model_fields.items():
+        key = f"{prefix}{name}"
+        inner = model_classes(field.annotation)
+        if not inner:
+            yield KeyField(key, field, (*field.metadata, *section.marks))
+            continue
+
+        # Of a union, every key once, with all its types.
+        fields: dict[str, KeyField] = {}
+        for found in chain.from_iterable(all_fields(each, f"{key}.") for each in inner):
+            first = fields.setdefault(found.key, found)
+            if first.field.annotation != found.field.annotation:
+                merged = copy(first.field)
+                merged.annotation = first.field.annotation | found.field.annotation
+                fields[found.key] = first._replace(field=merged)
+        yield from fields.values()
 
 
 def all_keys() -> Iterator[str]:
     """Yield every dotted key, in the order of the fields."""
-    return (key for key, _ in all_fields())
+    return (field.key for field in all_fields())
+
+
+@cache
+def marks_of_keys(kind: type[Mark]) -> dict[str, Mark]:
+    """The mark of this kind of every key that bears one; the field's own precedes the section's."""
+    return {
+        key: next(mark for mark in marks if isinstance(mark, kind))
+        for key, _, marks in all_fields()
+        if any(isinstance(mark, kind) for mark in marks)
+    }
 
 
 def _check_key(key: str, source: str) -> None:
@@ -254,8 +298,8 @@ def _check_key(key: str, source: str) -> None:
     if key in valid_keys:
         return
 
-    if key in RENAMED_KEYS:
-        raise UserError(renamed_message(key, source, RENAMED_KEYS[key]))
+    if message := old_key_message(key, source):
+        raise UserError(message)
     if any(name.startswith(f"{key}.") for name in valid_keys):
         raise UserError(
             f"{key} ({source}) is a section: set keys in it, "
@@ -308,7 +352,7 @@ _PHRASES = {
 def format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
     """Format pydantic's first error as one line that names the key and where it was set."""
     first, *more = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
+    key, value, message = _explain(first)
 
     # an item of a list has the source of the list
     source = sources.get(key) or next(
@@ -316,11 +360,29 @@ def format_validation_error(error: ValidationError, sources: Mapping[str, str]) 
     )
 
     rest = f" (and {len(more)} more)" if more else ""
-    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} = {value_as_yaml(value)} ({source}): {message}{rest}"
+
+
+def _explain(error: Mapping[str, Any]) -> tuple[str, Any, str]:
+    """The key of one of pydantic's errors, its value, and what is wrong with it."""
+    location = [str(part) for part in error["loc"]]
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        *kinds, last = context["expected_tags"].split(", ")
+        return "head.kind", context["tag"], f"expected {', '.join(kinds)} or {last}"
+
+    # pydantic names the kind of head between the section and its key
+    if location[0] == "head" and len(location) > 2:
+        _, kind, key = location
+        location = ["head", key]
+        if error["type"] == "extra_forbidden":
+            return ".".join(location), error["input"], f"head.kind = {kind} has no such key"
+
+    message = error["msg"].removeprefix("Value error, ")
     for theirs, ours in _PHRASES.items():
         message = message.replace(theirs, ours)
-    message = _EXPECTED.get(first["type"], f"{message[0].lower()}{message[1:]}")
-    return f"{key} = {value_as_yaml(first['input'])} ({source}): {message}{rest}"
+    message = _EXPECTED.get(error["type"], f"{message[0].lower()}{message[1:]}")
+    return ".".join(location), error["input"], message
 
 
 def value_as_yaml(value: Any) -> str:

@@ -1,8 +1,37 @@
-"""The base of all sections of a config."""
+"""The base of all sections of a config, and the marks of their fields.
 
-from typing import Any, get_args
+A mark stands in the annotation of a field, ``Annotated[int, Resume.FREE]``, or in ``Section.marks``
+for all fields of a section that bear none of its kind. What a field says of itself no other module
+has to list.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+
+
+class Resume(Enum):
+    """What a resumed run may do with a key. No mark: keep it, as it would be another run."""
+
+    FREE = "change it"
+    LENGTHEN = "change it, unless the learning-rate schedule depends on it"
+
+
+@dataclass(frozen=True)
+class AllowedBy:
+    """A key that a resumed run may change if it sets another key to true, which is its consent."""
+
+    key: str
+
+
+class Trained(Enum):
+    """What a key is to a trained model, which `bitlm eval` and `bitlm generate` load."""
+
+    TRAINING = "is a key of training"  # so is a key without a mark
+    MODEL = "describes the trained model, which stays as it is"
+    FREE = "may be changed"
 
 
 class Section(BaseModel):
@@ -10,6 +39,8 @@ class Section(BaseModel):
 
     It refuses unknown keys, numbers that are not finite, and booleans where a number is expected.
     """
+
+    marks: ClassVar[tuple[Resume | Trained, ...]] = ()
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False

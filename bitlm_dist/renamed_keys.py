@@ -1,12 +1,16 @@
-"""Config keys that were renamed.
+"""Config keys of earlier versions: those that were renamed, and those that were removed.
 
-A user who writes an old key is told the new one. Files that `bitlm` itself wrote, such as the
+A user who writes an old key is told what became of it. Files that `bitlm` itself wrote, such as the
 config.yaml of a run folder, are translated, so that runs of earlier versions can be resumed.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-# old name: new name, as of 0.2.0
+from bitlm_dist.old_heads import HEAD_SWITCHES, head_of_switches
+
+# Name: the next name. That one may have been renamed since, or removed.
 RENAMED_KEYS = {
     "model.backbone.layers": "model.backbone.num_layers",
     "model.backbone.width": "model.backbone.hidden_size",
@@ -39,14 +43,57 @@ RENAMED_KEYS = {
     "evaluation.sampled_blocks": "evaluation.num_sampled_blocks",
     "parallel.microbatch": "parallel.micro_batch_size",
     "parallel.recompute": "parallel.activation_checkpointing",
+    "head.engine": "parallel.head.engine",
+    "head.zero_stage": "parallel.head.zero_stage",
+    "head.offload": "parallel.head.offload",
+}
+# Name: why it is gone.
+REMOVED_KEYS = {
+    "model.block_places": "the head's lookahead does its work",
+    "model.embedding_width": "a wider input MLP was no better",
+    "model.backbone.rope_reset": "rotary positions are relative, so it changed only the rounding",
+    "head.context_mix": "the head's lookahead replaced it",
+    **dict.fromkeys(HEAD_SWITCHES, "head.kind names the head, and experiments/ablation has others"),
 }
 # Files next to a config.yaml that `bitlm` wrote: in a run folder, an export, a launched job.
 _WRITTEN_BESIDE = ("environment.json", "export.json", "settings.json")
 
 
-def current_key(key: str) -> str:
-    """The current name of a key."""
-    return RENAMED_KEYS.get(key, key)
+def last_name(key: str) -> str:
+    """The last name that a key had, or has."""
+    while key in RENAMED_KEYS:
+        key = RENAMED_KEYS[key]
+    return key
+
+
+def with_current_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate the dotted keys of a document that `bitlm` wrote; removed keys are dropped."""
+    named = {last_name(key): value for key, value in values.items()}
+    current = {key: value for key, value in named.items() if key not in REMOVED_KEYS}
+    if not HEAD_SWITCHES.keys() & named.keys():
+        return current
+    current |= head_of_switches(named)
+    if current["head.kind"] == "paper":
+        # keys of other heads, which it never had a use for
+        for key in ("head.bits_per_group", "head.num_mixture_components"):
+            current.pop(key, None)
+    return current
+
+
+def old_key_message(key: str, source: str) -> str | None:
+    """Tell a user what became of a key of an earlier version.
+
+    Args:
+        key: the key.
+        source: where it was set.
+
+    Returns:
+        None if no version had such a key, or this one has.
+    """
+    name = last_name(key)
+    if name in REMOVED_KEYS:
+        return f"unknown key {key} ({source}): it was removed: {REMOVED_KEYS[name]}"
+    return renamed_message(key, source, name) if name != key else None
 
 
 def renamed_message(key: str, source: str, new_key: str) -> str:

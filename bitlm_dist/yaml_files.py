@@ -91,14 +91,19 @@ def parse_override(text: str, key: str, annotation: Any) -> Any:
     return _YamlReader("", None).value(node, annotation, key)
 
 
-def annotation_of(model: type[BaseModel], key: str) -> Any:
-    """The annotation of a dotted key's field; Any if there is no such field."""
-    annotation: Any = model
+def annotation_of(model: Any, key: str) -> Any:
+    """The annotation of a dotted key's field; Any if there is no such field.
+
+    Args:
+        model: a section, or a union of sections, of which the first with the field counts.
+        key: the dotted key.
+    """
+    annotation = model
     for name in key.split("."):
-        section = _model_class(annotation)
-        if section is None or name not in section.model_fields:
+        sections = [s for s in model_classes(annotation) if name in s.model_fields]
+        if not sections:
             return Any
-        annotation = _field_annotation(section, name)
+        annotation = _field_annotation(sections[0], name)
     return annotation
 
 
@@ -138,9 +143,9 @@ class _YamlReader:
                 raise self._duplicate_key_error(key, seen[key], key_node)
             seen[key] = key_node
 
-            inner = annotation_of(annotation, name) if _model_class(annotation) else Any
-            if isinstance(child, MappingNode) and (inner is Any or _model_class(inner)):
-                yield from self._leaves(child, _model_class(inner), f"{key}.", seen)
+            inner = annotation_of(annotation, name)
+            if isinstance(child, MappingNode) and (inner is Any or model_classes(inner)):
+                yield from self._leaves(child, inner, f"{key}.", seen)
             else:
                 yield key, key_node, child, inner
 
@@ -171,13 +176,13 @@ class _YamlReader:
 
         assert isinstance(node, MappingNode)
         options = _union_members(annotation)
-        section = _model_class(annotation)
+        is_section = bool(model_classes(annotation))
         values = next(
             (get_args(option)[1] for option in options if get_origin(option) is dict), Any
         )
         return {
             name: self.value(
-                child, annotation_of(section, name) if section else values, f"{key}.{name}"
+                child, annotation_of(annotation, name) if is_section else values, f"{key}.{name}"
             )
             for name, _, child in self._pairs(node, f"{key}.")
         }
@@ -266,15 +271,13 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def _model_class(annotation: Any) -> type[BaseModel] | None:
-    return next(
-        (
-            option
-            for option in _union_members(annotation)
-            if isinstance(option, type) and issubclass(option, BaseModel)
-        ),
-        None,
-    )
+def model_classes(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that an annotation allows: none, one, or those of a union."""
+    return [
+        option
+        for option in _union_members(annotation)
+        if isinstance(option, type) and issubclass(option, BaseModel)
+    ]
 
 
 def _accepts_text(annotation: Any) -> bool:

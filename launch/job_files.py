@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import to_yaml
+from bitlm_dist.config_loading import config_paths, to_yaml
 from bitlm_dist.errors import UserError, os_error_message
 from bitlm_dist.files import missing_folders, remove_empty_folders, write_atomically
 from bitlm_dist.launch import attempts
@@ -44,13 +44,7 @@ def build_job(config: Config, cluster: Cluster, num_nodes: int, exclude: tuple[s
     layout = build_layout(config.parallel, num_nodes * cluster.ranks_per_node, 0)
     resolve_micro_batch_size(config, layout)
 
-    folders = [
-        config.data.path,
-        *(source.path for source in config.data.sources),
-        config.distillation.teacher,
-        config.data.cache,
-    ]
-    folders.append(external_checkpoint_folder(config))
+    folders = [*config_paths(config), external_checkpoint_folder(config)]
     data = tuple(dict.fromkeys(folder for folder in folders if folder is not None))
     read_manifest(config.data.path)
 

@@ -29,7 +29,7 @@ import zstandard
 from pages import BLOCK, INLINE_CODE, PAGES, ROOT, name_of, run_folder_tables
 
 from bitlm_dist.cli import app
-from bitlm_dist.config_loading import all_fields, load_config
+from bitlm_dist.config_loading import all_keys, load_config
 
 # docs/cli.md is generated from the commands themselves.
 COMMAND_PAGES = [page for page in PAGES if page.name != "cli.md"]
@@ -46,7 +46,7 @@ NAME = re.compile(r"(?:--)?(?P<key>[a-z]\w*(?:\.\w+)+)(?=$|[ :=])")  # of a conf
 FILES = (".py", ".lock", ".safetensors", ".json")
 HELP = {"--help", "-h"}
 
-KEYS = {key for key, _ in all_fields()}
+KEYS = set(all_keys())
 PREFIXES = {key.rsplit(".", dots)[0] for key in KEYS for dots in (1, 2)}  # of sections
 BITLM = typer.main.get_command(app)
 CONFIGS = {file.stem for file in (ROOT / "configs").glob("*.yaml")}

@@ -95,7 +95,9 @@ def test_every_key_that_scripts_rely_on_exists():
     promised = "run.dir training.steps training.seed training.global_batch_tokens data.path "
     promised += "model.block_size model.output parallel.tensor parallel.sequence "
     promised += "parallel.pipeline parallel.virtual_pipeline parallel.context"
-    assert set(promised.split()) | {"parallel.head.zero_stage", "checkpoint.every_steps"} <= set(all_keys())
+    assert set(promised.split()) | {"parallel.head.zero_stage", "checkpoint.every_steps"} <= set(
+        all_keys()
+    )
 
 
 BAD = [

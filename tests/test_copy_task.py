@@ -10,8 +10,8 @@ from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.diffusion.likelihood import estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
-from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.training.optimizer import Optimizers
 
 V = 256

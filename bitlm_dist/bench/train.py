@@ -22,12 +22,12 @@ from bitlm_dist.bench.plain import PlainBitLM
 from bitlm_dist.bench.results import Results, common_settings, machine_environment, summarize_timing
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
-from bitlm_dist.data.mixture_dataset import MixtureDataset
 from bitlm_dist.data.loader import CPU
+from bitlm_dist.data.mixture_dataset import MixtureDataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import cast_weights, prepare_device
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.build import cast_weights, prepare_device
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.planning.flops import training_flops

@@ -13,7 +13,7 @@ from bitlm_dist.checkpoint.steps import read_train_state
 from bitlm_dist.checkpoint.tensors import TensorIndex, load_shards, read_index
 from bitlm_dist.config_loading import flatten
 from bitlm_dist.parallel.sharded_tensor import Shard, ShardedTensor
-from bitlm_dist.renamed_keys import current_key
+from bitlm_dist.renamed_keys import with_current_keys
 
 BLOCK_NUMEL = 2**24  # elements of each side in memory at once
 WEIGHT_PREFIX = "model."
@@ -127,8 +127,8 @@ def compare_train_states(first: Path, second: Path) -> dict[str, tuple[Any, Any]
         {
             **{key: state.get(key) for key in ("step", "tokens", "next_sequence")},
             **dict(flatten(state.get("fingerprint", {}))),
-            # A key that was renamed between the two is no difference.
-            **{current_key(key): value for key, value in flatten(state.get("config", {}))},
+            # A key that was renamed or removed between the two is no difference.
+            **with_current_keys(dict(flatten(state.get("config", {})))),
         }
         for state in states
     ]

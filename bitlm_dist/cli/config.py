@@ -17,8 +17,10 @@ from bitlm_dist.config_loading import (
     flatten,
     load_config,
     map_paths,
+    marks_of_keys,
     value_as_yaml,
 )
+from bitlm_dist.config_section import AllowedBy, Resume, Trained
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import escape_path
 from bitlm_dist.strict_json import to_json
@@ -28,6 +30,10 @@ INTRODUCTION = """# Config keys
 Every key of a config, as `bitlm config --docs` prints them. A YAML file nests them (`model:` →
 `block_size: 4`) or spells them with dots; the command line takes `--model.block_size 4`. The field
 defaults are the preset `default`; *paper* is the value of `preset: paper` where it differs.
+
+*may change* says who may set a key of a run that has begun. *resume*: the resumed run; *resume,
+longer*: that too, if `optimizer.schedule` is `constant`; *resume with* a key: if that one is true.
+*eval*: `bitlm eval` and `bitlm generate`. A key without any of them stays as it is.
 """
 
 
@@ -38,6 +44,7 @@ class KeyReference(NamedTuple):
     type: str
     default: str
     paper: str
+    may_change: str
     help: str
 
 
@@ -99,13 +106,18 @@ def config_as_yaml(loaded: LoadedConfig) -> str:
 def key_references() -> Iterator[KeyReference]:
     """Yield every key in the order of the fields."""
     paper = dict(flatten(load_config(None, ["--preset", "paper"]).config.model_dump(mode="json")))
-    for key, field in all_fields():
+    for key, field, _ in all_fields():
         default = value_as_yaml(field.get_default(call_default_factory=True))
-        paper_value = value_as_yaml(paper[key])
+        paper_value = value_as_yaml(paper[key]) if key in paper else default
         help_text = " ".join((field.description or "").split())
         differs = paper_value != default and key != "preset"
         yield KeyReference(
-            key, _type_text(field), default, paper_value if differs else "", help_text
+            key,
+            _type_text(field),
+            default,
+            paper_value if differs else "",
+            _may_change_text(key),
+            help_text,
         )
 
 
@@ -118,17 +130,31 @@ def markdown(references: list[KeyReference]) -> str:
         if name != section or len(lines) == 1:
             section = name
             title = f"## {section}" if section else "## Top level"
-            lines += ["", title, "", "| key | type | default | paper | |", "|---|---|---|---|---|"]
+            lines += ["", title, "", "| key | type | default | paper | may change | |"]
+            lines.append("|---|---|---|---|---|---|")
         cells = (
             f"`{key}`",
             reference.type,
             f"`{reference.default}`",
             f"`{reference.paper}`" if reference.paper else "",
+            reference.may_change,
             reference.help,
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
     return "\n".join(lines).replace("\n\n\n", "\n\n")
+
+
+def _may_change_text(key: str) -> str:
+    """Say who may set a key of a run that has begun, as its marks tell."""
+    changes: list[str] = []
+    if mark := marks_of_keys(Resume).get(key):
+        changes.append("resume" if mark is Resume.FREE else "resume, longer")
+    if allowed_by := marks_of_keys(AllowedBy).get(key):
+        changes.append(f"resume with `{allowed_by.key}`")
+    if marks_of_keys(Trained).get(key) is Trained.FREE:
+        changes.append("eval")
+    return ", ".join(changes)
 
 
 def _type_text(field: FieldInfo) -> str:

@@ -4,26 +4,18 @@ Imports no torch, so that a wrong word is answered at once.
 """
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import all_keys, load_run_config, override_keys
+from bitlm_dist.config_loading import (
+    all_keys,
+    load_run_config,
+    marks_of_keys,
+    override_keys,
+)
+from bitlm_dist.config_section import Trained
 from bitlm_dist.errors import UserError
-from bitlm_dist.training.trained_files import ATTENTION_KEY, describes_model
-
-# What does not change the trained model: how it is evaluated and sampled from, and where it runs.
-_CHANGEABLE_SECTIONS = ("evaluation.", "sampling.", "parallel.", "logging.")
-_CHANGEABLE_KEYS = (
-    "data.path",
-    "data.cache",
-    "data.cache_limit",
-    "data.workers",
-    ATTENTION_KEY,
-)
-_CHANGEABLE_TEXT = (
-    "evaluation.*, sampling.*, parallel.*, logging.*, data.{path, cache, cache_limit, workers} "
-    f"and {ATTENTION_KEY}"
-)
 
 
 def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config:
@@ -42,16 +34,33 @@ def load_trained_config(run: Path, words: Sequence[str], command: str) -> Config
     for key in override_keys(words):
         # what is no key at all is reported with a hint when the config is loaded
         if key in known_keys and not is_changeable(key):
-            whose = (
-                "describes the trained model, which stays as it is"
-                if describes_model(key)
-                else "is a key of training"
-            )
-            raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_CHANGEABLE_TEXT}")
+            whose = _role_of(key).value
+            raise UserError(f"--{key} {whose}: `bitlm {command}` takes {_changeable_keys_text()}")
 
     return load_run_config(run, words)
 
 
 def is_changeable(key: str) -> bool:
     """True if a key may be overridden for a trained model."""
-    return key.startswith(_CHANGEABLE_SECTIONS) or key in _CHANGEABLE_KEYS
+    return _role_of(key) is Trained.FREE
+
+
+def _role_of(key: str) -> Trained:
+    return marks_of_keys(Trained).get(key, Trained.TRAINING)
+
+
+def _changeable_keys_text() -> str:
+    """List the keys that may be overridden: first the sections that may as a whole."""
+    whole_sections: list[str] = []
+    others: list[str] = []
+    for section, keys_of_section in groupby(all_keys(), lambda key: key.rpartition(".")[0]):
+        keys = list(keys_of_section)
+        names = [key.rpartition(".")[2] for key in keys if is_changeable(key)]
+        if len(names) == len(keys):
+            whole_sections.append(f"{section}.*")
+        elif names:
+            choice = f"{{{', '.join(names)}}}" if len(names) > 1 else names[0]
+            others.append(f"{section}.{choice}")
+
+    *first, last = whole_sections + others
+    return f"{', '.join(first)} and {last}"

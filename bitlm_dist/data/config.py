@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import AllowedBy, Resume, Section, Trained
 
 
 class SourceConfig(Section):
@@ -41,16 +41,16 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Training data."""
 
-    path: Path | None = None
+    path: Annotated[Path | None, Resume.FREE, Trained.FREE] = None
     """Folder written by `bitlm prep`."""
     sequence_length: int = Field(256, ge=2)
     """Tokens per packed sequence (L); a multiple of model.block_size."""
-    sources: tuple[SourceConfig, ...] = ()
+    sources: Annotated[tuple[SourceConfig, ...], AllowedBy("data.new_mixture")] = ()
     """Folders to train on, each with its weight: a fraction, or [step, fraction] pairs.
 
     data.path still supplies the tokenizer, codes and validation split.
     """
-    new_mixture: bool = False
+    new_mixture: Annotated[bool, Resume.FREE] = False
     """Let a resumed run change data.sources, effective from its latest checkpoint."""
     packing: Literal["greedy", "best_fit"] = "greedy"
     """How documents fill sequences.
@@ -59,15 +59,17 @@ class DataConfig(Section):
     """
     shuffle: bool = True
     """Reshuffle the documents every epoch."""
-    workers: int = Field(0, ge=0)
-    """Processes per rank that read and pack; 0 uses a thread."""
-    cache: Path | None = None
+    cache: Annotated[Path | None, Resume.FREE, Trained.FREE] = None
     """Folder for decompressed shards. null: a temporary folder, removed with the process."""
-    cache_limit: str | None = Field(None, pattern=r"^[0-9]+(\.[0-9]+)?[kmgt]b$")
+    cache_limit: Annotated[str | None, Resume.FREE, Trained.FREE] = Field(
+        None, pattern=r"^[0-9]+(\.[0-9]+)?[kmgt]b$"
+    )
     """Cache size limit per process, e.g. 100gb; least recently used shards are evicted.
 
     null: unlimited.
     """
+    workers: Annotated[int, Resume.FREE, Trained.FREE] = Field(0, ge=0)
+    """Processes per rank that read and pack; 0 uses a thread."""
 
     def problems(self) -> Iterator[str]:
         """Sources without a tokenizer, or with weights that do not add up to 1."""

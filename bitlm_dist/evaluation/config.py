@@ -2,11 +2,13 @@
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Resume, Section, Trained
 
 
 class EvaluationConfig(Section):
     """Options of `bitlm eval`."""
+
+    marks = (Resume.FREE, Trained.FREE)
 
     num_sequences: int = Field(0, ge=0)
     """Number of validation sequences to evaluate; 0: all."""

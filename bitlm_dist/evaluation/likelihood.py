@@ -23,8 +23,8 @@ from bitlm_dist.evaluation.brier import brier_scores
 from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import sample_block, sample_next_block
-from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.language_model import LanguageModel, Targets, TargetScores
 
 BATCH_SIZE = 16  # sequences

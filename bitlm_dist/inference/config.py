@@ -5,12 +5,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Resume, Section, Trained
 from bitlm_dist.model.config import DiffusionConfig
 
 
 class SamplingConfig(Section):
     """Options of `bitlm generate`."""
+
+    marks = (Resume.FREE, Trained.FREE)
 
     sampler: Literal["ode", "sde", "sequential"] = "sequential"
     """Sampler.

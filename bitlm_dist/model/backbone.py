@@ -249,17 +249,13 @@ class Backbone(nn.Module):
         b = self._model_config.backbone
         local_positions = self._layout.local_positions(sequence_length, reference.device)
 
-        # Computed once and shared by all layers.
+        # Computed once and shared by all layers. Documents need no positions of their own: rotary
+        # positions are relative, and documents do not see each other.
         bounds = None if document_ids is None else bounds_of_documents(document_ids)
-
-        positions = local_positions[:, None]  # [S, 1], the same for all rows
-        if b.rope_reset and bounds is not None:
-            # count from the start of each token's document
-            positions = positions - bounds[0, :, local_positions].T
-        angles = rotary_angles(positions, b.rope_theta, b.head_dim)
+        angles = rotary_angles(local_positions, b.rope_theta, b.head_dim)[:, None, None]
 
         # Megatron passes the bounds to the core attention through its attention mask.
-        hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=angles.unsqueeze(2))
+        hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=angles)
         return hidden
 
     @contextmanager

@@ -1,11 +1,11 @@
 """Config keys of the model and of its objective, and their rules."""
 
 from collections.abc import Collection, Iterator
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Section, Trained
 from bitlm_dist.model.heads.config import HeadConfig
 
 Term = Literal["denoising", "context", "autoregressive", "next_token"]  # of the loss
@@ -13,6 +13,8 @@ Term = Literal["denoising", "context", "autoregressive", "next_token"]  # of the
 
 class BackboneConfig(Section):
     """The causal Transformer, Qwen-3 style."""
+
+    marks = (Trained.MODEL,)
 
     num_layers: int = Field(4, ge=1)
     """Number of Transformer layers."""
@@ -28,12 +30,7 @@ class BackboneConfig(Section):
     """Hidden size of the SwiGLU."""
     rope_theta: int = Field(1_000_000, ge=1)
     """Base of the rotary position embedding."""
-    rope_reset: bool = False
-    """Restart the rotary positions at every document.
-
-    The result is the same up to rounding, as rotary positions are relative.
-    """
-    attention: str = "auto"
+    attention: Annotated[str, Trained.FREE] = "auto"
     """Attention backend: auto, or a name that `bitlm doctor` lists."""
 
     def problems(self) -> Iterator[str]:
@@ -50,6 +47,8 @@ class BackboneConfig(Section):
 
 class ModelConfig(Section):
     """The model."""
+
+    marks = (Trained.MODEL,)
 
     output: Literal["bits", "softmax"] = "bits"
     """Prediction: a block of bits, or one token by a softmax over the vocabulary (baseline)."""
@@ -86,6 +85,8 @@ class ModelConfig(Section):
 
 class DiffusionConfig(Section):
     """Noise and training objective."""
+
+    marks = (Trained.MODEL,)
 
     loss: Literal["x", "v", "bce", "elbo"] = "bce"
     """Denoising loss: bce is the cross-entropy of the clean bits, with every head but the paper's.
@@ -127,7 +128,6 @@ class DiffusionConfig(Section):
 
     Counters exposure bias.
     """
-
 
     def loss_weights(self, terms: Collection[str]) -> dict[str, float]:
         """The weights of the losses in ``terms`` that are trained."""

@@ -18,9 +18,9 @@ from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.diffusion.process import NoiseDistribution, sample_noisy
 from bitlm_dist.model.heads.base import Conditioning, Head
 from bitlm_dist.model.loss_terms import (
+    NUM_NOISE_LEVELS,
     LossTerms,
     noise_level_bin,
-    NUM_NOISE_LEVELS,
     sum_by_bin,
     sum_by_position,
 )

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Resume, Section, Trained
 from bitlm_dist.model.config import ModelConfig
 
 
@@ -54,6 +54,8 @@ class HeadParallelConfig(Section):
 
 class ParallelConfig(Section):
     """Parallel layout."""
+
+    marks = (Resume.FREE, Trained.FREE)
 
     tensor: int = Field(1, ge=1)
     """Tensor-parallel ranks."""

@@ -60,19 +60,20 @@ def check_deepspeed() -> None:
         UserError: DeepSpeed is missing, or its version is not tested.
     """
     tested = " or ".join(TESTED_DEEPSPEED_VERSIONS)
+    engine = "parallel.head.engine = deepspeed"
     other = "or set parallel.head.engine = fsdp2 or replicated"
 
     try:
         installed = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise UserError(
-            f"parallel.head.engine = deepspeed: DeepSpeed is not installed: install {tested}, {other}"
+            f"{engine}: DeepSpeed is not installed: install {tested}, {other}"
         ) from None
 
     # a local version such as 0.19.8+abc counts, too
     if installed.partition("+")[0] not in TESTED_DEEPSPEED_VERSIONS:
         raise UserError(
-            f"parallel.head.engine = deepspeed: DeepSpeed {installed} is installed, but tested is {tested}: "
+            f"{engine}: DeepSpeed {installed} is installed, but tested is {tested}: "
             f"install that, {other}"
         )
 
@@ -198,7 +199,7 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
     """
     head = config.parallel.head
     zero: dict[str, Any] = {
-        "stage": parallel.head.zero_stage,
+        "stage": head.zero_stage,
         "overlap_comm": on_cuda and head.zero_stage > 0,
     }
 
@@ -206,11 +207,11 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
     bucket_numel = min(numel + numel % 2, MAX_BUCKET_NUMEL)
     zero |= {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
 
-    if parallel.head.zero_stage == 3:
+    if head.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     if head.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_cuda}
-    if parallel.head.offload == "all":
+    if head.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": on_cuda}
 
     return {

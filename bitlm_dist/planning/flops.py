@@ -11,14 +11,8 @@ from dataclasses import astuple, dataclass
 import torch
 
 from bitlm_dist.config import Config
-from bitlm_dist.diffusion.outputs import MixtureOutput, OutputDistribution
 from bitlm_dist.model.config import BackboneConfig
-from bitlm_dist.model.head import (
-    TIMESTEP_EMBEDDING_DIM,
-    has_autoregressive_pass,
-    has_conditional_groups,
-    make_output_distribution,
-)
+from bitlm_dist.model.heads.build import meta_head
 
 BACKWARD_FACTOR = 2  # times the forward pass
 

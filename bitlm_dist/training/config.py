@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import AllowedBy, Resume, Section, Trained
 from bitlm_dist.model.config import DiffusionConfig, ModelConfig
 
 
 class RunConfig(Section):
     """Location of the run."""
+
+    marks = (Resume.FREE,)
 
     dir: Path = Path("runs/bitlm")
     """Run folder: config, environment, metrics, checkpoints."""
@@ -20,11 +22,13 @@ class RunConfig(Section):
 class TrainingConfig(Section):
     """The training loop."""
 
-    steps: int = Field(100, ge=1)
+    steps: Annotated[int, Resume.LENGTHEN] = Field(100, ge=1)
     """Number of optimizer steps."""
     seed: int = Field(0, ge=0, lt=2**32)
     """Seed of weights, data order and noise."""
-    global_batch_tokens: int = Field(4096, ge=1)
+    global_batch_tokens: Annotated[int, AllowedBy("checkpoint.new_global_batch")] = Field(
+        4096, ge=1
+    )
     """Tokens per step over all ranks; a multiple of data.sequence_length."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """dtype of weights, activations and matrix products.
@@ -36,7 +40,7 @@ class TrainingConfig(Section):
 
     auto compiles on a GPU.
     """
-    deterministic: bool = False
+    deterministic: Annotated[bool, Resume.FREE] = False
     """GPU: use only kernels with bitwise reproducible results, which are slower.
 
     torch warns of an operator that has no such kernel.
@@ -70,14 +74,14 @@ class OptimizerConfig(Section):
     """AdamW betas: decay per step of the running averages of the gradient and its square."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
-    fused: Literal["auto", "torch"] = "auto"
+    fused: Annotated[Literal["auto", "torch"], Resume.FREE] = "auto"
     """AdamW implementation on a GPU.
 
     auto takes Transformer Engine's if it is installed, else NVIDIA apex's, else torch's.
     """
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
-    sharded: bool = True
+    sharded: Annotated[bool, Resume.FREE] = True
     """Shard optimizer state and updates over the data- and context-parallel ranks."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Clip the joint gradient norm of backbone and head to this value; 0 disables."""
@@ -97,6 +101,8 @@ class OptimizerConfig(Section):
 
 class CheckpointConfig(Section):
     """Checkpoints."""
+
+    marks = (Resume.FREE,)
 
     dir: Path | None = None
     """Folder for the checkpoints on another disk; RUN/checkpoints becomes a link to it.
@@ -124,6 +130,8 @@ class CheckpointConfig(Section):
 
 class LoggingConfig(Section):
     """Logging in addition to metrics.jsonl."""
+
+    marks = (Resume.FREE, Trained.FREE)
 
     tensorboard: bool = True
     """Write TensorBoard events to the run folder."""

@@ -18,9 +18,9 @@ from bitlm_dist.data.mixture_dataset import MixtureDataset, is_per_source_field,
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.run_claim import (
-    CONSENT_KEYS,
     GLOBAL_BATCH_KEY,
     SOURCES_KEY,
+    consent_key,
     is_change_allowed,
 )
 
@@ -62,7 +62,8 @@ def resume_dataset(
         previous = before.get(field)
         if previous == value or is_change_allowed(field, config):
             continue
-        advice = f"; {CONSENT_KEYS[field]} = true allows it" if field in CONSENT_KEYS else ""
+        consent = consent_key(field)
+        advice = f"; {consent} = true allows it" if consent else ""
         raise UserError(
             f"{checkpoint} was trained with another {field} ({previous}, now {value}): "
             f"the data would not continue where it stopped{advice}"

@@ -14,9 +14,9 @@ from bitlm_dist.codes import BitCodes
 from bitlm_dist.compilation import enable_compiled_regions, should_compile
 from bitlm_dist.config import Config
 from bitlm_dist.data_prep.token_bytes import ByteLengths
+from bitlm_dist.model.batch import Batch, TargetFinder, loss_mask
 from bitlm_dist.model.build import build_model_chunks
 from bitlm_dist.model.initialization import global_named_parameters, shard_dim
-from bitlm_dist.model.batch import Batch, TargetFinder, loss_mask
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.model.loss_terms import num_packed
 from bitlm_dist.parallel import mesh
@@ -221,9 +221,7 @@ class Engine:
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        return StepResult(
-            loss, loss_terms, grad_norm, lr_multiplier, applied, num_tokens_and_bytes
-        )
+        return StepResult(loss, loss_terms, grad_norm, lr_multiplier, applied, num_tokens_and_bytes)
 
     def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:
         """Count the predicted tokens of the global batch and the bytes of their text.

@@ -12,8 +12,10 @@ from bitlm_dist.config_loading import (
     config_paths,
     flatten,
     load_run_config,
+    marks_of_keys,
     with_absolute_paths,
 )
+from bitlm_dist.config_section import AllowedBy, Resume
 from bitlm_dist.data.manifest import read_manifest
 from bitlm_dist.disks import try_to_write
 from bitlm_dist.errors import UserError, os_error_message
@@ -25,34 +27,8 @@ from bitlm_dist.training.metrics import LOG_FILES, METRICS
 from bitlm_dist.training.trained_files import CODES, TOKENIZER
 from bitlm_dist.training.wandb_log import WANDB, check_wandb
 
-# Prefixes of keys that may change when a run resumes. Any other change would make it another run.
-CHANGEABLE_KEYS = (
-    "run.",
-    "checkpoint.",
-    "evaluation.",
-    "sampling.",
-    "logging.",
-    "parallel.",
-    "parallel.head.engine",
-    "parallel.head.zero_stage",
-    "parallel.head.offload",
-    "optimizer.sharded",
-    "optimizer.fused",
-    "training.deterministic",
-    "data.cache",
-    "data.cache_limit",
-    "data.workers",
-    "data.path",
-    "data.new_mixture",
-)
-STEPS_KEY = "training.steps"
 GLOBAL_BATCH_KEY = "training.global_batch_tokens"
 SOURCES_KEY = "data.sources"
-# Keys that may change if the config consents with another key.
-CONSENT_KEYS = {
-    GLOBAL_BATCH_KEY: "checkpoint.new_global_batch",
-    SOURCES_KEY: "data.new_mixture",
-}
 # What a start may leave that was killed, or ended by a signal, before the end of its first step.
 FILES_OF_A_START = (
     "config.yaml",
@@ -162,18 +138,17 @@ def check_claim(run: Path, config: Config) -> None:
 def _check_same_config(run: Path, saved: Config, current: Config) -> None:
     old, new = (_comparable(config) for config in (saved, current))
     for key, value in new.items():
-        # Other schedules stretch over all steps, so a longer run would have trained otherwise.
-        is_allowed_lengthening = key == STEPS_KEY and current.optimizer.schedule == "constant"
-        if old.get(key) == value or key.startswith(CHANGEABLE_KEYS) or is_allowed_lengthening:
+        if old.get(key) == value or is_change_allowed(key, current):
             continue
 
-        if not is_change_allowed(key, current):
-            note = f" ({CONSENT_KEYS[key]} = true allows it)" if key in CONSENT_KEYS else ""
-            note = " (the schedule depends on it)" if key == STEPS_KEY else note
-            raise UserError(
-                f"run.dir = {run} holds a run with {key} = {old.get(key)}, "
-                f"now {value}{note}: choose another run.dir or the same value"
-            )
+        consent = consent_key(key)
+        note = f" ({consent} = true allows it)" if consent else ""
+        if marks_of_keys(Resume).get(key) is Resume.LENGTHEN:
+            note = " (the schedule depends on it)"
+        raise UserError(
+            f"run.dir = {run} holds a run with {key} = {old.get(key)}, "
+            f"now {value}{note}: choose another run.dir or the same value"
+        )
 
 
 def _comparable(config: Config) -> dict[str, Any]:
@@ -184,5 +159,18 @@ def _comparable(config: Config) -> dict[str, Any]:
 
 
 def is_change_allowed(key: str, config: Config) -> bool:
-    """True if a config consents to the change of a key that a run keeps otherwise."""
-    return key in CONSENT_KEYS and bool(dict(flatten(config.model_dump()))[CONSENT_KEYS[key]])
+    """True if a run may resume with another value of a key. Any other change makes another run."""
+    mark = marks_of_keys(Resume).get(key)
+    if mark is Resume.LENGTHEN:
+        # Other schedules stretch over all steps, so a longer run would have trained otherwise.
+        return config.optimizer.schedule == "constant"
+
+    consent = consent_key(key)
+    has_consent = consent is not None and bool(dict(flatten(config.model_dump()))[consent])
+    return mark is Resume.FREE or has_consent
+
+
+def consent_key(key: str) -> str | None:
+    """The key that allows another key to change when a run resumes, if there is one."""
+    allowed_by = marks_of_keys(AllowedBy).get(key)
+    return allowed_by.key if allowed_by else None

@@ -7,23 +7,15 @@ from pathlib import Path
 
 from bitlm_dist.checkpoint.steps import MANIFEST, all_steps, folder_of, read_train_state
 from bitlm_dist.config import Config
-from bitlm_dist.config_loading import flatten, value_as_yaml
+from bitlm_dist.config_loading import flatten, marks_of_keys, value_as_yaml
+from bitlm_dist.config_section import Trained
 from bitlm_dist.errors import UserError
-from bitlm_dist.renamed_keys import current_key
+from bitlm_dist.renamed_keys import with_current_keys
 from bitlm_dist.training.checkpoint_folder import CHECKPOINTS, checkpoint_steps
 from bitlm_dist.training.export_record import EXPORT_RECORD
 
 CODES = "codes.npz"
 TOKENIZER = "tokenizer"
-ATTENTION_KEY = "model.backbone.attention"
-# Keys in sections of the model that say how it is computed or sharded.
-_EXECUTION_KEYS = (ATTENTION_KEY, "parallel.head.engine", "parallel.head.zero_stage", "parallel.head.offload")
-
-
-def describes_model(key: str) -> bool:
-    """True if a key of the config decides what a trained model computes."""
-    is_in_section = key.startswith(("model.", "head.", "diffusion.")) or key == "preset"
-    return is_in_section and key not in _EXECUTION_KEYS
 
 
 def find_trained_steps(run: Path, config: Config) -> list[int]:
@@ -86,12 +78,13 @@ def check_same_model(run: Path, config: Config, checkpoint: Path) -> None:
     Raises:
         UserError: a key has another value now.
     """
-    # A key that is not there is newer than the checkpoint, and one may have been renamed.
+    # A key that is not there is newer than the checkpoint.
     saved = read_train_state(checkpoint).get("config", {})
-    trained_with = {current_key(key): value for key, value in flatten(saved)}
+    trained_with = with_current_keys(dict(flatten(saved)))
 
+    marks = marks_of_keys(Trained)
     for key, value in flatten(config.model_dump(mode="json")):
-        if describes_model(key) and trained_with.get(key, value) != value:
+        if marks.get(key) is Trained.MODEL and trained_with.get(key, value) != value:
             raise UserError(
                 f"{run / 'config.yaml'}: {key} = {value_as_yaml(value)}, but {checkpoint.name} was "
                 f"trained with {value_as_yaml(trained_with[key])}: restore that value"

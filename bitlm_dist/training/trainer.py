@@ -23,8 +23,8 @@ from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
-from bitlm_dist.model.build import prepare_device
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.build import prepare_device
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout, resolve_micro_batch_size

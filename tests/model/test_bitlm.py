@@ -78,7 +78,7 @@ def test_loss_is_the_same_for_any_microbatching(recipe, tiny_model, seed):
     def gradients(rows):
         model.zero_grad()
         loss = sum(
-            model.loss(batch.microbatch(slice(i, i + rows)), seed=1, step=2)
+            model.loss(batch.select(slice(i, i + rows)), seed=1, step=2)
             for i in range(0, 8, rows)
         )
         loss.backward()

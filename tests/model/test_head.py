@@ -1,10 +1,10 @@
 import pytest
 import torch
+from bitlm_dist.model.head import apply_readout
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.build import cast_weights
-from bitlm_dist.model.head import apply_readout
 from bitlm_dist.model.in_block_decoding import AutoregressiveDecoder, DenoisingDecoder
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
-from bitlm_dist.model.build import build_model
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.build import build_model
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 
 VOCABULARY = 300

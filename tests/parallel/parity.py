@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.config_loading import load_config
-from bitlm_dist.model.initialization import global_named_parameters, unshard
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.initialization import global_named_parameters, unshard
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.distributed_adamw import DistributedAdamW

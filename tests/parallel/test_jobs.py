@@ -26,7 +26,9 @@ DP = []
 ONE = []
 ZERO_1 = ["--parallel.head.zero_stage", "1"]
 ZERO_3 = ["--parallel.head.zero_stage", "3"]
-FSDP_2, FSDP_3 = (["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", stage] for stage in "23")
+FSDP_2, FSDP_3 = (
+    ["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", stage] for stage in "23"
+)
 PIECES = ["--optimizer.sharded", "false", "--parallel.micro_batch_size", "2"]
 MUON = ["--optimizer.matrix_optimizer", "muon"]
 ADAMW = ["--optimizer.matrix_optimizer", "adamw"]

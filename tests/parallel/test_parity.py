@@ -13,12 +13,6 @@ TWO = {
     "PP2": ["--parallel.pipeline", "2"],
     "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
     "CP2": ["--parallel.context", "2"],
-    "CP2, positions reset": [
-        "--parallel.context",
-        "2",
-        "--model.backbone.rope_reset",
-        "true",
-    ],  # one process: not reset
     "DP2": [],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
@@ -72,7 +66,7 @@ QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, sof
 # With the quick ones, every layout once, and with each optimizer the layouts that shard its state:
 # data-parallel ranks and pipeline stages.
 SLOW = {
-    *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, positions reset, AdamW"),
+    *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, AdamW"),
     *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),

@@ -46,7 +46,9 @@ def stage(number, *more):
 
 
 ENGINES = {f"ZeRO {number}": stage(number) for number in range(4)}
-ENGINES |= {f"FSDP2 {number}": stage(number, "--parallel.head.engine", "fsdp2") for number in (2, 3)}
+ENGINES |= {
+    f"FSDP2 {number}": stage(number, "--parallel.head.engine", "fsdp2") for number in (2, 3)
+}
 ENGINES |= {
     f"ZeRO {number}, offloaded": stage(number, "--parallel.head.offload", what)
     for number, what in ((2, "optimizer"), (3, "all"))

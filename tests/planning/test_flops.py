@@ -3,8 +3,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bitlm_dist.codes import BitCodes, natural_codes
-from bitlm_dist.model.build import build_model
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.build import build_model
 from bitlm_dist.planning.flops import generation_flops, training_flops
 
 # one noise sample, several, one token per block, the paper (whose guidance doubles the passes), and

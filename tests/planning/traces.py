@@ -75,7 +75,12 @@ HEADS = {
     "replicated": ["--parallel.head.engine", "replicated"],
     **{f"ZeRO {stage}": ["--parallel.head.zero_stage", str(stage)] for stage in range(4)},
     **{
-        f"FSDP2 {stage}": ["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", str(stage)]
+        f"FSDP2 {stage}": [
+            "--parallel.head.engine",
+            "fsdp2",
+            "--parallel.head.zero_stage",
+            str(stage),
+        ]
         for stage in (2, 3)
     },
     "ZeRO 2 offloaded": ["--parallel.head.zero_stage", "2", "--parallel.head.offload", "optimizer"],

@@ -5,8 +5,8 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.build import build_model
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.build import build_model
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.trainer import Trainer
@@ -49,7 +49,7 @@ def test_draws_follow_what_the_teacher_says_after_the_text_before(tiny, seed):
             share.double(), law, rtol=0, atol=6 * (0.25 / (50 * steps)) ** 0.5
         )
 
-    alone = teacher.annotate(batch.microbatch(slice(1, 3)), 7).teacher_tokens
+    alone = teacher.annotate(batch.select(slice(1, 3)), 7).teacher_tokens
     assert torch.equal(alone, teacher.annotate(batch, 7).teacher_tokens[:, 1:]), (
         "any microbatch sees the same draws"
     )

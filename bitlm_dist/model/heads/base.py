@@ -20,8 +20,8 @@ AnyConditioning = TypeVar("AnyConditioning", bound="Conditioning")
 class Conditioning:
     """Conditioning derived from the hidden states.
 
-    It is computed once and reused for every noise sample and denoising step. Each head has a class
-    of its own with what else it needs; a field that starts with a block's dimensions is ``[N, ...]``.
+    It is computed once and reused for every noise sample and denoising step. A head may add fields:
+    tensors begin with N.
     """
 
     hidden_states: Tensor  # [N, M, D]

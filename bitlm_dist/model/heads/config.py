@@ -1,16 +1,20 @@
 """Config keys of the diffusion heads, one section per kind, and their rules."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from bitlm_dist.config_section import Section
+from bitlm_dist.config_section import Section, Trained
 
 
 class _HeadSection(Section):
     """The keys that every head has."""
 
+    marks = (Trained.MODEL,)
+
+    kind: str
+    """Head: the default's (bitlm), the paper's (paper), or one of experiments/ablation."""
     num_layers: int = Field(3, ge=1)
     """Number of Transformer layers."""
     hidden_size: int = Field(128, ge=1)
@@ -50,8 +54,8 @@ class AblationHeadConfig(BitLMHeadConfig):
     """The default's head without some of its items."""
 
     kind: Literal["ablation"] = "ablation"  # type: ignore[assignment]
-    ablation: str
-    """Name of a head in experiments/ablation, e.g. no_lookahead."""
+    ablation: str = ""
+    """head.kind = ablation: name of a head in experiments/ablation, e.g. no_lookahead."""
 
 
 class PaperHeadConfig(_HeadSection):
@@ -60,6 +64,14 @@ class PaperHeadConfig(_HeadSection):
     kind: Literal["paper"] = "paper"
 
 
+def _kind(value: Any) -> Any:
+    """The kind that a section names, or the default's."""
+    return value.get("kind", "bitlm") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
 HeadConfig = Annotated[
-    BitLMHeadConfig | PaperHeadConfig | AblationHeadConfig, Field(discriminator="kind")
+    Annotated[BitLMHeadConfig, Tag("bitlm")]
+    | Annotated[PaperHeadConfig, Tag("paper")]
+    | Annotated[AblationHeadConfig, Tag("ablation")],
+    Discriminator(_kind),
 ]

@@ -27,9 +27,7 @@ class PaperHead(AdaLNHead):
 
     def __init__(self, config: Config, num_bits: int) -> None:
         super().__init__(config, num_bits)
-        self.output = BitOutput(
-            num_bits, config.diffusion.loss, config.diffusion.time_distribution
-        )
+        self.output = BitOutput(num_bits, config.diffusion.loss, config.diffusion.time_distribution)
         self.final = Linear(config.head.hidden_size, num_bits)
         zero_linear(self.final)
 

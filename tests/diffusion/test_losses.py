@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from bitlm_dist.diffusion import losses
 from bitlm_dist.diffusion.process import (
@@ -68,12 +67,3 @@ def test_elbo_loss_of_the_channel_posterior_is_ln_2_a_bit(law):
 def test_time_density_integrates_to_one():
     t = torch.linspace(1e-4, 1 - 1e-4, 100_001, dtype=torch.float64)
     assert torch.trapezoid(time_density(t, "logit_normal"), t).item() == pytest.approx(1, abs=1e-4)
-
-
-def test_bce_is_torch_binary_cross_entropy(seed):
-    logits = torch.randn(5, 4, 12)
-    clean = torch.randn(5, 4, 12).sign()
-    expected = F.binary_cross_entropy_with_logits(
-        logits, (clean > 0).float(), reduction="none"
-    ).mean(-1)
-    torch.testing.assert_close(losses.bce_loss(clean, logits), expected)

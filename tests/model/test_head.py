@@ -1,6 +1,5 @@
 import pytest
 import torch
-from bitlm_dist.model.head import apply_readout
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.model.bitlm import BitLM
@@ -21,6 +20,19 @@ def denoised(head, noisy, t, context):
 PAPER = ("--preset", "paper", "--sampling.guidance", "1")
 
 
+def ablation(name, *overrides):
+    return "--head.kind", "ablation", "--head.ablation", name, *overrides
+
+
+NO_PASS = ("--diffusion.autoregressive_loss_weight", "0")
+BARE = ablation(
+    "bare",
+    *("--diffusion.context_loss_weight", "0", "--diffusion.next_token_loss_weight", "0"),
+    *NO_PASS,
+    *("--head.bits_per_group", "1", "--head.num_mixture_components", "1"),
+)
+
+
 def test_an_untrained_paper_head_outputs_zero(tiny, seed):
     head = head_of(tiny, *PAPER)
     context = head.condition(torch.randn(6, 4, 32))
@@ -31,7 +43,7 @@ def test_an_untrained_head_returns_the_context_logits(tiny, seed):
     head = head_of(tiny)
     context = head.condition(torch.randn(6, 4, 32))
     torch.testing.assert_close(
-        head(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.context_logits
+        head.denoise(torch.randn(6, 4, 9), torch.rand(6, 4), context), context.context_logits
     )
 
 
@@ -41,10 +53,9 @@ def test_a_shared_readout_reads_state_and_correction_with_one_map(tiny_model, se
     hidden = torch.randn(6, 4, 32)
     x = torch.randn(6, 4, head.final.in_features)
     context = head.condition(hidden)
-    states = (
-        hidden + torch.stack([look(hidden[:, -1]) for look in head.lookahead], 1) + head.positions
-    )
-    raw = apply_readout(x, context.context_logits, context.readout)
+    ahead = torch.stack([hidden[:, -1] @ matrix.T for matrix in head.lookahead.weight], 1)
+    states = hidden + ahead + head.positions
+    raw = head.read_out(x, context.context_logits, context)
 
     torch.testing.assert_close(raw, head.context_out(states + head.final(x)), rtol=1e-4, atol=1e-4)
 
@@ -60,7 +71,7 @@ def test_denoisers_of_many_steps_compute_what_one_pass_does(overrides, tiny_mode
         for t, step in zip(times, head.denoisers(context)(times[:, None, None]), strict=True):
             each = t.expand(6, 4)
             expected = head.output.denoise(
-                head(noisy, each, context), head.output.channel_logits(noisy, each)
+                head.denoise(noisy, each, context), head.output.channel_logits(noisy, each)
             )
             torch.testing.assert_close(step(noisy), expected, rtol=1e-4, atol=1e-4)
 
@@ -78,7 +89,7 @@ def test_weights_may_change_after_decoding(tiny_model, seed):
 def test_an_untrained_skip_head_is_the_channel_posterior(tiny, seed):
     from bitlm_dist.diffusion.process import half_channel_logits
 
-    head = head_of(tiny, *PAPER, "--head.channel_skip", "true", "--head.squash", "tanh")
+    head = head_of(tiny, *BARE)
     noisy = torch.randn(6, 4, 9)
     t = torch.rand(6, 4)
     out = denoised(head, noisy, t, head.condition(torch.randn(6, 4, 32)))
@@ -91,7 +102,7 @@ def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, se
     noisy = torch.randn(3, 4, 9, requires_grad=True)
     t = torch.rand(3, 4)
     hidden = torch.randn(3, 4, 32)
-    raw = head(noisy, t, head.condition(hidden))
+    raw = head.denoise(noisy, t, head.condition(hidden))
     (grad,) = torch.autograd.grad(raw[1, 2].square().sum(), noisy)
 
     assert not grad[0].any()
@@ -99,14 +110,13 @@ def test_blocks_do_not_see_each_other_but_their_tokens_do(recipe, tiny_model, se
     assert all(grad[1, i].any() for i in range(4))
 
 
-TABLES = ("--head.group_tables", "true")
-NO_TABLES = ("--head.group_tables", "false")
+NO_TABLES = ablation("no_group_tables")
 
 
 def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
     head = tiny_model(*NO_TABLES).head
     clean = torch.randn(3, 4, 9).sign().requires_grad_()
-    raw = head.autoregressive_logits(clean, head.condition(torch.randn(3, 4, 32)))
+    raw = head.autoregress(clean, head.condition(torch.randn(3, 4, 32)))
 
     for i in range(4):
         (grad,) = torch.autograd.grad(raw[1, i].square().sum(), clean, retain_graph=True)
@@ -117,13 +127,13 @@ def test_a_chain_sees_only_the_tokens_before(tiny_model, seed):
 
 def test_tables_show_a_group_the_one_before_it_and_no_other(tiny_model, seed):
     """Flipping a bit of group j changes group j + 1 of its token, and later tokens."""
-    head = tiny_model(*TABLES).head
+    head = tiny_model().head
     torch.nn.init.normal_(head.conditional_group_logits.rows)
     clean = torch.randn(1, 4, 9).sign()
     context = head.condition(torch.randn(1, 4, 32))
 
     def logits(bits):
-        return head.autoregressive_logits(bits, context)[..., head.output.num_components :].view(
+        return head.autoregress(bits, context)[..., head.output.num_components :].view(
             4, head.output.num_components, 3, 8
         )
 
@@ -138,17 +148,17 @@ def test_tables_show_a_group_the_one_before_it_and_no_other(tiny_model, seed):
 
 def test_the_chain_law_sums_to_one_over_all_tokens(tiny_model, seed):
     """Sum over all 2^9 bit vectors of the first token of a block."""
-    head = tiny_model(*TABLES).head
+    head = tiny_model().head
     torch.nn.init.normal_(head.conditional_group_logits.rows)
     every = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 9).unsqueeze(1).expand(-1, 4, -1)
     context = head.condition(torch.randn(1, 4, 32).expand(512, -1, -1))
-    log_prob = head.output.log_prob(head.autoregressive_logits(every, context), every)[:, 0]
+    log_prob = head.output.log_prob(head.autoregress(every, context), every)[:, 0]
     torch.testing.assert_close(log_prob.exp().sum(), torch.tensor(1.0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("block", ["1", "4"])
 def test_chain_samples_follow_the_chain_law(block, tiny_model, seed):
-    head = tiny_model("--model.block_size", block, *TABLES).head
+    head = tiny_model("--model.block_size", block).head
     torch.nn.init.normal_(head.conditional_group_logits.rows)
     count = 100_000
     hidden = torch.randn(1, int(block), 32)
@@ -165,7 +175,7 @@ def test_chain_samples_follow_the_chain_law(block, tiny_model, seed):
             .expand(-1, int(block), -1)
         )
         law = head.output.log_prob(
-            head.autoregressive_logits(every, head.condition(hidden.expand(512, -1, -1))), every
+            head.autoregress(every, head.condition(hidden.expand(512, -1, -1))), every
         )
 
     # frequencies of the 2^9 codes, against their probabilities
@@ -179,7 +189,7 @@ def test_chain_samples_follow_the_chain_law(block, tiny_model, seed):
     "overrides",
     [
         (),
-        ("--head.shared_readout", "false", *NO_TABLES, "--head.input_condition", "false"),
+        ablation("no_input_condition"),
         NO_TABLES,
     ],
 )
@@ -188,7 +198,7 @@ def test_a_chain_decoded_token_by_token_is_the_chain_of_one_pass(overrides, tiny
     clean = torch.randn(5, 4, 9).sign()
     context = head.condition(torch.randn(5, 4, 32))
     decoder = AutoregressiveDecoder(head, context)
-    whole = head.autoregressive_logits(clean, context)
+    whole = head.autoregress(clean, context)
 
     # a prompt may fix the token between, so positions can be skipped
     for i in (0, 1, 3):
@@ -197,12 +207,12 @@ def test_a_chain_decoded_token_by_token_is_the_chain_of_one_pass(overrides, tiny
 
 
 def test_left_to_right_shows_the_tokens_before_clean_and_the_others_as_noise(tiny_model, seed):
-    head = tiny_model("--diffusion.autoregressive_loss_weight", "0").head
+    head = tiny_model(*ablation("no_autoregressive_pass", *NO_PASS)).head
     bits = torch.randn(5, 4, 9)
     context = head.condition(torch.randn(5, 4, 32))
     t = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(5, 4)
     torch.testing.assert_close(
-        DenoisingDecoder(head, context)(2, bits), head(bits, t, context)[:, 2]
+        DenoisingDecoder(head, context)(2, bits), head.denoise(bits, t, context)[:, 2]
     )
 
 
@@ -212,7 +222,7 @@ def test_state_i_modulates_token_i(tiny_model, seed):
     for block in head.blocks:
         torch.nn.init.zeros_(block.attention_out.weight)
     hidden = torch.randn(1, 4, 32, requires_grad=True)
-    raw = head(torch.randn(1, 4, 9), torch.rand(1, 4), head.condition(hidden))
+    raw = head.denoise(torch.randn(1, 4, 9), torch.rand(1, 4), head.condition(hidden))
     (grad,) = torch.autograd.grad(raw[0, 2].square().sum(), hidden)
 
     assert [bool(grad[0, i].any()) for i in range(4)] == [False, False, True, False]
@@ -234,7 +244,7 @@ def test_a_dropped_context_is_the_null_state(tiny_model, seed):
 def test_modulation_layers_are_shared_by_runs_of_blocks(tiny):
     head = head_of(tiny, "--head.num_layers", "5", "--head.num_adaln_layers", "2")
     assert (len(head.blocks), len(head.modulations)) == (5, 2)
-    head(torch.randn(2, 4, 9), torch.rand(2, 4), head.condition(torch.randn(2, 4, 32)))
+    head.denoise(torch.randn(2, 4, 9), torch.rand(2, 4), head.condition(torch.randn(2, 4, 32)))
 
 
 def test_posteriors_and_losses_stay_fp32_with_weights_in_bf16(tiny_model, tiny, seed):
@@ -244,10 +254,10 @@ def test_posteriors_and_losses_stay_fp32_with_weights_in_bf16(tiny_model, tiny, 
     t = torch.rand(6, 4)
     hidden = torch.randn(6, 4, 32)
     clean = torch.randn(6, 4, 9).sign()
-    exact = head.output.log_prob(head.autoregressive_logits(clean, head.condition(hidden)), clean)
+    exact = head.output.log_prob(head.autoregress(clean, head.condition(hidden)), clean)
     cast_weights(model, tiny("--training.precision", "bf16"))
     context = head.condition(hidden.bfloat16())
-    raw = head(noisy, t, context)
+    raw = head.denoise(noisy, t, context)
     out = denoised(head, noisy, t, context)
 
     assert raw.dtype == torch.bfloat16
@@ -255,6 +265,6 @@ def test_posteriors_and_losses_stay_fp32_with_weights_in_bf16(tiny_model, tiny, 
     torch.testing.assert_close(out, head.output.denoise(raw, head.output.channel_logits(noisy, t)))
 
     # bf16 keeps 8 bits, so the value itself may differ by a few percent
-    log_prob = head.output.log_prob(head.autoregressive_logits(clean, context), clean)
+    log_prob = head.output.log_prob(head.autoregress(clean, context), clean)
     assert log_prob.dtype == torch.float32
     torch.testing.assert_close(log_prob, exact, rtol=0.05, atol=0.05)

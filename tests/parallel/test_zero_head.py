@@ -274,7 +274,7 @@ def test_another_version_of_deepspeed_is_refused(monkeypatch):
 
     with pytest.raises(
         UserError,
-        match=r"parallel.head.engine = deepspeed: DeepSpeed 0.18.2 is installed, but tested is 0.19.8",
+        match=r"head.engine = deepspeed: DeepSpeed 0.18.2 is installed, but tested is 0.19.8",
     ):
         check_head_engine(config, two)
 

@@ -17,7 +17,6 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.inference.config import SamplingConfig, sampling_problems
 from bitlm_dist.model.config import DiffusionConfig, ModelConfig, objective_problems
-from bitlm_dist.model.heads.config import AblationHeadConfig as AblationHeadConfig
 from bitlm_dist.model.heads.config import BitLMHeadConfig, HeadConfig
 from bitlm_dist.parallel.config import ParallelConfig, layout_problems
 from bitlm_dist.training.config import (

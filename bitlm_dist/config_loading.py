@@ -6,7 +6,7 @@ from copy import copy
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Union
 
 import yaml
 from pydantic import ValidationError
@@ -261,7 +261,7 @@ def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[Ke
     """Yield every key, in the order of the fields."""
     for name, field in section.model_fields.items():
         key = f"{prefix}{name}"
-        inner = model_classes(field.annotation)
+        inner = [each for each in model_classes(field.annotation) if issubclass(each, Section)]
         if not inner:
             yield KeyField(key, field, (*field.metadata, *section.marks))
             continue
@@ -272,7 +272,7 @@ def all_fields(section: type[Section] = Config, prefix: str = "") -> Iterator[Ke
             first = fields.setdefault(found.key, found)
             if first.field.annotation != found.field.annotation:
                 merged = copy(first.field)
-                merged.annotation = first.field.annotation | found.field.annotation
+                merged.annotation = Union[first.field.annotation, found.field.annotation]  # type: ignore[assignment]  # noqa: UP007
                 fields[found.key] = first._replace(field=merged)
         yield from fields.values()
 

@@ -17,6 +17,7 @@ from bitlm_dist.diffusion.process import logit_normal_time
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.config import BackboneConfig
 from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.heads.build import build_head
 from bitlm_dist.model.torch_layer import LayerWeights, rotary_cos_sin, transformer_layer
 
@@ -131,6 +132,8 @@ class PlainBitLM(nn.Module):
         clean = bits.unflatten(1, (-1, m))[:, 1:].flatten(0, 1)
         conditioning = self.head.condition(hidden.unflatten(1, (-1, m))[:, :-1].flatten(0, 1))
         loss = weights["denoising"] * self._denoising_loss(clean, conditioning)
+        if not isinstance(self.head, BitLMHead):
+            return loss
 
         if "context" in weights:
             loss = loss + weights["context"] * self._nll(conditioning.context_logits, clean)

@@ -26,7 +26,8 @@ from bitlm_dist.diffusion.sampler import (
 )
 from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.head import Conditioning
+from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.bitlm import BitLMConditioning, BitLMHead
 from bitlm_dist.model.in_block_decoding import AutoregressiveDecoder, DenoisingDecoder
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.model.softmax_lm import SoftmaxLM
@@ -117,7 +118,8 @@ def _sample_left_to_right(
     num_blocks, num_tokens, num_bits = shape
 
     decoder: AutoregressiveDecoder | DenoisingDecoder
-    if "autoregressive" in head.loss_terms:
+    if isinstance(head, BitLMHead) and "autoregressive" in head.loss_terms:
+        assert isinstance(conditioning, BitLMConditioning)
         # this pass reads no noise
         start = torch.zeros(shape, device=conditioning.hidden_states.device)
         decoder = AutoregressiveDecoder(head, conditioning)

@@ -19,6 +19,7 @@ from bitlm_dist.model.batch import Batch, rows_and_columns
 from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
 from bitlm_dist.model.head_loss import HeadBatch, HeadLoss
 from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.heads.build import build_head
 from bitlm_dist.model.initialization import seeded_init
 from bitlm_dist.model.language_model import (
@@ -172,7 +173,7 @@ class BitLM(LanguageModel):
             other_context = targets.context_hidden.roll(len(clean) // 2, 0)
             shuffled_context_nats = bound(head.condition(other_context)).nelbo[valid]
 
-        if "autoregressive" in head.loss_terms:
+        if isinstance(head, BitLMHead) and "autoregressive" in head.loss_terms:
             autoregressive_nats = -head.output.log_prob(
                 head.autoregress(clean, conditioning), clean
             )[valid]

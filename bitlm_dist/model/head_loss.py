@@ -7,7 +7,7 @@ teacher per token, T states whose next token carries loss, A noise samples.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.diffusion.process import NoiseDistribution, sample_noisy
 from bitlm_dist.model.heads.base import Conditioning, Head
+from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.loss_terms import (
     NUM_NOISE_LEVELS,
     LossTerms,
@@ -51,7 +52,7 @@ class HeadLoss(nn.Module):
         head: becomes a submodule; its parameters are this module's only parameters.
     """
 
-    def __init__(self, config: Config, codes: BitCodes, head: Head) -> None:
+    def __init__(self, config: Config, codes: BitCodes, head: Head[Any]) -> None:
         super().__init__()
         self.head = head
         self.codes = codes
@@ -114,11 +115,13 @@ class HeadLoss(nn.Module):
         logits = self.head.denoise(noisy, t, conditioning.expand(len(noisy)))
         return self.head.output.loss(logits, noisy, t, clean.expand(noisy.shape))
 
-    def _block_losses(
-        self, clean: Tensor, conditioning: Mapping[bool, Conditioning]
-    ) -> dict[str, Tensor]:
+    def _block_losses(self, clean: Tensor, conditioning: Mapping[bool, Any]) -> dict[str, Tensor]:
         """Losses [N, M] that see no noise, of bits [1 + R, N, M, K]."""
-        losses = {}
+        losses: dict[str, Tensor] = {}
+        head = self.head
+        if not isinstance(head, BitLMHead):
+            return losses
+
         # The context logits must predict the block on their own.
         if "context" in self.weights:
             given = conditioning["context" in self.detached]
@@ -126,12 +129,13 @@ class HeadLoss(nn.Module):
         if "autoregressive" in self.weights:
             given = conditioning["autoregressive" in self.detached]
             losses["autoregressive"] = self._cross_entropy(
-                self.head.autoregress(clean[0], given, clean), clean
+                head.autoregress(clean[0], given, clean), clean
             )
         return losses
 
     def _next_token_loss(self, batch: HeadBatch) -> Tensor:
         """Loss [T] of the token after each state."""
+        assert isinstance(self.head, BitLMHead)
         states = batch.states.detach() if "next_token" in self.detached else batch.states
         return self._cross_entropy(
             self.head.next_token_logits(states), self.codes.ids_to_bits(batch.next_tokens)

@@ -5,6 +5,8 @@ One decoder runs the head's autoregressive pass with a key-value cache, the othe
 Legend: N blocks, M tokens per block, K bits, D hidden size of the backbone, W of the head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -78,7 +80,7 @@ class DenoisingDecoder:
     Training with per-token noise covers these inputs.
     """
 
-    def __init__(self, head: Head, conditioning: Conditioning) -> None:
+    def __init__(self, head: Head[Any], conditioning: Conditioning) -> None:
         self._head = head
         self._conditioning = conditioning
 

@@ -195,7 +195,8 @@ class HeadFlops:
         # the rows of the tables that a token reads, and the state they are multiplied with
         tables = flops("conditional_group_logits.")
         if tables:
-            tables = tables / 2**config.head.bits_per_group + flops("final.")
+            patterns = head.get_parameter("conditional_group_logits.rows").shape[1]
+            tables = tables / patterns + flops("final.")
         return cls(
             loss_terms=tuple(head.loss_terms),
             conditioning=flops("context_in.") + lookahead,

@@ -12,7 +12,7 @@ from typing_extensions import override
 from bitlm_dist.config import Config
 from bitlm_dist.kernels.skinny_linear import Linear
 from bitlm_dist.model.heads.bitlm import BitLMConditioning, BitLMHead, Readout
-from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
+from bitlm_dist.model.heads.blocks import Modulation, zero_linear
 
 
 class NoGroupTables(BitLMHead):
@@ -111,12 +111,15 @@ class NoPosteriorInput(PlainConditioning):
 class Bare(NoPosteriorInput):
     """The paper's head on the mixture's logits: no context logits."""
 
-    loss_terms = ("denoising",)  # type: ignore[assignment]
-
     @override
     def build_inputs(self, config: Config, num_bits: int) -> None:
         super().build_inputs(config, num_bits)
         del self.context_out
+
+    @property
+    @override
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("denoising",)
 
     @override
     def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> BitLMConditioning:
@@ -157,7 +160,7 @@ class NoInputCondition(BitLMHead):
         return torch.zeros((), device=modulation.adaln_input.device)
 
 
-HEADS: dict[str, type[AdaLNHead]] = {
+HEADS: dict[str, type[BitLMHead]] = {
     "no_group_tables": NoGroupTables,
     "no_autoregressive_pass": NoAutoregressivePass,
     "own_readout": OwnReadout,

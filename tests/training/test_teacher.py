@@ -70,7 +70,7 @@ def test_context_and_chain_learn_the_drawn_tokens_after_the_text(tiny_model, see
     def learnt(block_tokens, text, place):
         bits = model.codes.ids_to_bits(block_tokens)
         text_bits = model.codes.ids_to_bits(text)
-        both = law(model.head.autoregressive_logits(bits, conditioning), bits)
+        both = law(model.head.autoregress(bits, conditioning), bits)
         both = both + law(conditioning.context_logits, bits)
         after = model.head.next_token_logits(hidden[:, 3:-1])  # of all tokens after the first block
         return both[:, place].sum() + (0.5 * law(after, text_bits).sum() if place == 0 else 0)

@@ -4,16 +4,17 @@ Legend: N blocks (any leading shape), M tokens per block, K bits, D hidden size 
 W hidden size of the head.
 """
 
-from contextlib import AbstractContextManager
+from abc import abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
 from bitlm_dist.diffusion.outputs import OutputDistribution
 from bitlm_dist.diffusion.sampler import Denoisers
 
-AnyConditioning = TypeVar("AnyConditioning", bound="Conditioning")
+C = TypeVar("C", bound="Conditioning")
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Conditioning:
     hidden_states: Tensor  # [N, M, D]
     projected: Tensor  # [N, M, W]
 
-    def expand(self: AnyConditioning, num_noise_samples: int) -> AnyConditioning:
+    def expand(self: C, num_noise_samples: int) -> C:
         """Repeat for several noise samples: [num_noise_samples, N, M, ...]."""
         per_block = {
             field.name: value.expand(num_noise_samples, *value.shape)
@@ -37,8 +38,8 @@ class Conditioning:
         return replace(self, **per_block)
 
 
-class Head(Protocol):
-    """A diffusion head, an ``nn.Module``.
+class Head(nn.Module, Generic[C]):
+    """A diffusion head, with conditioning of class C.
 
     Call ``conditioning = head.condition(hidden)`` once, then :meth:`denoise` for every noise level;
     ``head.output`` interprets the result, called raw output.
@@ -46,37 +47,44 @@ class Head(Protocol):
     Attributes:
         output: the distribution of a token's bits, given the raw output.
         blocks: the Transformer layers, which an engine may gather one by one.
-        loss_terms: terms of the loss that the head can be trained with, of
-            :data:`~bitlm_dist.model.loss_terms.TERMS`.
     """
 
     output: OutputDistribution
     blocks: nn.ModuleList
-    loss_terms: tuple[str, ...]
 
-    def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> Conditioning:
+    @property
+    @abstractmethod
+    def loss_terms(self) -> tuple[str, ...]:
+        """Terms of the loss that the head can be trained with.
+
+        Of :data:`~bitlm_dist.model.loss_terms.TERMS`; those but ``denoising`` need the methods of
+        :class:`~bitlm_dist.model.heads.bitlm.BitLMHead`.
+        """
+
+    @abstractmethod
+    def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> C:
         """Compute the conditioning from the hidden states of the previous block.
 
         Args:
             hidden: [N, M, D], C in the paper.
             keep_mask: [N]; blocks where it is False get the learned null embedding instead.
         """
-        ...
 
-    def unconditional(self, conditioning: Conditioning) -> Conditioning:
+    @abstractmethod
+    def unconditional(self, conditioning: C) -> C:
         """Conditioning of the null embedding, shaped like ``conditioning``, for guidance."""
-        ...
 
-    def denoise(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
+    @abstractmethod
+    def denoise(self, noisy: Tensor, t: Tensor, conditioning: C) -> Tensor:
         """Compute the raw output [N, M, num_logits].
 
         Args:
             noisy: bits [N, M, K].
             t: times that broadcast to [N, M].
         """
-        ...
 
-    def denoisers(self, conditioning: Conditioning) -> Denoisers:
+    @abstractmethod
+    def denoisers(self, conditioning: C) -> Denoisers:
         """Build the denoisers that a sampler calls.
 
         Work that is independent of the noise is done once, and work that is independent of the bits
@@ -86,8 +94,7 @@ class Head(Protocol):
             A function from times [S, N, M], or times that broadcast to it, to S functions, each of
             which maps noisy bits [N, M, K] to A0_hat, the estimate of the clean bits.
         """
-        ...
 
     def decoding(self) -> AbstractContextManager[None]:
         """Context that caches what depends on the weights alone; they must not change in it."""
-        ...
+        return nullcontext()

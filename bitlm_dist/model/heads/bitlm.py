@@ -14,13 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bitlm_dist.config import BitLMHeadConfig, Config
+from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import MixtureOutput
 from bitlm_dist.kernels.skinny_linear import Linear, linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.conditional_group_logits import ConditionalGroupLogits
 from bitlm_dist.model.heads.base import Conditioning
 from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
+from bitlm_dist.model.heads.config import PaperHeadConfig
 
 Readout = tuple[Tensor, Tensor]  # weight [num_logits, W] and bias [num_logits]
 
@@ -56,14 +57,14 @@ class Lookahead(nn.Module):
         return states + linear(states, self.weight[0])
 
 
-class BitLMHead(AdaLNHead):
+class BitLMHead(AdaLNHead[BitLMConditioning]):
     """Corrects the context logits by what noisy bits, or the earlier tokens of the block, tell.
 
     An untrained head returns the context logits alone. The comments name the items of the recipe.
     """
 
     output: MixtureOutput
-    lookahead: nn.Module
+    lookahead: Lookahead
 
     def __init__(self, config: Config, num_bits: int) -> None:
         super().__init__(config, num_bits)
@@ -73,7 +74,7 @@ class BitLMHead(AdaLNHead):
     @override
     def build_inputs(self, config: Config, num_bits: int) -> None:
         head = config.head
-        assert isinstance(head, BitLMHeadConfig)
+        assert not isinstance(head, PaperHeadConfig)
         width = head.hidden_size
         state_size = config.model.backbone.hidden_size
         self.block_size = config.model.block_size
@@ -111,8 +112,8 @@ class BitLMHead(AdaLNHead):
         self.conditional_group_logits = ConditionalGroupLogits(self.output, state_size)
 
     @property
+    @override
     def loss_terms(self) -> tuple[str, ...]:
-        """See :class:`~bitlm_dist.model.heads.base.Head`."""
         if self.block_size > 1:
             return ("denoising", "context", "autoregressive", "next_token")
         # Here the context logits are those of the next token, and only the group tables have
@@ -180,8 +181,8 @@ class BitLMHead(AdaLNHead):
         """What is added to the input of tokens at ``positions``, [N, M, W]."""
         return modulation.adaln_input + self.position_bias[positions]
 
+    @override
     def denoise(self, noisy: Tensor, t: Tensor, conditioning: BitLMConditioning) -> Tensor:
-        """See :meth:`~bitlm_dist.model.heads.base.Head.denoise`."""
         posterior = self.output.posterior_features(
             conditioning.context_logits, self.output.channel_logits(noisy, t)
         )

@@ -7,8 +7,8 @@ W hidden size of the head, H attention heads, S noise levels.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from bitlm_dist.compilation import compiled_region
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.sampler import Denoisers, DenoiseStep
 from bitlm_dist.kernels import in_block_attention
 from bitlm_dist.kernels.skinny_linear import Linear
-from bitlm_dist.model.heads.base import Conditioning
+from bitlm_dist.model.heads.base import C, Conditioning, Head
 
 TIMESTEP_EMBEDDING_DIM = 256
 
@@ -128,7 +129,7 @@ class AdaLNBlock(nn.Module):
         return torch.addcmul(x, gate2, self.down(_swiglu(self.gate_up(modulated))))
 
 
-class AdaLNHead(nn.Module):
+class AdaLNHead(Head[C]):
     """What all heads share: inputs, modulation and layers. Heads derive from it.
 
     Modulation starts at zero, so all gates are closed in an untrained head.
@@ -173,14 +174,10 @@ class AdaLNHead(nn.Module):
             return hidden
         return torch.where(keep_mask[..., None, None], hidden, self.null_embedding)
 
-    def unconditional(self, conditioning: Conditioning) -> Conditioning:
-        """See :meth:`~bitlm_dist.model.heads.base.Head.unconditional`."""
+    @override
+    def unconditional(self, conditioning: C) -> C:
         null = self.null_embedding.expand(*conditioning.projected.shape[:-1], -1)
         return self.condition(null)
-
-    def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> Conditioning:
-        """See :meth:`~bitlm_dist.model.heads.base.Head.condition`."""
-        raise NotImplementedError
 
     def modulate(self, t: Tensor, conditioning: Conditioning) -> Modulation:
         """Compute the modulation of every layer at times t, which broadcast to [N, M]."""
@@ -220,14 +217,12 @@ class AdaLNHead(nn.Module):
 
         return _norm_and_modulate(x, *modulation.final_modulation.chunk(2, -1))
 
-    def estimator(
-        self, conditioning: Conditioning
-    ) -> Callable[[Tensor, Modulation, Tensor], Tensor]:
-        """A function from t, its modulation and noisy bits [N, M, K] to A0_hat."""
-        raise NotImplementedError
+    @abstractmethod
+    def estimator(self, conditioning: C) -> Callable[[Tensor, Modulation, Tensor], Tensor]:
+        """Build a function from t, its modulation and noisy bits [N, M, K] to A0_hat."""
 
-    def denoisers(self, conditioning: Conditioning) -> Denoisers:
-        """See :meth:`~bitlm_dist.model.heads.base.Head.denoisers`."""
+    @override
+    def denoisers(self, conditioning: C) -> Denoisers:
         estimate = self.estimator(conditioning)
 
         def denoise_steps(times: Tensor) -> list[DenoiseStep]:
@@ -238,10 +233,6 @@ class AdaLNHead(nn.Module):
             ]
 
         return denoise_steps
-
-    def decoding(self) -> AbstractContextManager[None]:
-        """See :meth:`~bitlm_dist.model.heads.base.Head.decoding`."""
-        return nullcontext()
 
 
 def zero_linear(layer: nn.Module) -> None:

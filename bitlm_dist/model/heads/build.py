@@ -5,21 +5,24 @@ import sys
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from bitlm_dist.config import AblationHeadConfig, Config
+from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.heads.base import Head
 from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.heads.blocks import AdaLNHead
+from bitlm_dist.model.heads.config import AblationHeadConfig
 from bitlm_dist.model.heads.paper import PaperHead
 
 # The heads of the study are not installed with the package: they lie beside it in a checkout.
 ABLATIONS = Path(__file__).parents[3] / "experiments" / "ablation" / "heads.py"
 
 
-def build_head(config: Config, num_bits: int) -> AdaLNHead:
+def build_head(config: Config, num_bits: int) -> Head[Any]:
     """Build the head that ``head.kind`` names.
 
     Raises:
@@ -29,7 +32,7 @@ def build_head(config: Config, num_bits: int) -> AdaLNHead:
 
     weighted = config.diffusion.loss_weights(("context", "autoregressive", "next_token"))
     missing = [term for term in weighted if term not in head.loss_terms]
-    if missing and config.head.kind == "ablation" and config.model.block_size > 1:
+    if missing and isinstance(config.head, AblationHeadConfig) and config.model.block_size > 1:
         raise UserError(
             f"diffusion.{missing[0]}_loss_weight = {weighted[missing[0]]}: "
             f"head.ablation = {config.head.ablation} has no such loss: use 0"
@@ -37,7 +40,7 @@ def build_head(config: Config, num_bits: int) -> AdaLNHead:
     return head
 
 
-def head_class(config: Config) -> type[AdaLNHead]:
+def head_class(config: Config) -> type[AdaLNHead[Any]]:
     """The class of the head that ``head.kind`` names.
 
     Raises:
@@ -50,14 +53,14 @@ def head_class(config: Config) -> type[AdaLNHead]:
     return BitLMHead
 
 
-def _ablation(name: str) -> type[AdaLNHead]:
+def _ablation(name: str) -> type[AdaLNHead[Any]]:
     if not ABLATIONS.is_file():
         raise UserError(
             f"head.ablation = {name}: the heads of the study are in a checkout of the repository, "
             "in experiments/ablation, and not in the installed package: run from there"
         )
 
-    heads: dict[str, type[AdaLNHead]] = _load(ABLATIONS).HEADS
+    heads: dict[str, type[AdaLNHead[Any]]] = _load(ABLATIONS).HEADS
     if name not in heads:
         raise UserError(f"head.ablation = {name} does not exist; there are {', '.join(heads)}")
     return heads[name]
@@ -74,7 +77,7 @@ def _load(file: Path) -> ModuleType:
     return module
 
 
-def meta_head(config: Config, num_bits: int) -> AdaLNHead:
+def meta_head(config: Config, num_bits: int) -> Head[Any]:
     """Build the head on the meta device, which allocates no memory."""
     with torch.device("meta"):
         return build_head(config, num_bits)

@@ -39,21 +39,26 @@ class _HeadSection(Section):
             )
 
 
-class BitLMHeadConfig(_HeadSection):
-    """The head of the preset `default`: the paper's with the items of docs/recipe.md."""
+class _MixtureHeadSection(_HeadSection):
+    """The keys of a head whose output is a mixture of products over bit groups."""
 
-    kind: Literal["bitlm"] = "bitlm"
-    """Head: the default's (bitlm), the paper's (paper), or one of experiments/ablation."""
     bits_per_group: int = Field(6, ge=1, le=12)
     """Bits per group (g) of the output distribution, a mixture of products over bit groups."""
     num_mixture_components: int = Field(8, ge=1)
     """Number of mixture components (M), each a product over the bit groups."""
 
 
-class AblationHeadConfig(BitLMHeadConfig):
+class BitLMHeadConfig(_MixtureHeadSection):
+    """The head of the preset `default`: the paper's with the items of docs/recipe.md."""
+
+    kind: Literal["bitlm"] = "bitlm"
+    """Head: the default's (bitlm), the paper's (paper), or one of experiments/ablation."""
+
+
+class AblationHeadConfig(_MixtureHeadSection):
     """The default's head without some of its items."""
 
-    kind: Literal["ablation"] = "ablation"  # type: ignore[assignment]
+    kind: Literal["ablation"] = "ablation"
     ablation: str = ""
     """head.kind = ablation: name of a head in experiments/ablation, e.g. no_lookahead."""
 

@@ -16,14 +16,12 @@ from bitlm_dist.model.heads.base import Conditioning
 from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
 
 
-class PaperHead(AdaLNHead):
+class PaperHead(AdaLNHead[Conditioning]):
     """Predicts the clean bits themselves: A0_hat = Head(A_t, t; C).
 
     State i of the previous block modulates token i, together with the time. An untrained head
     predicts zero.
     """
-
-    loss_terms = ("denoising",)
 
     def __init__(self, config: Config, num_bits: int) -> None:
         super().__init__(config, num_bits)
@@ -31,13 +29,18 @@ class PaperHead(AdaLNHead):
         self.final = Linear(config.head.hidden_size, num_bits)
         zero_linear(self.final)
 
+    @property
+    @override
+    def loss_terms(self) -> tuple[str, ...]:
+        return ("denoising",)
+
     @override
     def condition(self, hidden: Tensor, keep_mask: Tensor | None = None) -> Conditioning:
         hidden = self.keep_or_null(hidden, keep_mask)
         return Conditioning(hidden, self.context_in(hidden))
 
+    @override
     def denoise(self, noisy: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
-        """A0_hat [N, M, K]; see :meth:`~bitlm_dist.model.heads.base.Head.denoise`."""
         return self._predict(noisy, self.modulate(t, conditioning))
 
     def _predict(self, noisy: Tensor, modulation: Modulation) -> Tensor:

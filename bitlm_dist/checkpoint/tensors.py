@@ -38,6 +38,8 @@ _RENAMED_WEIGHTS = {
     "before_in": "previous_token_in",
     "tables": "conditional_group_logits",
 }
+# Before 0.3.0, the lookahead of each position was a tensor of its own.
+_OLD_LOOKAHEAD = re.compile(r"((?:model|optimizer)\.head\.lookahead)\.([0-9]+)(\.weight.*)")
 _OLD_WEIGHT = re.compile(rf"^((?:model|optimizer)\.head)\.({'|'.join(_RENAMED_WEIGHTS)})\b")
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
@@ -202,11 +204,15 @@ def index_text(files: Mapping[str, Sequence[ShardEntry]]) -> str:
 
 @dataclass(frozen=True)
 class TensorIndex:
-    """A tensor in a checkpoint: dtype, shape, and its shards, each with the file that holds it."""
+    """A tensor in a checkpoint: dtype, shape, and its shards.
+
+    Each shard has the file that holds it and, if the file has a part of the tensor as a tensor of
+    its own, the index of that part along the first dimension.
+    """
 
     dtype: torch.dtype
     shape: torch.Size
-    shards: Sequence[tuple[ShardEntry, str]]
+    shards: Sequence[tuple[ShardEntry, str, tuple[int, ...]]]
 
 
 def read_index(folder: Path) -> dict[str, TensorIndex]:
@@ -221,6 +227,7 @@ def read_index(folder: Path) -> dict[str, TensorIndex]:
                     name, tensor["dtype"], shape, tuple(shard["start"]), tuple(shard["shape"])
                 ),
                 shard["file"],
+                (),
             )
             for shard in tensor["slices"]
         ]
@@ -228,7 +235,31 @@ def read_index(folder: Path) -> dict[str, TensorIndex]:
         index[current_name(name)] = TensorIndex(
             TORCH_DTYPES[tensor["dtype"]], torch.Size(shape), shards
         )
-    return index
+    return _stack_lookahead(index)
+
+
+def _stack_lookahead(index: Mapping[str, TensorIndex]) -> dict[str, TensorIndex]:
+    """Present tensors of which an older checkpoint holds the parts as the stacks that they are."""
+    stacked: dict[str, TensorIndex] = {}
+    parts: dict[str, dict[int, TensorIndex]] = defaultdict(dict)
+    for name, tensor in index.items():
+        if match := _OLD_LOOKAHEAD.fullmatch(name):
+            parts[f"{match[1]}{match[3]}"][int(match[2])] = tensor
+        else:
+            stacked[name] = tensor
+
+    for name, tensors in parts.items():
+        first = tensors[0]
+        stacked[name] = first
+        if first.shape:  # all parts have the same step count
+            shards = [
+                (entry, file, (number,))
+                for number, tensor in tensors.items()
+                for entry, file, _ in tensor.shards
+            ]
+            shape = torch.Size((len(tensors), *first.shape))
+            stacked[name] = TensorIndex(first.dtype, shape, shards)
+    return stacked
 
 
 def current_name(name: str) -> str:
@@ -246,16 +277,17 @@ class Overlap(NamedTuple):
 
 def _overlaps(stored: TensorIndex, wanted: Shard) -> Iterator[tuple[str, Overlap]]:
     """Yield the file and the rectangle of every saved shard that overlaps with a wanted one."""
-    for entry, file in stored.shards:
+    for entry, file, part in stored.shards:
         # In coordinates of the full tensor.
-        begin = [max(a, b) for a, b in zip(entry.offsets, wanted.offsets, strict=True)]
-        ends = zip(entry.offsets, entry.sizes, wanted.offsets, wanted.tensor.shape, strict=True)
+        offsets = (*part, *entry.offsets)
+        sizes = (*(1 for _ in part), *entry.sizes)
+        begin = [max(a, b) for a, b in zip(offsets, wanted.offsets, strict=True)]
+        ends = zip(offsets, sizes, wanted.offsets, wanted.tensor.shape, strict=True)
         end = [min(a + m, b + n) for a, m, b, n in ends]
 
         if all(b < e for b, e in zip(begin, end, strict=True)):
-            source = tuple(
-                slice(b - a, e - a) for a, b, e in zip(entry.offsets, begin, end, strict=True)
-            )
+            source = tuple(slice(b - a, e - a) for a, b, e in zip(offsets, begin, end, strict=True))
+            source = source[len(part) :]
             target = tuple(
                 slice(b - a, e - a) for a, b, e in zip(wanted.offsets, begin, end, strict=True)
             )

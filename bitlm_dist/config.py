@@ -3,9 +3,9 @@
 Precedence, lowest first: field defaults, preset, YAML file, dotted command-line overrides.
 
 The field defaults are the preset ``default``, the recipe that measures best.
-``configs/presets/paper.yaml`` is the literal paper. Each section is declared beside its owner, with
-its rules: `data/config.py`, `model/config.py` and so on. The docstring under a field is its help
-text.
+``configs/presets/paper.yaml`` is the literal paper. Each section is declared beside its owner, in
+`data/config.py`, `model/config.py` and so on, with its rules. The docstring under a field is its
+help text.
 """
 
 from collections.abc import Iterator

@@ -13,7 +13,10 @@ from bitlm_dist.config_loading import (
     unflatten,
 )
 from bitlm_dist.errors import UserError
-from bitlm_dist.renamed_keys import RENAMED_KEYS
+from bitlm_dist.renamed_keys import REMOVED_KEYS, RENAMED_KEYS, last_name
+
+# Each old name of a key with its name of today.
+NAMES_NOW = {old: last_name(old) for old in RENAMED_KEYS if last_name(old) not in REMOVED_KEYS}
 
 
 def test_layers_win_in_order_and_are_remembered(tmp_path):
@@ -210,25 +213,25 @@ def test_bad_files_are_named(tmp_path):
 
 def test_every_renamed_key_has_a_name_now_and_no_other():
     keys = set(all_keys())
-    assert set(RENAMED_KEYS.values()) <= keys
+    assert set(NAMES_NOW.values()) <= keys
     assert not set(RENAMED_KEYS) & keys
     assert len(set(RENAMED_KEYS.values())) == len(RENAMED_KEYS)
 
 
-@pytest.mark.parametrize("old", RENAMED_KEYS)
+@pytest.mark.parametrize("old", NAMES_NOW)
 def test_an_old_key_is_refused_with_its_new_name(old, tmp_path):
     """Even in a file config.yaml, if its folder is no run."""
     file = tmp_path / "config.yaml"
-    value = dict(flatten(load_config(None).config.model_dump(mode="json")))[RENAMED_KEYS[old]]
+    value = dict(flatten(load_config(None).config.model_dump(mode="json")))[NAMES_NOW[old]]
     for text in (f"{old}: {value}", yaml.safe_dump(unflatten({old: value}))):
         file.write_text(text)
         line = len(text.splitlines())
 
-        with pytest.raises(UserError, match=f"renamed to {RENAMED_KEYS[old]}$") as caught:
+        with pytest.raises(UserError, match=f"renamed to {NAMES_NOW[old]}$") as caught:
             load_config(file)
         assert str(caught.value).startswith(f"unknown key {old} ({file}:{line}): ")
     for words in ([f"--{old}", str(value)], [f"--{old}={value}"]):
-        with pytest.raises(UserError, match=f"renamed to {RENAMED_KEYS[old]}$") as caught:
+        with pytest.raises(UserError, match=f"renamed to {NAMES_NOW[old]}$") as caught:
             load_config(None, words)
         assert str(caught.value).startswith(f"unknown key {old} (command line): ")
         assert "\n" not in str(caught.value)
@@ -236,7 +239,7 @@ def test_an_old_key_is_refused_with_its_new_name(old, tmp_path):
 
 def of_an_earlier_version(config):
     """Serialize a config as the version before the renaming did."""
-    old_names = {new: old for old, new in RENAMED_KEYS.items()}
+    old_names = {new: old for old, new in NAMES_NOW.items()}
     values = dict(flatten(yaml.safe_load(to_yaml(config))))
     return yaml.safe_dump(
         unflatten({old_names.get(key, key): value for key, value in values.items()})

@@ -13,6 +13,7 @@ from bitlm_dist.config_loading import (
     unflatten,
 )
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.heads.config import BitLMHeadConfig
 from bitlm_dist.renamed_keys import REMOVED_KEYS, RENAMED_KEYS, last_name
 
 # Each old name of a key with its name of today.
@@ -50,11 +51,10 @@ def test_the_preset_paper_is_the_literal_paper():
         "diffusion.time_distribution": "uniform",
         "diffusion.num_noise_samples": 1,
         "diffusion.per_token_noise_prob": 0.0,
-        "head.output": "bits",
-        "head.squash": "none",
-        "head.channel_skip": False,
-        "head.context_logits": False,
-        "head.posterior_input": False,
+        "head.kind": "paper",
+        "diffusion.context_loss_weight": 0.0,
+        "diffusion.autoregressive_loss_weight": 0.0,
+        "diffusion.next_token_loss_weight": 0.0,
         "sampling.sampler": "ode",
         "sampling.steps": 15,
         "sampling.guidance": 9.0,
@@ -67,17 +67,8 @@ def test_the_preset_paper_is_the_literal_paper():
 
 def test_the_default_is_the_recipe():
     c = load_config(None).config
-    assert (c.model.codes, c.head.output, c.head.bits_per_group, c.head.num_mixture_components) == (
-        "octave",
-        "mixture",
-        6,
-        8,
-    )
-    assert (c.head.context_logits, c.head.posterior_input, c.optimizer.matrix_optimizer) == (
-        True,
-        True,
-        "muon",
-    )
+    assert c.head == BitLMHeadConfig(bits_per_group=6, num_mixture_components=8)
+    assert (c.model.codes, c.optimizer.matrix_optimizer) == ("octave", "muon")
     assert 0.5 <= c.diffusion.per_token_noise_prob <= 0.7
     assert c.sampling.sampler == "sequential"
 
@@ -91,7 +82,9 @@ def test_a_saved_config_reads_back(tmp_path):
     config = load_config(Path("quickstart"), ["--preset", "paper"]).config
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load_run_config(tmp_path) == config
-    assert set(dict(flatten(yaml.safe_load(to_yaml(config))))) == set(all_keys())
+    of_other_heads = {"head.bits_per_group", "head.num_mixture_components", "head.ablation"}
+    keys = set(dict(flatten(yaml.safe_load(to_yaml(config)))))
+    assert keys == set(all_keys()) - of_other_heads
 
 
 def test_every_key_that_scripts_rely_on_exists():
@@ -144,18 +137,34 @@ BAD = [
     ),
     (["--model.backbone.head_dim", "31"], "must be even"),
     (["--head.num_adaln_layers", "9"], "head.num_adaln_layers = 9 exceeds head.num_layers"),
-    (["--diffusion.loss", "x"], "diffusion.loss = x needs head.output = bits"),
+    (["--diffusion.loss", "x"], "diffusion.loss = x: head.kind = bitlm is trained with bce"),
     (
-        ["--head.context_logits", "false"],
-        "head.posterior_input = true needs head.context_logits = true",
+        ["--preset", "paper", "--diffusion.loss", "bce"],
+        "diffusion.loss = bce: head.kind = paper is trained with x, v or elbo",
     ),
     (
-        ["--head.context_logits", "false", "--head.posterior_input", "false"],
-        "head.shared_readout = true needs head.context_logits = true",
+        ["--head.kind", "paper"],
+        "diffusion.context_loss_weight = 1.0: head.kind = paper has no such loss: use 0",
+    ),
+    (
+        ["--preset", "paper", "--head.bits_per_group", "4"],
+        r"head.bits_per_group = 4 \(command line\): head.kind = paper has no such key",
+    ),
+    (["--head.kind", "none"], "head.kind = none .*: expected 'bitlm', 'paper' or 'ablation'"),
+    (
+        ["--diffusion.autoregressive_loss_weight", "0"],
+        "diffusion.autoregressive_loss_weight = 0 leaves a part of the head untrained",
+    ),
+    (
+        ["--diffusion.detached_losses", "[noise]"],
+        "diffusion.detached_losses.0 = noise .*: expected 'denoising'",
     ),
     (["--sampling.guidance", "3"], "sampling.guidance = 3.0 needs a trained null state"),
     (
-        ["--diffusion.per_token_noise_prob", "0", "--diffusion.autoregressive_loss_weight", "0"],
+        [
+            *("--head.kind", "ablation", "--diffusion.per_token_noise_prob", "0"),
+            *("--diffusion.autoregressive_loss_weight", "0"),
+        ],
         "sampling.sampler = sequential needs",
     ),
     (["--sampling.sampler", "sde", "--sampling.steps", "1"], "the sde sampler needs at least 2"),

@@ -9,7 +9,6 @@ from bitlm_dist.yaml_files import annotation_of
 RESUME = ("run.", "checkpoint.", "evaluation.", "sampling.", "logging.", "parallel.")
 RESUME_KEYS = {
     *("data.path", "data.cache", "data.cache_limit", "data.workers", "data.new_mixture"),
-    *("head.engine", "head.zero_stage", "head.offload"),
     *("optimizer.sharded", "optimizer.fused", "training.deterministic"),
 }
 # What evaluation and generation may change.
@@ -18,7 +17,7 @@ TRAINED_KEYS = {
     *("data.path", "data.cache", "data.cache_limit", "data.workers"),
     "model.backbone.attention",
 }
-EXECUTION_KEYS = {"model.backbone.attention", "head.engine", "head.zero_stage", "head.offload"}
+EXECUTION_KEYS = {"model.backbone.attention"}
 
 
 def with_mark(mark):

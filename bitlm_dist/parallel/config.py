@@ -12,6 +12,8 @@ from bitlm_dist.model.config import ModelConfig
 class HeadParallelConfig(Section):
     """Sharding of the head over the ranks of the last pipeline stage."""
 
+    marks = (Resume.FREE, Trained.FREE)
+
     engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
     """deepspeed is DeepSpeed's ZeRO, fsdp2 is torch's FSDP2, replicated is no sharding."""
     zero_stage: int = Field(2, ge=0, le=3)

@@ -85,15 +85,23 @@ class MetricsLog:
         config: The run's config.
         step: Steps taken so far. TensorBoard's events of later steps, which a killed process took,
             are hidden.
+        before_first_line: Called before anything is written.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        step: int,
+        before_first_line: Callable[[], None] = lambda: None,
+    ) -> None:
         self._folder = folder
         self._config = config
         self._start_step = step
         self._files = {name: _JsonLinesFile(folder / name) for name in LOG_FILES}
         self._tensorboard: Any = None
         self._wandb: WandbLog | None = None
+        self._before_first_line = before_first_line
         self._is_open = False
 
     def _open_trackers(self) -> None:
@@ -103,6 +111,7 @@ class MetricsLog:
         were dropped from the run folder, and the steps that W&B has of them were recorded there.
         """
         self._is_open = True
+        self._before_first_line()
         if self._config.logging.wandb_project:
             self._wandb = WandbLog(self._folder, self._config)
 

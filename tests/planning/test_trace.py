@@ -171,9 +171,9 @@ def folders(prepared, tiny_file, tmp_path_factory):
             "--training.steps",
             "4",
         ]
-        trainer = Trainer(
+        trainer = Trainer.build(
             load_config(config, [*settings, "--optimizer.schedule", "constant", *words]).config
-        )
+        ).open()
         trainer.fit(until=2)
         trainer.close()
     return found

@@ -23,9 +23,10 @@ def after(seconds, action):
 def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("bitlm_dist.training.stop_signals.POLL_SECONDS", (0.01, 0.01))
     (tmp_path / "run").mkdir()
-    trainer = Trainer(tiny("--training.steps", "500"))
+    trainer = Trainer.build(tiny("--training.steps", "500")).open()
     stop = tmp_path / "run" / "stop"
-    trainer.fit(observe=lambda metrics: stop.touch() if metrics["step"] == 3 else None)
+    trainer.add_hook(lambda metrics: stop.touch() if metrics["step"] == 3 else None)
+    trainer.fit()
 
     assert 3 <= trainer.step < 500
     assert trainer.stopped_by == "stop file"
@@ -34,14 +35,14 @@ def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_pat
     trainer.close()
 
     stop.touch()
-    again = Trainer(tiny("--training.steps", "500"))
+    again = Trainer.build(tiny("--training.steps", "500")).open()
     again.fit(until=again.step + 2)
     assert again.stopped_by is None, "a file from before the run means nothing"
     again.close()
 
 
 def test_a_stop_breaks_into_data_that_does_not_come(tiny, tmp_path):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     waiting = threading.Event()
     plain = trainer.dataset.batch
 
@@ -74,12 +75,12 @@ def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_
             time.sleep(60)
         return {"score": float(len(asked))}
 
-    trainer = Trainer(tiny(*words))
+    trainer = Trainer.build(tiny(*words)).open()
     trainer.fit(evaluate=evaluate)
     assert (trainer.stopped_by, trainer.step) == ("SIGTERM", 3)
     trainer.close()
 
-    second = Trainer(tiny(*words))
+    second = Trainer.build(tiny(*words)).open()
     assert not second.is_done
 
     second.fit(evaluate=evaluate)
@@ -93,6 +94,6 @@ def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_
     assert [(line["step"], line["validation"]["score"]) for line in lines] == [(3, 2.0), (6, 3.0)]
     assert asked == [False] * 3
 
-    third = Trainer(tiny(*words))
+    third = Trainer.build(tiny(*words)).open()
     assert third.is_done
     third.close()

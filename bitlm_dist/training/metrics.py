@@ -111,7 +111,6 @@ class MetricsLog:
         were dropped from the run folder, and the steps that W&B has of them were recorded there.
         """
         self._is_open = True
-        self._before_first_line()
         if self._config.logging.wandb_project:
             self._wandb = WandbLog(self._folder, self._config)
 
@@ -170,6 +169,7 @@ class MetricsLog:
     def _record(self, file: str, line: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
         """Append a line to a file, and send all scalars but None to TensorBoard and W&B."""
         if not self._is_open:
+            self._before_first_line()
             self._open_trackers()
         self._files[file].write(line)
 

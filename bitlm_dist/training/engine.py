@@ -207,8 +207,8 @@ class Engine:
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        norm = torch.tensor(grad_norm, dtype=torch.float64, device=loss.device)
-        was_applied = torch.tensor(applied, device=loss.device)
+        norm = torch.full((), grad_norm, dtype=torch.float64, device=loss.device)
+        was_applied = torch.full((), applied, device=loss.device)
         return StepResult(loss, norm, lr_multiplier, was_applied, num_tokens_and_bytes)
 
     def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:

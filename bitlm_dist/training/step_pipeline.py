@@ -65,7 +65,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class _LaunchedStep:
-    timed: TimedBatch
+    began: Moment
+    data_wait_seconds: float
     lr_multiplier: float
     readback: DeviceReadback
 
@@ -106,22 +107,23 @@ class StepPipeline:
         tensors = {f.name: getattr(result, f.name) for f in fields(result)}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
         readback = DeviceReadback({**tensors, "flags": self._agreement.start()})
-        self._launched.append(_LaunchedStep(timed, result.lr_multiplier, readback))
+        self._launched.append(
+            _LaunchedStep(timed.began, timed.wait_seconds, result.lr_multiplier, readback)
+        )
 
     def read(self) -> StepReport:
         """Wait for the oldest launched step, and return its report."""
         step = self._launched.popleft()
         values, completed = step.readback.read()
-        began = step.timed.began
-        last = self._last_completed or began
+        last = self._last_completed or step.began
         self._last_completed = completed
 
         # Steps overlap, but each second counts once. After a pause the step's own start counts.
         return StepReport(
             values,
             step.lr_multiplier,
-            step.timed.wait_seconds,
+            step.data_wait_seconds,
             completed,
-            seconds=completed.seconds - max(last.seconds, began.seconds),
-            cpu_seconds=completed.cpu_seconds - max(last.cpu_seconds, began.cpu_seconds),
+            seconds=completed.seconds - max(last.seconds, step.began.seconds),
+            cpu_seconds=completed.cpu_seconds - max(last.cpu_seconds, step.began.cpu_seconds),
         )

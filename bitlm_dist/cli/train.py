@@ -188,7 +188,11 @@ def _print_start(
 
     from bitlm_dist.parallel.device import warning_of_unused_gpus
 
-    epochs = trainer.epochs_at_end()
+    steps_left = config.training.steps - trainer.step
+    epochs = trainer.dataset.epochs(
+        config.training.steps,
+        trainer.state.next_sequence + steps_left * trainer.sequences_per_step,
+    )
     if not quiet:
         print_line(
             f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, step {trainer.step} "

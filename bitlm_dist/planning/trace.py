@@ -69,14 +69,7 @@ def trace_steps(
 
     with trace_rank(world_size, rank, build_fake=True) as tracer:
         engine = Engine(config, codes, eos=0, layout=layout)
-        tracer.trace.parameter_shapes = {
-            n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()
-        }
-        tracer.trace.buffer_bytes = {
-            n: b.numel() * b.element_size()
-            for chunk in engine.chunks
-            for n, b in chunk.named_buffers()
-        }
+        _record_sizes(tracer.trace, engine)
 
         pipeline = StepPipeline(engine, Agreement(lambda: Flags(0, 0, 0), layout))
         for step in range(num_steps):
@@ -99,6 +92,16 @@ def trace_steps(
         )
 
     return tracer.trace
+
+
+def _record_sizes(trace: StepTrace, engine: Engine) -> None:
+    """Record the parameters and buffers of this rank."""
+    trace.parameter_shapes = {
+        n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()
+    }
+    trace.buffer_bytes = {
+        n: b.numel() * b.element_size() for chunk in engine.chunks for n, b in chunk.named_buffers()
+    }
 
 
 def _local_batch(config: Config, num_data_ranks: int) -> TimedBatch:

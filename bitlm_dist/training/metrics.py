@@ -74,7 +74,7 @@ class _JsonLinesFile:
 
 
 class MetricsLog:
-    """Writes every step's metrics to the run folder before the next step begins.
+    """Writes every step's metrics to the run folder at once.
 
     A failure to write never ends a run, and one to close never hides another error. W&B is started
     before the first line, so the first call that writes raises :class:`UserError` where

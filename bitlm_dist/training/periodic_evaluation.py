@@ -9,6 +9,7 @@ from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, log_to_stderr, log_traceback
 from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.training.display import EVALUATING
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.reporter import Reporter
@@ -19,6 +20,19 @@ from bitlm_dist.training.train_state import TrainState
 MAX_CONSECUTIVE_FAILURES = 3  # in a row
 Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
 T = TypeVar("T")
+
+
+def check_evaluation_layout(config: Config, layout: ParallelLayout) -> None:
+    """Check that every rank holds a whole model, if there are evaluations.
+
+    Raises:
+        UserError: It does not.
+    """
+    if config.evaluation.every_steps and layout.model_parallel_size > 1:
+        raise UserError(
+            f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in "
+            "one process: use 0 and `bitlm eval` on the checkpoints"
+        )
 
 
 class PeriodicEvaluation:

@@ -40,7 +40,7 @@ class DeviceReadback:
         self._completed = Moment.now()
 
         if packed.device.type == "cuda":
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event(blocking=True)  # a wait leaves the core to others
             self._event.record()
 
     def read(self) -> tuple[dict[str, list[float]], Moment]:

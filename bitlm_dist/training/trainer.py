@@ -2,10 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
-from functools import partial
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+from typing_extensions import override
 
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
@@ -14,7 +14,6 @@ from bitlm_dist.data.mixture_dataset import MixtureDataset, training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.data_prep.tokenizer import TOKENIZER_DIR, Tokenizer
-from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import prepare_device
 from bitlm_dist.parallel import mesh
@@ -24,15 +23,18 @@ from bitlm_dist.training.batches import Batches
 from bitlm_dist.training.display import NoDisplay, TrainingDisplay
 from bitlm_dist.training.divergence import DivergenceMonitor
 from bitlm_dist.training.engine import Engine
-from bitlm_dist.training.metrics import MetricsLog, NullMetricsLog
-from bitlm_dist.training.periodic_evaluation import Evaluator, PeriodicEvaluation
+from bitlm_dist.training.periodic_evaluation import (
+    Evaluator,
+    PeriodicEvaluation,
+    check_evaluation_layout,
+)
 from bitlm_dist.training.reporter import Reporter
 from bitlm_dist.training.run_checkpoints import RunCheckpoints
 from bitlm_dist.training.run_claim import check_inputs, check_run
 from bitlm_dist.training.run_folder import RunFolder
 from bitlm_dist.training.sharded_head import check_head_engine
 from bitlm_dist.training.step_metrics import step_metrics
-from bitlm_dist.training.step_pipeline import StepPipeline
+from bitlm_dist.training.step_pipeline import StepPipeline, StepReport
 from bitlm_dist.training.stop_signals import StopMonitor, stop_reason
 from bitlm_dist.training.teacher import Teacher
 from bitlm_dist.training.train_state import TrainState
@@ -40,7 +42,7 @@ from bitlm_dist.training.train_state import TrainState
 Hook = Callable[[Mapping[str, Any]], None]
 
 
-class Trainer:
+class Trainer(AbstractContextManager["Trainer"]):
     """Trains a model from step 0, or from the run's latest checkpoint, to ``training.steps``.
 
     ``with Trainer.build(config).open() as trainer: trainer.fit()`` is a whole run. Collective: all
@@ -73,7 +75,7 @@ class Trainer:
         # The run, on disk and on the screen.
         self.state = TrainState()
         self.folder = RunFolder(config.run.dir)
-        self._reporter = Reporter()
+        self._reporter = Reporter(config, self.layout)
         self._divergence = DivergenceMonitor(self.folder)
         self.checkpoints = RunCheckpoints(
             config, engine, dataset, self.folder, self._divergence, self._reporter
@@ -106,7 +108,9 @@ class Trainer:
         check_inputs(config)
         assert config.data.path is not None
         attention_backend = prepare_device(config)
-        _check_supported(config, layout)
+        resolve_micro_batch_size(config, layout)
+        check_head_engine(config, layout)
+        check_evaluation_layout(config, layout)
 
         manifest = read_manifest(config.data.path)
         codes = make_codes(config.model, config.data.path, manifest)
@@ -169,15 +173,8 @@ class Trainer:
         self._batches.close()
         self.folder.release()
 
-    def __enter__(self) -> "Trainer":
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    @override
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @property
@@ -194,12 +191,6 @@ class Trainer:
     def is_done(self) -> bool:
         """True if all steps were taken and no evaluation is due."""
         return self.step >= self.config.training.steps and not self.evaluations.is_due(self.step)
-
-    def epochs_at_end(self) -> dict[str, float]:
-        """Epochs over each source at the end of the run, see :meth:`PackedDataset.epochs`."""
-        steps = self.config.training.steps
-        num_left = (steps - self.state.step) * self.sequences_per_step
-        return self.dataset.epochs(steps, self.state.next_sequence + num_left)
 
     def add_hook(self, hook: Hook, every: int = 1) -> None:
         """Have ``hook`` called with the metrics of every n-th step, once that step is complete."""
@@ -246,14 +237,10 @@ class Trainer:
     @contextmanager
     def _listening_and_logging(self, display: TrainingDisplay) -> Iterator[None]:
         """Listen for requests to stop and keep the log, while training lasts."""
-        log: MetricsLog | NullMetricsLog = NullMetricsLog()
-        if self.layout.rank == 0:
-            begin = partial(self.folder.begin, self.step)
-            log = MetricsLog(self.folder.path, self.config, self.step, before_first_line=begin)
-        self._reporter.log = log
-        self._reporter.display = display
-
-        with self._make_stop_monitor() as self._stop_monitor, closing(log):
+        with (
+            self._make_stop_monitor() as self._stop_monitor,
+            self._reporter.reporting(self.folder, self.step, display),
+        ):
             try:
                 yield
             except Exception:
@@ -277,32 +264,39 @@ class Trainer:
             if batch is not None:
                 self._pipeline.launch(batch, self.step)
         except Exception:
-            self._complete_steps()  # so that what was done before is on record
+            # What was done before is on record. The ranks may not agree on anything any more.
+            while self._pipeline:
+                self._complete_step()
             raise
         return batch is not None
 
     def _complete_steps(self, num_left: int = 0) -> None:
-        """Wait for launched steps, all but the last ``num_left``, and deal with their reports."""
+        """Wait for launched steps, all but the last ``num_left``, and act on their reports."""
         while len(self._pipeline) > num_left:
-            report = self._pipeline.read()
-            sequence_length = self.config.data.sequence_length
-            self.state = self.state.after(report, self.sequences_per_step, sequence_length)
-            self.checkpoints.manager.record_step_health(self.state.step, report.is_finite)
-            self._divergence.record_step(self.state.step, report.is_finite)
-
-            metrics = step_metrics(
-                self.config,
-                report,
-                self.state,
-                self.dataset,
-                self.evaluations.num_failures,
-                self._divergence.has_finite_weights,
-            )
-            self._reporter.log.write(metrics)
-            for hook, every in self._hooks:
-                if self.state.step % every == 0:
-                    hook(metrics)
+            report = self._complete_step()
             self._act_on(self._agreement.result(report.values["flags"]))
+
+    def _complete_step(self) -> StepReport:
+        """Wait for the oldest launched step, and record what it reports."""
+        report = self._pipeline.read()
+        sequence_length = self.config.data.sequence_length
+        self.state = self.state.after(report, self.sequences_per_step, sequence_length)
+        self.checkpoints.manager.record_step_health(self.state.step, report.is_finite)
+        self._divergence.record_step(self.state.step, report.is_finite)
+
+        metrics = step_metrics(
+            self.config,
+            report,
+            self.state,
+            self.dataset,
+            self.evaluations.num_failures,
+            self._divergence.has_finite_weights,
+        )
+        self._reporter.log.write(metrics)
+        for hook, every in self._hooks:
+            if self.state.step % every == 0:
+                hook(metrics)
+        return report
 
     def _local_flags(self) -> Flags:
         manager = self.checkpoints.manager
@@ -359,18 +353,3 @@ class Trainer:
         """
         if self.step >= self.config.training.steps:
             self._divergence.raise_if_diverged(self.step)
-
-
-def _check_supported(config: Config, layout: ParallelLayout) -> None:
-    """Check that layout and installed packages fit the config, before anything is built.
-
-    Raises:
-        UserError: They do not.
-    """
-    resolve_micro_batch_size(config, layout)
-    check_head_engine(config, layout)
-    if config.evaluation.every_steps and layout.model_parallel_size > 1:
-        raise UserError(
-            f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in "
-            "one process: use 0 and `bitlm eval` on the checkpoints"
-        )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import losses
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.config_loading import load_run_config
@@ -50,6 +51,55 @@ def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     again = Trainer.build(tiny(*words)).open()
     assert again.step == 30
     again.close()
+
+
+def test_building_leaves_the_disk_alone(tiny, tmp_path, prepared):
+    before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
+    trainer = Trainer.build(tiny())
+    assert trainer.engine.num_parameters > 0
+    trainer.dataset.close()
+    assert not (tmp_path / "run").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
+
+
+def test_a_step_is_read_once_the_next_one_was_launched_and_at_once_before_a_save(tiny):
+    events = []
+    with Trainer.build(tiny("--checkpoint.every_steps", "4")).open() as trainer:
+        launch = trainer.engine.train_step
+        save = trainer.checkpoints.manager.save
+
+        def train_step(batch, step):
+            events.append(f"launch {step + 1}")
+            return launch(batch, step)
+
+        def save_checkpoint(step, *rest):
+            events.append(f"save {step}")
+            save(step, *rest)
+
+        trainer.engine.train_step = train_step
+        trainer.checkpoints.manager.save = save_checkpoint
+        trainer.add_hook(lambda metrics: events.append(f"read {metrics['step']}"))
+        trainer.add_hook(lambda metrics: events.append("third"), every=3)
+        trainer.fit()
+
+    begin = ["launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "third"]
+    then = ["read 4", "save 4", "launch 5", "launch 6", "read 5", "read 6", "third", "save 6"]
+    assert events == begin + then
+
+
+def test_what_was_done_before_an_error_is_on_record(tiny, tmp_path):
+    with Trainer.build(tiny()).open() as trainer:
+        launch = trainer.engine.train_step
+
+        def train_step(batch, step):
+            if step == 3:
+                raise RuntimeError("on fire")
+            return launch(batch, step)
+
+        trainer.engine.train_step = train_step
+        with pytest.raises(RuntimeError, match="on fire"):
+            trainer.fit()
+    assert len(losses(tmp_path / "run")) == 3
 
 
 def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_gone(tiny, tmp_path):

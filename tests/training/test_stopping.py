@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from runs import losses
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.training.trainer import Trainer
@@ -97,3 +98,32 @@ def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_
     third = Trainer.build(tiny(*words)).open()
     assert third.is_done
     third.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_all_ranks_stop_after_the_same_step_whichever_was_asked(
+    where, tiny, tiny_file, prepared, tmp_path
+):
+    from ranks import run_ranks
+
+    run = tmp_path / "run"
+    words = ["--data.path", str(prepared), "--run.dir", str(run), "--training.steps", "40"]
+    words += ["--optimizer.schedule", "constant", "--checkpoint.every_steps", "40"]
+    words += ["--evaluation.every_steps", "4" if where == "evaluation" else "0"]
+    folder = tmp_path / "job"
+    folder.mkdir()
+    found = run_ranks(
+        2, "stopping", "one_rank_is_asked", str(tiny_file), words, where, folder=folder, timeout=120
+    )
+
+    # The request travels with step 4 and is read while step 5 runs. An evaluation ends at once, and
+    # is left to the resumed run.
+    assert found == [(5, "SIGTERM", 0) if where == "step" else (4, "SIGTERM", 0)] * 2
+    step = found[0][0]
+    assert complete_steps(run / "checkpoints")[-1] == step
+    assert len(losses(run)) == step
+
+    resumed = Trainer.build(tiny(*words)).open()
+    assert (resumed.step, resumed.state.tokens) == (step, step * 256)
+    resumed.close()

@@ -118,7 +118,11 @@ class StackRunner(BenchRunner):
             update = self.engine.train_step(self._batch(), self.step)
             self.step += 1
             self.log.write(
-                {"step": self.step, "loss": float(update.loss), "grad_norm": update.grad_norm}
+                {
+                    "step": self.step,
+                    "loss": float(update.loss),
+                    "grad_norm": float(update.grad_norm),
+                }
             )
 
         return self.workload.steps_per_repeat * self.config.training.global_batch_tokens

@@ -127,25 +127,23 @@ def _train(
     from bitlm_dist.launch import attempts
     from bitlm_dist.training.trainer import Trainer
 
-    trainer = Trainer(config, resume, layout)
-    heartbeat.track_steps(lambda: trainer.step)
     is_rank_zero = layout.rank == 0
-    # Starting a finished run again is no error: a launcher may do so.
-    if trainer.is_done:
-        trainer.close()
-        trainer.raise_if_diverged()
-        if is_rank_zero:
-            _report_trained(config, quiet)
-        return False
+    with Trainer.build(config, layout).open(resume) as trainer:
+        heartbeat.track_steps(lambda: trainer.step)
+        # Starting a finished run again is no error: a launcher may do so.
+        is_trained = trainer.is_done
+        if is_trained:
+            trainer.raise_if_diverged()
+        else:
+            if is_rank_zero:
+                _print_start(trainer, config, busy_cores, quiet)
+            if trainer.device.type == "cuda" and not quiet:
+                _print_device(trainer.device, layout.rank)
+            _fit(trainer, config, is_rank_zero, has_display=is_rank_zero and not quiet)
 
-    if is_rank_zero:
-        _print_start(trainer, config, busy_cores, quiet)
-    if trainer.device.type == "cuda" and not quiet:
-        _print_device(trainer.device, layout.rank)
-
-    _fit(trainer, config, is_rank_zero, has_display=is_rank_zero and not quiet)
-
-    if is_rank_zero:
+    if is_rank_zero and is_trained:
+        _report_trained(config, quiet)
+    elif is_rank_zero:
         outcome = attempts.Outcome.DONE if trainer.is_done else attempts.Outcome.STOPPED
         attempts.report_outcome(os.environ, outcome, trainer.step, trainer.stopped_by or "")
         if not quiet:
@@ -164,12 +162,10 @@ def _report_trained(config: Config, quiet: bool) -> None:
 
 
 def _fit(trainer: "Trainer", config: Config, is_rank_zero: bool, has_display: bool) -> None:
-    """Train and evaluate to the end or a stop, and close the trainer."""
+    """Train and evaluate to the end or a stop."""
     from bitlm_dist.cli.train_progress import training_progress
 
-    # Entered first, the trainer is closed last, after the progress bar.
     with ExitStack() as stack:
-        stack.callback(trainer.close)
         evaluator = (
             stack.enter_context(
                 open_evaluator(config, is_training=True, print_warning=is_rank_zero)
@@ -177,12 +173,11 @@ def _fit(trainer: "Trainer", config: Config, is_rank_zero: bool, has_display: bo
             if config.evaluation.every_steps
             else None
         )
-        display = (
-            stack.enter_context(training_progress(console, config, trainer.step))
-            if has_display
-            else None
-        )
-        trainer.fit(observe=display, evaluate=evaluator, display=display)
+        display = None
+        if has_display:
+            display = stack.enter_context(training_progress(console, config, trainer.step))
+            trainer.add_hook(display)
+        trainer.fit(evaluate=evaluator, display=display)
 
 
 def _print_start(
@@ -193,7 +188,11 @@ def _print_start(
 
     from bitlm_dist.parallel.device import warning_of_unused_gpus
 
-    epochs = trainer.epochs_at_end()
+    steps_left = config.training.steps - trainer.step
+    epochs = trainer.dataset.epochs(
+        config.training.steps,
+        trainer.state.next_sequence + steps_left * trainer.sequences_per_step,
+    )
     if not quiet:
         print_line(
             f"{config.run.dir}: {trainer.engine.num_parameters:,} parameters, step {trainer.step} "

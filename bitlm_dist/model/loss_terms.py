@@ -4,7 +4,7 @@ Legend: N target blocks, M tokens per block, A noise samples, T states whose nex
 loss.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,30 +40,41 @@ class LossTerms:
         """All of them as one vector [8·M + 16]."""
         return torch.cat((self.by_position.flatten(), self.by_noise_level.flatten()))
 
-    @classmethod
-    def unpack(cls, packed: Tensor) -> "LossTerms":
-        """The inverse of :meth:`pack`."""
-        by_position, by_noise_level = packed.tensor_split([-2 * NUM_NOISE_LEVELS])
-        return cls(by_position.view(len(TERMS), 2, -1), by_noise_level.view(2, -1))
 
-    def metrics(self) -> dict[str, Any]:
-        """Means by their names in metrics.jsonl, of the terms that the model has.
+def loss_term_metrics(packed: Sequence[float]) -> dict[str, Any]:
+    """Means by their names in metrics.jsonl, of the terms that the model has.
 
-        Positions and noise levels without any token have None.
-        """
-        metrics: dict[str, Any] = {}
-        for term, (sums, counts) in zip(TERMS, self.by_position.tolist(), strict=True):
-            if any(counts):
-                metrics[f"loss_{term}"] = sum(sums) / sum(counts)
-                metrics[f"loss_{term}_by_position"] = _means(sums, counts)
+    Args:
+        packed: elements of :meth:`LossTerms.pack`, summed over the step; none for a softmax.
 
-        sums, counts = self.by_noise_level.tolist()
+    Returns:
+        The mean of each term, and lists by position and noise level, where None stands for a
+        position or noise level without any token.
+    """
+    if not packed:
+        return {}
+
+    metrics: dict[str, Any] = {}
+    *by_position, noise_sums, noise_counts = _split(packed)
+    for number, term in enumerate(TERMS):
+        sums, counts = by_position[2 * number : 2 * number + 2]
         if any(counts):
-            metrics["loss_denoising_by_noise_level"] = _means(sums, counts)
-        return metrics
+            metrics[f"loss_{term}"] = sum(sums) / sum(counts)
+            metrics[f"loss_{term}_by_position"] = _means(sums, counts)
+
+    metrics["loss_denoising_by_noise_level"] = _means(noise_sums, noise_counts)
+    return metrics
 
 
-def _means(sums: list[float], counts: list[float]) -> list[float | None]:
+def _split(packed: Sequence[float]) -> list[Sequence[float]]:
+    """Split into sums and counts of each term, then those of the noise levels."""
+    num_by_position = len(packed) - 2 * NUM_NOISE_LEVELS
+    block_size = num_by_position // (2 * len(TERMS))
+    starts = [*range(0, num_by_position, block_size), num_by_position, len(packed) - NUM_NOISE_LEVELS]
+    return [packed[a:b] for a, b in zip(starts, [*starts[1:], len(packed)], strict=True)]
+
+
+def _means(sums: Sequence[float], counts: Sequence[float]) -> list[float | None]:
     return [total / count if count else None for total, count in zip(sums, counts, strict=True)]
 
 

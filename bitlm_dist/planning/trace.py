@@ -15,7 +15,10 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 from bitlm_dist.planning.fake_cuda import GPU, fake_gpu
 from bitlm_dist.planning.step_trace import StepTrace, Tracer
+from bitlm_dist.training.agreement import Agreement, Flags
 from bitlm_dist.training.engine import Engine
+from bitlm_dist.training.readback import Moment
+from bitlm_dist.training.step_pipeline import StepPipeline, TimedBatch
 
 
 @contextmanager
@@ -39,6 +42,8 @@ def trace_steps(
     config: Config, world_size: int, rank: int = 0, vocab_size: int = 151_936, num_steps: int = 1
 ) -> StepTrace:
     """Trace one rank: build the engine, train some steps, and collect the tensors of a checkpoint.
+
+    As in training, a step is read after the next one was launched.
 
     Args:
         config: the checked config; ``training.compile`` is treated as ``never``, because
@@ -64,22 +69,18 @@ def trace_steps(
 
     with trace_rank(world_size, rank, build_fake=True) as tracer:
         engine = Engine(config, codes, eos=0, layout=layout)
-        tracer.trace.parameter_shapes = {
-            n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()
-        }
-        tracer.trace.buffer_bytes = {
-            n: b.numel() * b.element_size()
-            for chunk in engine.chunks
-            for n, b in chunk.named_buffers()
-        }
+        _record_sizes(tracer.trace, engine)
 
+        pipeline = StepPipeline(engine, Agreement(lambda: Flags(0, 0, 0), layout))
         for step in range(num_steps):
             tracer.start_phase(f"step {step}")
-            batch = engine.target_finder().find_all(_local_batch(config, layout.data))
-            engine.train_step(batch.to(GPU), step)
+            pipeline.launch(_local_batch(config, engine), step)
+            if len(pipeline) > 1:
+                pipeline.read()
 
-        # a save copies these tensors to the host
+        # a save waits for the last step, and copies these tensors to the host
         tracer.start_phase("checkpoint")
+        pipeline.read()
         local_entries(
             {
                 **engine.model_state_dict(),
@@ -93,10 +94,22 @@ def trace_steps(
     return tracer.trace
 
 
-def _local_batch(config: Config, num_data_ranks: int) -> Batch:
+def _record_sizes(trace: StepTrace, engine: Engine) -> None:
+    """Record the parameters and buffers of this rank."""
+    trace.parameter_shapes = {
+        n: tuple(p.shape) for chunk in engine.chunks for n, p in chunk.named_parameters()
+    }
+    trace.buffer_bytes = {
+        n: b.numel() * b.element_size() for chunk in engine.chunks for n, b in chunk.named_buffers()
+    }
+
+
+def _local_batch(config: Config, engine: Engine) -> TimedBatch:
     """Batch of one data-parallel rank, one document per sequence."""
     num_sequences = (
-        config.training.global_batch_tokens // config.data.sequence_length // num_data_ranks
+        config.training.global_batch_tokens // config.data.sequence_length // engine.layout.data
     )
     tokens = torch.zeros(num_sequences, config.data.sequence_length, dtype=torch.int64)
-    return Batch(tokens, torch.zeros_like(tokens), torch.arange(num_sequences))
+    batch = Batch(tokens, torch.zeros_like(tokens), torch.arange(num_sequences))
+    batch = engine.target_finder().find_all(batch).to(GPU)
+    return TimedBatch(batch, Moment.now(), wait_seconds=0.0)

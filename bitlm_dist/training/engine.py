@@ -33,13 +33,17 @@ HEAD_PREFIX = "head."
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss, gradient norm and token counts of one optimizer step."""
+    """Loss, gradient norm and token counts of one optimizer step.
 
-    loss: Tensor  # mean over the predicted tokens of the global batch
+    The tensors are on the device, so the host does not wait for the step. The trainer reads all of
+    them one step later.
+    """
+
+    loss: Tensor  # [], mean over the predicted tokens of the global batch
     loss_terms: Tensor  # sums over the global batch, see LossTerms.pack; empty for a softmax
-    grad_norm: float  # before clipping
+    grad_norm: Tensor  # [], before clipping
     lr_multiplier: float  # learning rates as a fraction of their peaks
-    applied: bool  # False if the update was skipped, as the norm was not finite
+    applied: Tensor  # [], False if the update was skipped, as the norm was not finite
 
     # [2] int64: predicted tokens of the global batch, and the UTF-8 bytes of their text
     num_tokens_and_bytes: Tensor
@@ -221,7 +225,9 @@ class Engine:
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        return StepResult(loss, loss_terms, grad_norm, lr_multiplier, applied, num_tokens_and_bytes)
+        norm = torch.full((), grad_norm, dtype=torch.float64, device=loss.device)
+        was_applied = torch.full((), applied, device=loss.device)
+        return StepResult(loss, loss_terms, norm, lr_multiplier, was_applied, num_tokens_and_bytes)
 
     def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:
         """Count the predicted tokens of the global batch and the bytes of their text.

@@ -1,7 +1,14 @@
 """Advice for a step that does not fit into GPU memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from bitlm_dist.config import Config
+from bitlm_dist.errors import UserError
 from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.sharded_head import is_head_sharded
 
 
@@ -43,3 +50,23 @@ def out_of_memory_advice(
         f"{message}: a microbatch of {micro_batch_size} sequences does not fit; "
         f"what helps: {', '.join(keys)}"
     )
+
+
+@contextmanager
+def advising_on_memory(engine: Engine, is_first_step: bool) -> Iterator[None]:
+    """Turn an out-of-memory error of a step into advice.
+
+    Args:
+        engine: Takes the step.
+        is_first_step: If not even the first step of a process fits, a restart cannot help: only
+            another config can.
+
+    Raises:
+        UserError: The device is out of memory in the first step.
+        RuntimeError: The device is out of memory in a later step.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        advice = out_of_memory_advice(engine.config, engine.layout, engine.micro_batch_size, error)
+        raise (UserError if is_first_step else RuntimeError)(advice) from error

@@ -74,7 +74,7 @@ class _JsonLinesFile:
 
 
 class MetricsLog:
-    """Writes every step's metrics to the run folder before the next step begins.
+    """Writes every step's metrics to the run folder at once.
 
     A failure to write never ends a run, and one to close never hides another error. W&B is started
     before the first line, so the first call that writes raises :class:`UserError` where
@@ -85,15 +85,23 @@ class MetricsLog:
         config: The run's config.
         step: Steps taken so far. TensorBoard's events of later steps, which a killed process took,
             are hidden.
+        before_first_line: Called before anything is written.
     """
 
-    def __init__(self, folder: Path, config: Config, step: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: Config,
+        step: int,
+        before_first_line: Callable[[], None] = lambda: None,
+    ) -> None:
         self._folder = folder
         self._config = config
         self._start_step = step
         self._files = {name: _JsonLinesFile(folder / name) for name in LOG_FILES}
         self._tensorboard: Any = None
         self._wandb: WandbLog | None = None
+        self._before_first_line = before_first_line
         self._is_open = False
 
     def _open_trackers(self) -> None:
@@ -161,6 +169,7 @@ class MetricsLog:
     def _record(self, file: str, line: Mapping[str, Any], scalars: Mapping[str, Any]) -> None:
         """Append a line to a file, and send all scalars but None to TensorBoard and W&B."""
         if not self._is_open:
+            self._before_first_line()
             self._open_trackers()
         self._files[file].write(line)
 

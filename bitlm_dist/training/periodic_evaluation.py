@@ -1,17 +1,38 @@
 """Evaluations during training: when one is due, and how the run reacts to a failed one."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError, log_to_stderr, log_traceback
+from bitlm_dist.model.language_model import LanguageModel
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
-from bitlm_dist.training.stop_signals import StopRequested
+from bitlm_dist.training.display import EVALUATING
+from bitlm_dist.training.engine import Engine
+from bitlm_dist.training.reporter import Reporter
+from bitlm_dist.training.sample_text import SampleText
+from bitlm_dist.training.stop_signals import StopMonitor, StopRequested
+from bitlm_dist.training.train_state import TrainState
 
 MAX_CONSECUTIVE_FAILURES = 3  # in a row
+Evaluator = Callable[[LanguageModel], Mapping[str, Any]]
+T = TypeVar("T")
+
+
+def check_evaluation_layout(config: Config, layout: ParallelLayout) -> None:
+    """Check that every rank holds a whole model, if there are evaluations.
+
+    Raises:
+        UserError: It does not.
+    """
+    if config.evaluation.every_steps and layout.model_parallel_size > 1:
+        raise UserError(
+            f"evaluation.every_steps = {config.evaluation.every_steps} needs the whole model in "
+            "one process: use 0 and `bitlm eval` on the checkpoints"
+        )
 
 
 class PeriodicEvaluation:
@@ -19,17 +40,22 @@ class PeriodicEvaluation:
 
     Args:
         config: The run's config; ``evaluation.every_steps`` and ``training.steps`` say when.
-        layout: The job's parallel layout.
+        engine: Holds the model.
+        reporter: Told of scores and sample texts.
 
     Attributes:
         last_step: The last step that was evaluated, successfully or not.
         num_failures: Number of failed evaluations of the run.
     """
 
-    def __init__(self, config: Config, layout: ParallelLayout) -> None:
+    def __init__(self, config: Config, engine: Engine, reporter: Reporter) -> None:
         self._every_steps = config.evaluation.every_steps
         self._num_steps = config.training.steps
-        self._layout = layout
+        self._has_samples = config.evaluation.num_samples > 0 and engine.layout.rank == 0
+        self._sample_text = SampleText(config)
+        self._engine = engine
+        self._layout = engine.layout
+        self._reporter = reporter
         self._num_consecutive_failures = 0
         self.last_step = 0
         self.num_failures = 0
@@ -47,7 +73,33 @@ class PeriodicEvaluation:
         """True once the last three evaluations have failed."""
         return self._num_consecutive_failures >= MAX_CONSECUTIVE_FAILURES
 
-    def run(self, step: int, score: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    def evaluate(self, state: TrainState, evaluate: Evaluator, stop_monitor: StopMonitor) -> None:
+        """Evaluate the model, have it write sample texts, and report both.
+
+        Args:
+            state: The state of the run.
+            evaluate: Returns the report of a model; see :meth:`_run` on what it must not do.
+            stop_monitor: A request to stop interrupts the evaluation.
+        """
+
+        def score() -> tuple[Mapping[str, Any], list[dict[str, str]]]:
+            """The report and the texts."""
+            with self._engine.full_model_in_eval_mode() as model, stop_monitor.interruptible():
+                report = evaluate(model)
+                return report, self._sample_text.write(model) if self._has_samples else []
+
+        with self._reporter.display.phase(EVALUATING):
+            scored = self._run(state.step, score)
+        if scored is None:
+            return
+
+        report, samples = scored
+        self._reporter.log.write_evaluation(state.progress(), report)
+        if samples:
+            self._reporter.log.write_samples(state.progress(), samples)
+        self._reporter.display.show_evaluation(state.step, report, samples)
+
+    def _run(self, step: int, score: Callable[[], T]) -> T | None:
         """Evaluate. A failure on any rank counts as a failure on all; its traceback is printed.
 
         ``score`` must not communicate after its first operation that can fail: a rank that leaves
@@ -55,16 +107,16 @@ class PeriodicEvaluation:
 
         Args:
             step: Steps taken so far.
-            score: Returns the report.
+            score: Returns the scores.
 
         Returns:
-            The report; None if the evaluation failed, or was interrupted by a stop on some rank.
+            The scores; None if the evaluation failed, or was interrupted by a stop on some rank.
             After a stop the step stays due, so that the resumed run evaluates it.
         """
-        report: Mapping[str, Any] | None = None
+        scores: T | None = None
         failed = stopped = False
         try:
-            report = score()
+            scores = score()
         except StopRequested:
             stopped = True
         except Exception as error:
@@ -83,7 +135,7 @@ class PeriodicEvaluation:
         self.last_step = step
         self._num_consecutive_failures = self._num_consecutive_failures + 1 if failed else 0
         if not failed:
-            return report
+            return scores
 
         self.num_failures += 1
         if self._layout.rank == 0 and not self.has_given_up:

@@ -53,9 +53,17 @@ def check_start(config: Config, rank: int, resume: bool = True) -> None:
         resume: resume from the latest checkpoint; False: there must be none.
 
     Raises:
-        UserError: the data are missing or unfinished, a package is missing, or the run folder is
-            another run's, has a checkpoint against ``resume``, or cannot be written. Nothing was
-            changed.
+        UserError: as :func:`check_inputs` and :func:`check_run`. Nothing was changed.
+    """
+    check_inputs(config)
+    check_run(config, rank, resume)
+
+
+def check_inputs(config: Config) -> None:
+    """Check what a run reads.
+
+    Raises:
+        UserError: the data are missing or unfinished, the teacher is, or a package is missing.
     """
     check_wandb(config.logging)
     if config.data.path is None:
@@ -64,6 +72,14 @@ def check_start(config: Config, rank: int, resume: bool = True) -> None:
     if config.distillation.teacher is not None:
         load_run_config(config.distillation.teacher)
 
+
+def check_run(config: Config, rank: int, resume: bool) -> None:
+    """Check the run folder. The arguments are those of :func:`check_start`.
+
+    Raises:
+        UserError: the folder is another run's, has a checkpoint against ``resume``, or cannot be
+            written. Nothing was changed.
+    """
     run = config.run.dir
     try:
         steps = [] if resume else checkpoint_steps(run)

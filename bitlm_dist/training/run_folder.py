@@ -10,8 +10,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from math import isfinite, nan
 from pathlib import Path
 from typing import Any, TextIO
@@ -68,12 +69,14 @@ class RunFolder:
         self._has_started = False  # at :meth:`acquire`; see run_claim.has_started
         self._has_written = False  # the metadata of a run that had not started
         self._found_config = False  # at :meth:`acquire`
+        # writes what :meth:`acquire` was given; None before it, and from :meth:`begin` on
+        self._write_new_metadata: Callable[[], None] | None = None
         self._created_folders: list[Path] = []  # by :meth:`acquire`, the innermost first
 
     def acquire(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Lock the folder for this process, or refuse it.
 
-        Apart from the lock, nothing in the folder changes before :meth:`write_metadata`. The lock
+        Apart from the lock, nothing in the folder changes before :meth:`begin`. The lock
         is held until :meth:`release`, or until the process ends for whatever reason.
 
         Raises:
@@ -96,6 +99,25 @@ class RunFolder:
             except BaseException:
                 self.release()
                 raise
+        self._write_new_metadata = partial(self.write_metadata, config, tokenizer_folder, codes)
+
+    def begin(self, step: int) -> None:
+        """Write the metadata with the first line of the logs; no-op from the second call on.
+
+        A process that ends before leaves no trace.
+
+        Args:
+            step: The step that was loaded. Metrics of later steps, left by a process that was
+                killed before it saved, are dropped.
+
+        Raises:
+            UserError: See :meth:`write_metadata`.
+        """
+        write = self._write_new_metadata
+        self._write_new_metadata = None
+        if write is not None:
+            write()
+            self.drop_metrics_after(step)
 
     def write_metadata(self, config: Config, tokenizer_folder: Path, codes: BitCodes) -> None:
         """Write the run's config, environment, tokenizer and codes.

@@ -5,6 +5,7 @@ between two steps; long waits (an evaluation, a slow data source) are interrupte
 """
 
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,6 +75,13 @@ class StopMonitor:
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
         self._previous_handlers = {}
+
+    def die_by_signal(self) -> None:
+        """Die by the signal that was received; return if there was none."""
+        time.sleep(0)  # lets Python handle a signal that arrived inside torch
+        if self.code in STOP_SIGNALS:
+            self.restore_handlers()
+            signal.raise_signal(signal.Signals(self.code))
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:

@@ -97,6 +97,28 @@ def checkpoint_shards(
     }
 
 
+def training_tensors(
+    weights: Mapping[str, ShardedTensor],
+    optimizer_state: Mapping[str, ShardedTensor],
+    layout: ParallelLayout,
+) -> dict[str, ShardedTensor]:
+    """Weights and optimizer state by their names in a checkpoint.
+
+    Args:
+        weights: This rank's shards of the weights, by global name.
+        optimizer_state: Its shards of the optimizer state, by ``NAME.SLOT``.
+        layout: The job's parallel layout.
+    """
+    tensors = {checkpoint_weight_name(name): tensor for name, tensor in weights.items()}
+    for name, tensor in optimizer_state.items():
+        parameter, _, slot = name.rpartition(".")
+        tensors |= {
+            checkpoint_slot_name(n, slot): t
+            for n, t in checkpoint_shards(parameter, tensor, layout).items()
+        }
+    return tensors
+
+
 def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
     """Load the latest checkpoint of a run for evaluation or generation.
 

@@ -90,7 +90,7 @@ def test_a_run_that_is_stopped_saves_and_tells_its_exit_code(
 
     def stop(self, metrics):
         write(self, metrics)
-        if metrics["step"] == 2:
+        if metrics["step"] == 1:  # written while step 2 is under way
             signal.raise_signal(number)
 
     monkeypatch.setattr(metrics.MetricsLog, "write", stop)

@@ -89,7 +89,7 @@ def test_a_run_on_a_mixture_resumes_bitwise_and_logs_its_sources(mixed, tmp_path
     for folder, stops in (("whole", [8]), ("run", [3, 8])):
         config = mixed(weights, "--run.dir", str(tmp_path / folder), "--training.steps", "8")
         for until in stops:
-            trainer = Trainer(config)
+            trainer = Trainer.build(config).open()
             trainer.fit(until=until)
             trainer.close()
         lines.append(
@@ -110,7 +110,9 @@ def test_a_run_on_a_mixture_resumes_bitwise_and_logs_its_sources(mixed, tmp_path
     assert sum(lines[0][-1][key] for key in keep[1:]) == 64
 
     with pytest.raises(UserError, match="holds a run with data.sources = .*, now"):
-        Trainer(mixed([0.5, 0.5], "--run.dir", str(tmp_path / "run"), "--training.steps", "8"))
+        Trainer.build(
+            mixed([0.5, 0.5], "--run.dir", str(tmp_path / "run"), "--training.steps", "8")
+        ).open()
 
 
 def test_an_epoch_may_be_capped(mixed, second):
@@ -133,7 +135,7 @@ def test_too_little_data_is_found_before_the_first_step(mixed):
         UserError,
         match="no source has anything left at step .*: raise max_epochs or lower training.steps",
     ):
-        Trainer(mixed([0.0, 1.0], "--training.steps", "400", max_epochs=1))
+        Trainer.build(mixed([0.0, 1.0], "--training.steps", "400", max_epochs=1)).open()
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(
 def test_context_that_matters_shows_in_the_shuffle_delta(tiny, prepared, feed):
     from bitlm_dist.training.trainer import Trainer
 
-    trainer = Trainer(tiny("--training.steps", "150"))
+    trainer = Trainer.build(tiny("--training.steps", "150")).open()
     trainer.fit()
     trainer.close()
     report = score(trainer.engine.model.eval(), feed, prepared)

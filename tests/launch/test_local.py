@@ -124,7 +124,7 @@ def test_ranks_that_die_or_freeze_are_named_and_the_run_ends_as_if_none_had(laun
     assert history.steps_lost == sum(a.last_step - a.saved_step for a in history.attempts) > 0
     assert history.goodput is not None
     assert 0 < history.goodput < 1
-    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
+    whole = Trainer.build(tiny(*words, "--run.dir", str(tmp_path / "whole"))).open()
     whole.fit()
     whole.close()
     assert losses(run) == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)

@@ -20,7 +20,9 @@ def one_rank_fails(file: str, words: list[str]) -> tuple[int, int, int]:
     """
     ranks = read_rank_info(os.environ)
     config = load_config(Path(file), words).config
-    trainer = Trainer(config, layout=build_layout(config.parallel, ranks.world_size, ranks.rank))
+    trainer = Trainer.build(
+        config, layout=build_layout(config.parallel, ranks.world_size, ranks.rank)
+    ).open()
 
     def evaluate(model: Any) -> dict[str, float]:
         if trainer.step == 4 and dist.get_rank() == 1:

@@ -89,7 +89,7 @@ def train(
             ),
             step,
         )
-        found.append((float(update.loss), update.grad_norm))
+        found.append((float(update.loss), float(update.grad_norm)))
 
     local_params = {
         n: p.detach().cpu().clone()
@@ -248,7 +248,7 @@ def fit_in_turn(file: str, jobs: list[tuple[list[str], int]]) -> None:
         layout = build_layout(
             config.parallel, int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         )
-        trainer = Trainer(config, layout=layout)
+        trainer = Trainer.build(config, layout=layout).open()
         trainer.fit(until=until)
         trainer.close()
         torch.distributed.barrier()  # the folder is free when the next one begins

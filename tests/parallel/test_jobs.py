@@ -138,11 +138,13 @@ def test_a_run_goes_on_under_another_layout(case, changed, tiny):
 
 
 def test_two_data_ranks_learn_from_a_teacher_what_one_process_learns(tiny, tmp_path):
-    teacher = Trainer(tiny("--model.output", "softmax", "--run.dir", str(tmp_path / "teacher")))
+    teacher = Trainer.build(
+        tiny("--model.output", "softmax", "--run.dir", str(tmp_path / "teacher"))
+    ).open()
     teacher.fit()
     teacher.close()
     settings = ["--training.steps", "4", "--distillation.teacher", str(tmp_path / "teacher")]
-    whole = Trainer(tiny(*settings, "--run.dir", str(tmp_path / "whole")))
+    whole = Trainer.build(tiny(*settings, "--run.dir", str(tmp_path / "whole"))).open()
     whole.fit()
     whole.close()
     common = [*settings, "--data.path", str(tiny().data.path), "--run.dir", str(tmp_path / "run")]

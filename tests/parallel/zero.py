@@ -61,7 +61,7 @@ def train_steps(engine: Engine, first: int, num_steps: int) -> list[tuple[float,
             make_batch(step, engine.layout.data_rank * num_local_sequences, num_local_sequences),
             step,
         )
-        found.append((float(update.loss), update.grad_norm, update.applied))
+        found.append((float(update.loss), float(update.grad_norm), bool(update.applied)))
 
     return found
 

@@ -17,6 +17,7 @@ from traces import (
     LAYOUTS,
     QUICK,
     QUICK_ROWS,
+    READ,
     SLOW_ROWS,
     load_traces,
     run_cases,
@@ -67,6 +68,11 @@ WAITS = {
     "zero/stage_1_and_2.py complete_grad_norm_calculation_for_cpu_offload: item": "offload",
     f"zero/stage_1_and_2.py has_overflow: {PAGEABLE}": "offload",
     "zero/stage_1_and_2.py update_offload_overflow_tracker: item": "offload",
+}
+# The training loop, without the engine, whose waits are those of a step.
+TRAINER_FILES = {
+    f"training/{name}.py"
+    for name in ("agreement", "batches", "readback", "step_metrics", "step_pipeline", "trainer")
 }
 TENSOR_BYTES = 512  # smallest allocation
 
@@ -171,9 +177,9 @@ def folders(prepared, tiny_file, tmp_path_factory):
             "--training.steps",
             "4",
         ]
-        trainer = Trainer(
+        trainer = Trainer.build(
             load_config(config, [*settings, "--optimizer.schedule", "constant", *words]).config
-        )
+        ).open()
         trainer.fit(until=2)
         trainer.close()
     return found
@@ -190,9 +196,17 @@ by_case = pytest.mark.parametrize(
 )
 
 
+def reads(found):
+    """How often the host reads the report of a step, by phase."""
+    counts = {phase: waits.get(READ, 0) for phase, waits in found["waits"].items()}
+    return {phase: count for phase, count in counts.items() if count}
+
+
 @by_case
 def test_a_step_waits_sends_and_holds_what_is_on_file(case, found):
     expected, seen = load_traces()[case], to_record(found)
+    assert "step 0" not in reads(found), "a step is read after the next one was launched"
+    assert reads(found)["step 1"] == 1
     assert set(seen["waits"]) <= set(WAITS), "the host waits for the GPU where it did not"
     assert seen["waits"] == expected["waits"]
     assert seen["collectives"] == expected["collectives"]
@@ -208,6 +222,11 @@ def test_a_step_waits_sends_and_holds_what_is_on_file(case, found):
 def test_commands_run_on_a_gpu(case, found):
     """No tensor is on the wrong device, from the command line to the last byte of a checkpoint."""
     assert found["peak"] or "export" in case, "it used the GPU"
+
+    # in training itself, beside evaluations and saves
+    waits = {place for phase in found["waits"].values() for place in phase}
+    own = {place for place in waits if place.split(" ")[0] in TRAINER_FILES}
+    assert own == ({READ} if case.startswith("train") else set())
 
 
 def rounded(numbers, width):

@@ -154,7 +154,9 @@ class Launcher:
 
         # as in the job: the number of threads changes the order of sums
         torch.set_num_threads(1)
-        trainer = Trainer(load_config(Path(words[0]), list(map(str, words[1:]))).config)
+        trainer = Trainer.build(
+            load_config(Path(words[0]), list(map(str, words[1:]))).config
+        ).open()
         trainer.fit(until)
         trainer.close()
         torch.set_num_threads(os.cpu_count() or 1)

@@ -23,7 +23,7 @@ def run(*words):
 
 
 def train(config, until=None):
-    trainer = Trainer(config)
+    trainer = Trainer.build(config).open()
     trainer.fit(until)
     trainer.close()
     return trainer.step
@@ -67,7 +67,7 @@ def test_every_reader_follows_checkpoints_on_another_disk(tiny, tmp_path):
         UserError,
         match=f"checkpoint.dir = {disk} has the checkpoints of the run {folder}: choose another",
     ):
-        Trainer(tiny(*words, "--run.dir", str(tmp_path / "second")))
+        Trainer.build(tiny(*words, "--run.dir", str(tmp_path / "second"))).open()
 
     shutil.move(tmp_path / "disk", tmp_path / "away")
     for words in (

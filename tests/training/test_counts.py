@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from bitlm_dist.checkpoint.steps import folder_of, read_train_state
 from bitlm_dist.cli import app
 from bitlm_dist.data.packed_dataset import PackedDataset
+from bitlm_dist.training.train_state import TrainState
 from bitlm_dist.training.trainer import Trainer
 
 pytestmark = pytest.mark.integration
@@ -43,7 +44,7 @@ def counts(run):
 )
 def test_counts_are_those_of_the_batches(words, tiny, tmp_path, prepared):
     config = tiny("--training.steps", str(STEPS), *words)
-    trainer = Trainer(config)
+    trainer = Trainer.build(config).open()
     trainer.fit()
     trainer.close()
     byte_lengths = np.load(prepared / "statistics.npz")["byte_lengths"]
@@ -82,10 +83,10 @@ def test_an_epoch_predicts_every_token_and_one_eos_a_document_whatever_the_block
 
 
 def test_a_run_goes_on_counting_where_it_stopped_and_says_its_epochs(tiny, tmp_path, prepared):
-    whole = Trainer(tiny("--run.dir", str(tmp_path / "whole")))
+    whole = Trainer.build(tiny("--run.dir", str(tmp_path / "whole"))).open()
     whole.fit()
     whole.close()
-    first = Trainer(tiny())
+    first = Trainer.build(tiny()).open()
     first.fit(until=3)
     first.close()
     words = [
@@ -104,16 +105,15 @@ def test_a_run_goes_on_counting_where_it_stopped_and_says_its_epochs(tiny, tmp_p
 
 @pytest.mark.slow
 def test_a_checkpoint_that_did_not_count_goes_on_without(tiny, tmp_path):
-    first = Trainer(tiny())
+    first = Trainer.build(tiny()).open()
     first.fit(until=3)
     first.close()
     folder = folder_of(tmp_path / "run" / "checkpoints", 3)
     state = read_train_state(folder)
     assert 0 < state["predicted_tokens"] <= state["text_bytes"] + 3 * 64
-    again = Trainer(tiny())
-    again._load_checkpoint(
-        folder, {key: value for key, value in state.items() if key not in COUNTS[1:3]}
-    )
+    again = Trainer.build(tiny()).open()
+    old = {key: value for key, value in state.items() if key not in COUNTS[1:3]}
+    again.state = TrainState.from_checkpoint(old)
     again.fit()
     again.close()
     assert counts(tmp_path / "run")[-1][:3] == [6 * 256, None, None]

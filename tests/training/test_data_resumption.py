@@ -89,7 +89,7 @@ def test_every_source_is_read_on_through_changes_of_mixture_and_batch(
         (other, DOUBLED, 6),  # resumes without a change
         ({}, [*ALLOWED, *DOUBLED], 8),
     ):
-        trainer = Trainer(config_of(weights, *words))
+        trainer = Trainer.build(config_of(weights, *words)).open()
         trainer.fit(until=until)
         trainer.close()
 
@@ -123,32 +123,42 @@ def test_every_source_is_read_on_through_changes_of_mixture_and_batch(
         feed.close()
 
 
+class KilledError(Exception):
+    pass
+
+
+def kill(metrics):
+    raise KilledError
+
+
 def test_without_the_key_another_mixture_is_refused(config_of, folders, tmp_path):
-    trainer = Trainer(config_of({"base": 0.5, "zebra": 0.5}))
+    trainer = Trainer.build(config_of({"base": 0.5, "zebra": 0.5})).open()
     trainer.fit(until=1)
     trainer.close()
     with pytest.raises(
         UserError, match=r"data.sources = .*, now .* \(data.new_mixture = true allows it\)"
     ):
-        Trainer(config_of({"base": 0.4, "zebra": 0.6}))
+        Trainer.build(config_of({"base": 0.4, "zebra": 0.6})).open()
 
     # killed between the change and its first checkpoint: the folder's config has the new mixture,
     # the checkpoint the old one
     changed = config_of({"base": 0.4, "zebra": 0.6}, *ALLOWED)
-    trainer = Trainer(changed)
-    trainer.train_step()
+    trainer = Trainer.build(changed).open()
+    trainer.add_hook(kill)
+    with pytest.raises(KilledError):
+        trainer.fit()
     trainer.close()
 
     with pytest.raises(
         UserError,
         match=r"was trained with another data.sources .*; data.new_mixture = true allows it",
     ):
-        Trainer(config_of({"base": 0.4, "zebra": 0.6}))
+        Trainer.build(config_of({"base": 0.4, "zebra": 0.6})).open()
 
     # the same data elsewhere, under another name, is the same mixture
     moved = tmp_path / "stripes"
     moved.symlink_to(folders["zebra"])
-    Trainer(config_of({"base": 0.5, "zebra": 0.5}, *ALLOWED, zebra=moved)).close()
+    Trainer.build(config_of({"base": 0.5, "zebra": 0.5}, *ALLOWED, zebra=moved)).open().close()
 
 
 def test_worker_processes_read_the_same(config_of):

@@ -26,7 +26,7 @@ from bitlm_dist.training.trainer import Trainer
     ids=" ".join,
 )
 def test_the_estimate_is_what_a_checkpoint_takes(tiny, tmp_path, words):
-    trainer = Trainer(tiny(*words, "--training.steps", "1"))
+    trainer = Trainer.build(tiny(*words, "--training.steps", "1")).open()
     named = [pair for chunk in trainer.engine.chunks for pair in chunk.named_parameters()]
     estimate = estimate_checkpoint_bytes(trainer.config, trainer.engine.num_parameters, named)
     trainer.fit()
@@ -48,11 +48,11 @@ def test_room_is_known_before_the_first_step(tiny, small_disk, capsys):
         match=r"checkpoints has no room for a checkpoint, which takes about .* KiB: "
         r"1.* KiB are free",
     ):
-        Trainer(tiny("--run.dir", str(run)))
+        Trainer.build(tiny("--run.dir", str(run))).open()
 
     assert not run.exists(), "a refused start leaves nothing"
     filler.unlink()
-    trainer = Trainer(tiny("--run.dir", str(run), "--checkpoint.keep", "50"))
+    trainer = Trainer.build(tiny("--run.dir", str(run), "--checkpoint.keep", "50")).open()
     assert "52 more checkpoints of about" in capsys.readouterr().err
     trainer.close()
 

@@ -26,7 +26,12 @@ def diverge(trainer, first, last=math.inf):
         update = plain(batch, number)
         bad = first <= number + 1 <= last
         return (
-            replace(update, loss=torch.tensor(math.nan), grad_norm=math.inf, applied=False)
+            replace(
+                update,
+                loss=torch.tensor(math.nan),
+                grad_norm=torch.tensor(math.inf),
+                applied=torch.tensor(False),
+            )
             if bad
             else update
         )
@@ -45,7 +50,7 @@ def metrics(run):
 
 
 def test_twenty_steps_that_are_not_finite_end_in_one_line(tiny, tmp_path):
-    trainer = Trainer(tiny("--training.steps", "60", "--checkpoint.every_steps", "3"))
+    trainer = Trainer.build(tiny("--training.steps", "60", "--checkpoint.every_steps", "3")).open()
     diverge(trainer, 5)
     with pytest.raises(DivergedError) as caught:
         trainer.fit()
@@ -61,7 +66,7 @@ def test_twenty_steps_that_are_not_finite_end_in_one_line(tiny, tmp_path):
 
 
 def test_what_is_not_finite_is_null_with_a_flag_and_a_glitch_ends_nothing(tiny, tmp_path):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     diverge(trainer, 3, 4)
     trainer.fit()
     trainer.close()
@@ -91,7 +96,7 @@ def test_a_run_whose_last_step_is_not_finite_has_not_succeeded_then_or_later(
     tiny, tmp_path, prepared
 ):
     words = ("--checkpoint.every_steps", "2")
-    trainer = Trainer(tiny(*words))
+    trainer = Trainer.build(tiny(*words)).open()
     diverge(trainer, 5)
     with pytest.raises(
         DivergedError,
@@ -119,7 +124,7 @@ def test_a_run_whose_last_step_is_not_finite_has_not_succeeded_then_or_later(
     with pytest.raises(DivergedError, match="at its end, step 6"):
         CliRunner().invoke(cli.app, ["train", *again], catch_exceptions=False)
 
-    back = Trainer(tiny(*words, "--checkpoint.fallback", "true"))
+    back = Trainer.build(tiny(*words, "--checkpoint.fallback", "true")).open()
     assert back.step == 2, "an unhealthy end is left for the newest healthy checkpoint"
     back.fit()
     back.close()
@@ -127,7 +132,7 @@ def test_a_run_whose_last_step_is_not_finite_has_not_succeeded_then_or_later(
 
 def test_weights_that_are_not_finite_at_the_end(tiny, tmp_path):
     """Loss and gradient norm of the last step are finite, but its update breaks the weights."""
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     plain = trainer.engine.train_step
 
     def step(batch, number):

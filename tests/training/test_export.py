@@ -18,7 +18,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def run(tiny, tmp_path):
-    trainer = Trainer(tiny("--optimizer.ema", "0.5"))
+    trainer = Trainer.build(tiny("--optimizer.ema", "0.5")).open()
     trainer.fit(until=3)
     trainer.close()
     return tmp_path / "run"
@@ -78,7 +78,7 @@ def test_imported_weights_are_not_taken_for_a_run_to_go_on_with(run, tiny, tmp_p
         UserError,
         match="was imported and holds weights alone: it can be evaluated and generated from",
     ):
-        Trainer(tiny("--optimizer.ema", "0.5", "--run.dir", str(tmp_path / "back")))
+        Trainer.build(tiny("--optimizer.ema", "0.5", "--run.dir", str(tmp_path / "back"))).open()
 
 
 def test_bad_input_is_named_and_nothing_is_left(run, tiny, tmp_path):
@@ -116,7 +116,7 @@ def test_bad_input_is_named_and_nothing_is_left(run, tiny, tmp_path):
         import_checkpoint(tmp_path / "out", tmp_path / "back")
 
     assert not (tmp_path / "back").exists()
-    other = Trainer(tiny("--run.dir", str(tmp_path / "plain")))
+    other = Trainer.build(tiny("--run.dir", str(tmp_path / "plain"))).open()
     other.fit(until=1)
     other.close()
     with pytest.raises(UserError, match="holds no moving average: export without --averaged"):

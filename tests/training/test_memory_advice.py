@@ -41,7 +41,7 @@ def test_the_cheapest_key_comes_first_and_what_is_set_is_not_named():
 @pytest.mark.integration
 def test_a_step_that_never_fitted_is_the_users_and_a_later_one_is_not(tiny, monkeypatch):
     """The launcher restarts a run unless the user has to fix something."""
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
 
     def fail(*ignored):
         raise torch.OutOfMemoryError(SAID)
@@ -52,11 +52,11 @@ def test_a_step_that_never_fitted_is_the_users_and_a_later_one_is_not(tiny, monk
         UserError,
         match="a microbatch of 8 sequences does not fit; what helps: --parallel.micro_batch_size 4",
     ):
-        trainer.train_step()
+        trainer.fit()
 
     monkeypatch.setattr(trainer.engine, "train_step", plain)
-    trainer.train_step()
+    trainer.fit(until=1)
     monkeypatch.setattr(trainer.engine, "train_step", fail)
     with pytest.raises(RuntimeError, match="what helps"):
-        trainer.train_step()
+        trainer.fit()
     trainer.close()

@@ -64,14 +64,18 @@ def test_tensorboard_shows_each_step_once_after_a_kill(tiny, tmp_path):
 @pytest.mark.integration
 def test_what_a_checkpoint_covers_is_in_tensorboard_s_file_before_it(tiny, tmp_path):
     """Else a kill would lose steps: the resumed run repeats only those after the checkpoint."""
-    trainer = Trainer(tiny("--logging.tensorboard", "true", "--checkpoint.every_steps", "3"))
+    trainer = Trainer.build(
+        tiny("--logging.tensorboard", "true", "--checkpoint.every_steps", "3")
+    ).open()
     seen = {}
 
     def observe(line):
         if line["step"] == 4:
             seen[4] = on_board(tmp_path / "run", "loss")
 
-    trainer.fit(observe=observe)
+    trainer.add_hook(observe)
+
+    trainer.fit()
     trainer.close()
     assert seen[4][:3] == [1, 2, 3]
 
@@ -300,7 +304,7 @@ def test_a_missing_package_is_said_before_anything_is_written(tiny, tmp_path, mo
         UserError,
         match=r"logging.wandb_project needs the package wandb: pip install 'bitlm-dist\[wandb\]'",
     ):
-        Trainer(tiny("--logging.wandb_project", "p"))
+        Trainer.build(tiny("--logging.wandb_project", "p")).open()
     assert not (tmp_path / "run").exists()
 
 

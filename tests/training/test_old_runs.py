@@ -107,7 +107,7 @@ def test_an_old_run_is_evaluated(name, old, expected):
 def test_an_old_run_goes_on(name, old, expected, tmp_path):
     run = copied(old, name, tmp_path)
     words = ["--evaluation.num_noise_levels", "3"]  # a new name over an old file
-    trainer = Trainer(load_config(run / "config.yaml", words).config)
+    trainer = Trainer.build(load_config(run / "config.yaml", words).config).open()
     assert trainer.step == 4
 
     trainer.fit()

@@ -30,7 +30,7 @@ def lines(file):
 
 def test_a_failed_evaluation_is_reported_and_counted_and_training_goes_on(tiny, tmp_path, capsys):
     evaluation = Evaluation(1, 2, 4)
-    trainer = Trainer(tiny("--evaluation.every_steps", "1"))
+    trainer = Trainer.build(tiny("--evaluation.every_steps", "1")).open()
     trainer.fit(evaluate=evaluation)
     assert trainer.is_done
     trainer.close()
@@ -64,14 +64,14 @@ def test_a_failed_evaluation_is_reported_and_counted_and_training_goes_on(tiny, 
 
 def test_the_third_failure_in_a_row_ends_a_run_which_is_saved_first(tiny, tmp_path):
     evaluation = Evaluation(2, 3, 4)
-    trainer = Trainer(tiny("--evaluation.every_steps", "1"))
+    trainer = Trainer.build(tiny("--evaluation.every_steps", "1")).open()
     message = "failed, the last at step 4, .*set evaluation.every_steps = 0"
     with pytest.raises(UserError, match=f"3 evaluations in a row {message}"):
         trainer.fit(evaluate=evaluation)
     trainer.close()
     assert complete_steps(tmp_path / "run" / "checkpoints") == [4]
 
-    again = Trainer(tiny("--evaluation.every_steps", "1"))
+    again = Trainer.build(tiny("--evaluation.every_steps", "1")).open()
     again.fit(evaluate=evaluation)
     assert again.is_done
     again.close()
@@ -118,7 +118,7 @@ def test_a_failure_on_one_rank_is_a_failure_on_all_and_none_waits_for_another(
     )
 
     # The counts of a step are those of all ranks.
-    alone = Trainer(tiny("--run.dir", str(tmp_path / "alone")))
+    alone = Trainer.build(tiny("--run.dir", str(tmp_path / "alone"))).open()
     alone.fit()
     alone.close()
 

@@ -61,7 +61,9 @@ def started(tiny, prepared, tmp_path, monkeypatch):
 
 def train(file, *words, until=None):
     """As `bitlm train` with a schedule that later starts may lengthen -> the step it reached."""
-    trainer = Trainer(load_config(Path(file), ["--optimizer.schedule", "constant", *words]).config)
+    trainer = Trainer.build(
+        load_config(Path(file), ["--optimizer.schedule", "constant", *words]).config
+    ).open()
     trainer.fit(until=until)
     trainer.close()
     return trainer.step
@@ -194,16 +196,16 @@ def test_a_stop_before_the_first_step_leaves_no_trace(started, steps):
     if steps:
         train(*words, until=steps)
     before = tree(started / "runs")
-    trainer = Trainer(
+    trainer = Trainer.build(
         load_config(Path(words[0]), ["--optimizer.schedule", "constant", *words[1:]]).config
-    )
-    wait = trainer._loader.wait
+    ).open()
+    wait = trainer._batches.loader.wait
 
     def interrupted():
         os.kill(os.getpid(), signal.SIGTERM)
         wait()
 
-    trainer._loader.wait = interrupted
+    trainer._batches.loader.wait = interrupted
     trainer.fit()
     trainer.close()
     assert (trainer.step, trainer.stopped_by) == (steps, "SIGTERM")

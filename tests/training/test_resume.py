@@ -33,7 +33,7 @@ def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
     With blocks of four, several noise samples, context dropout, flipped bits and microbatches.
     """
     words = (*HARD, "--training.precision", precision)
-    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
+    whole = Trainer.build(tiny(*words, "--run.dir", str(tmp_path / "whole"))).open()
     whole.fit(until=14)
     per_epoch = len(whole.dataset) / whole.sequences_per_step
     assert per_epoch > 6, "the run is stopped inside an epoch"
@@ -41,11 +41,11 @@ def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
     index = json.loads((whole.config.data.path / "train" / "index.json").read_text())
     assert len(index["shards"]) == 1, "and inside a shard"
 
-    first = Trainer(tiny(*words))
+    first = Trainer.build(tiny(*words)).open()
     first.fit(until=5)
     first.close()
 
-    second = Trainer(tiny(*words))
+    second = Trainer.build(tiny(*words)).open()
     assert second.step == 5
 
     second.fit(until=14)
@@ -57,7 +57,7 @@ def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
 
 
 def test_metrics_after_the_last_checkpoint_are_forgotten(tiny, tmp_path):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     trainer.fit(until=2)
     trainer.close()
 
@@ -65,7 +65,7 @@ def test_metrics_after_the_last_checkpoint_are_forgotten(tiny, tmp_path):
     kept = metrics.read_text()
     # Two steps of a process that was killed while it wrote the second one.
     metrics.write_text(kept + '{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
-    again = Trainer(tiny())
+    again = Trainer.build(tiny()).open()
     again.fit(until=3)
     again.close()
 
@@ -74,7 +74,7 @@ def test_metrics_after_the_last_checkpoint_are_forgotten(tiny, tmp_path):
 
 
 def test_every_field_that_decides_what_is_read_is_compared(tiny, monkeypatch):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     plain = PackedDataset.fingerprint
     trainer.fit(until=1)
     fields = trainer.dataset.fingerprint()
@@ -94,7 +94,7 @@ def test_every_field_that_decides_what_is_read_is_compared(tiny, monkeypatch):
         )
         message = rf"another {field} \(.*, now other\): the data would not continue"
         with pytest.raises(UserError, match=f"was trained with {message}"):
-            Trainer(tiny())
+            Trainer.build(tiny()).open()
 
 
 def test_shards_that_changed_under_a_run_are_refused_and_nothing_else_changes(
@@ -103,7 +103,7 @@ def test_shards_that_changed_under_a_run_are_refused_and_nothing_else_changes(
     """Same tokenizer, other documents: the sequences' indices would mean other text."""
     from bitlm_dist.data_prep.prepare import prepare
 
-    trainer = Trainer(tiny("--model.codes", "natural"))
+    trainer = Trainer.build(tiny("--model.codes", "natural")).open()
     trainer.fit(until=1)
     trainer.close()
 
@@ -118,7 +118,7 @@ def test_shards_that_changed_under_a_run_are_refused_and_nothing_else_changes(
     }
 
     with pytest.raises(UserError, match="was trained with another data.index"):
-        Trainer(tiny("--model.codes", "natural", "--data.path", str(other)))
+        Trainer.build(tiny("--model.codes", "natural", "--data.path", str(other))).open()
     assert before == {
         p: p.read_bytes()
         for p in (tmp_path / "run").rglob("*")
@@ -132,9 +132,9 @@ def test_what_a_kill_leaves_of_a_new_folder_is_no_obstacle(tiny, tmp_path):
     (run / ".vocabulary" / "tokenizer" / "tokenizer.json").write_text("{")
     (run / ".config.yaml.partial").write_text("pres")
     (run / "run.lock").write_text("process 1\n")
-    Trainer(tiny()).close()
+    Trainer.build(tiny()).open().close()
 
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     trainer.fit(until=1)
     trainer.close()
     assert not list(run.glob(".*"))
@@ -142,16 +142,16 @@ def test_what_a_kill_leaves_of_a_new_folder_is_no_obstacle(tiny, tmp_path):
 
 def test_the_global_batch_changes_by_an_explicit_flag_and_no_sequence_is_lost(tiny, tmp_path):
     words = ("--training.steps", "8")
-    first = Trainer(tiny(*words))
+    first = Trainer.build(tiny(*words)).open()
     first.fit(until=3)
     first.close()
 
     twice = ("--training.global_batch_tokens", "512")
     message = r"256, now 512 \(checkpoint.new_global_batch = true allows it\)"
     with pytest.raises(UserError, match=f"global_batch_tokens = {message}"):
-        Trainer(tiny(*words, *twice))
+        Trainer.build(tiny(*words, *twice)).open()
 
-    second = Trainer(tiny(*words, *twice, "--checkpoint.new_global_batch", "true"))
+    second = Trainer.build(tiny(*words, *twice, "--checkpoint.new_global_batch", "true")).open()
     read = []
     plain = second.dataset.batch
     second.dataset.batch = lambda first, count, device: (
@@ -162,16 +162,16 @@ def test_the_global_batch_changes_by_an_explicit_flag_and_no_sequence_is_lost(ti
 
     assert read[:2] == [(24, 16), (40, 16)]
 
-    third = Trainer(tiny(*words, *twice))
-    assert (third.step, third._next_sequence) == (5, 56)
+    third = Trainer.build(tiny(*words, *twice)).open()
+    assert (third.step, third.state.next_sequence) == (5, 56)
     third.close()
 
 
 def test_a_constant_schedule_may_be_lengthened(tiny):
-    trainer = Trainer(tiny("--optimizer.schedule", "constant"))
+    trainer = Trainer.build(tiny("--optimizer.schedule", "constant")).open()
     trainer.fit(until=1)
     trainer.close()
-    Trainer(tiny("--optimizer.schedule", "constant", "--training.steps", "9")).close()
+    Trainer.build(tiny("--optimizer.schedule", "constant", "--training.steps", "9")).open().close()
 
 
 @pytest.mark.distributed
@@ -218,13 +218,13 @@ def test_a_killed_process_goes_on_where_it_was_saved(tiny, tmp_path, prepared, n
     saved = complete_steps(run / "checkpoints")[-1]
     assert saved >= 5
 
-    resumed = Trainer(tiny(*words))
+    resumed = Trainer.build(tiny(*words)).open()
     assert resumed.step == saved
 
     resumed.fit(until=saved + 3)
     resumed.close()
 
-    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
+    whole = Trainer.build(tiny(*words, "--run.dir", str(tmp_path / "whole"))).open()
     whole.fit(until=saved + 3)
     whole.close()
     assert losses(run) == losses(tmp_path / "whole")

@@ -17,7 +17,7 @@ WORDS = ("--evaluation.every_steps", "3")
 
 
 def train(config, **settings):
-    trainer = Trainer(config)
+    trainer = Trainer.build(config).open()
     trainer.fit(evaluate=lambda model: {}, **settings)
     trainer.close()
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.integration
 def test_two_failed_saves_are_said_and_the_third_in_a_row_ends_training(
     tiny, tmp_path, monkeypatch, capsys
 ):
-    trainer = Trainer(tiny("--checkpoint.every_steps", "1", "--training.steps", "9"))
+    trainer = Trainer.build(tiny("--checkpoint.every_steps", "1", "--training.steps", "9")).open()
     plain = store.create_partial_folder
     asked = []
 
@@ -47,7 +47,7 @@ def test_a_last_save_that_fails_is_an_error(tiny, monkeypatch, capsys):
     def begin(root, step):
         raise OSError("the disk is full")
 
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     monkeypatch.setattr(store, "create_partial_folder", begin)
     message = "the checkpoint of the last step, 2, could not be written: .*: the disk is full; "
     with pytest.raises(UserError, match=f"^{message}then the same command goes on from the begin"):
@@ -57,7 +57,7 @@ def test_a_last_save_that_fails_is_an_error(tiny, monkeypatch, capsys):
 
 
 def test_stall_and_total_of_every_save_are_on_record(tiny, tmp_path):
-    trainer = Trainer(tiny("--checkpoint.every_steps", "2"))
+    trainer = Trainer.build(tiny("--checkpoint.every_steps", "2")).open()
     trainer.fit()
     trainer.close()
 
@@ -70,7 +70,7 @@ def test_stall_and_total_of_every_save_are_on_record(tiny, tmp_path):
         assert 0 < save["stall_seconds"] <= save["total_seconds"]
         assert (
             save["bytes"]
-            >= trainer.checkpoint_manager.saver.host_buffer_bytes
+            >= trainer.checkpoints.manager.saver.host_buffer_bytes
             > 4 * trainer.engine.num_parameters
         )
 
@@ -84,7 +84,9 @@ def test_every_nth_is_kept(tiny, tmp_path):
         "--checkpoint.keep_every_steps",
         "3",
     )
-    trainer = Trainer(tiny("--training.steps", "8", *words, "--checkpoint.asynchronous", "false"))
+    trainer = Trainer.build(
+        tiny("--training.steps", "8", *words, "--checkpoint.asynchronous", "false")
+    ).open()
     trainer.fit()
     trainer.close()
 
@@ -95,15 +97,17 @@ def test_saves_by_time(tiny, tmp_path, monkeypatch):
     config = tiny(
         "--checkpoint.every_steps", "0", "--checkpoint.every_minutes", "1", "--checkpoint.keep", "9"
     )
-    trainer = Trainer(config)
+    trainer = Trainer.build(config).open()
     now = [0.0]
     monkeypatch.setattr("bitlm_dist.training.checkpointing.time.monotonic", lambda: now[0])
-    trainer.checkpoint_manager._last_save_time = 0.0
+    trainer.checkpoints.manager._last_save_time = 0.0
 
     def pass_time(metrics):
         now[0] += 25
 
-    trainer.fit(observe=pass_time)
+    trainer.add_hook(pass_time)
+
+    trainer.fit()
     trainer.close()
     assert complete_steps(tmp_path / "run" / "checkpoints") == [4, 6], (
         "the clock is asked before a step"
@@ -120,7 +124,7 @@ def test_metrics_that_a_full_disk_does_not_take_come_later(tiny, small_disk):
         "--checkpoint.every_steps",
         "4",
     )
-    trainer = Trainer(tiny(*words))
+    trainer = Trainer.build(tiny(*words)).open()
     filler = small_disk / "filler"
 
     def observe(metrics):
@@ -131,7 +135,9 @@ def test_metrics_that_a_full_disk_does_not_take_come_later(tiny, small_disk):
         if metrics["step"] == 6:
             filler.unlink()
 
-    trainer.fit(observe=observe)
+    trainer.add_hook(observe)
+
+    trainer.fit()
     trainer.close()
 
     steps = [

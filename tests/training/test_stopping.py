@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from runs import losses
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.training.trainer import Trainer
@@ -23,9 +24,10 @@ def after(seconds, action):
 def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("bitlm_dist.training.stop_signals.POLL_SECONDS", (0.01, 0.01))
     (tmp_path / "run").mkdir()
-    trainer = Trainer(tiny("--training.steps", "500"))
+    trainer = Trainer.build(tiny("--training.steps", "500")).open()
     stop = tmp_path / "run" / "stop"
-    trainer.fit(observe=lambda metrics: stop.touch() if metrics["step"] == 3 else None)
+    trainer.add_hook(lambda metrics: stop.touch() if metrics["step"] == 3 else None)
+    trainer.fit()
 
     assert 3 <= trainer.step < 500
     assert trainer.stopped_by == "stop file"
@@ -34,14 +36,14 @@ def test_a_stop_file_ends_the_run_with_a_checkpoint_and_is_used_up(tiny, tmp_pat
     trainer.close()
 
     stop.touch()
-    again = Trainer(tiny("--training.steps", "500"))
+    again = Trainer.build(tiny("--training.steps", "500")).open()
     again.fit(until=again.step + 2)
     assert again.stopped_by is None, "a file from before the run means nothing"
     again.close()
 
 
 def test_a_stop_breaks_into_data_that_does_not_come(tiny, tmp_path):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     waiting = threading.Event()
     plain = trainer.dataset.batch
 
@@ -74,12 +76,12 @@ def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_
             time.sleep(60)
         return {"score": float(len(asked))}
 
-    trainer = Trainer(tiny(*words))
+    trainer = Trainer.build(tiny(*words)).open()
     trainer.fit(evaluate=evaluate)
     assert (trainer.stopped_by, trainer.step) == ("SIGTERM", 3)
     trainer.close()
 
-    second = Trainer(tiny(*words))
+    second = Trainer.build(tiny(*words)).open()
     assert not second.is_done
 
     second.fit(evaluate=evaluate)
@@ -93,6 +95,35 @@ def test_a_stop_breaks_into_an_evaluation_which_the_resumed_run_makes(tiny, tmp_
     assert [(line["step"], line["validation"]["score"]) for line in lines] == [(3, 2.0), (6, 3.0)]
     assert asked == [False] * 3
 
-    third = Trainer(tiny(*words))
+    third = Trainer.build(tiny(*words)).open()
     assert third.is_done
     third.close()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("where", ["step", "evaluation"])
+def test_all_ranks_stop_after_the_same_step_whichever_was_asked(
+    where, tiny, tiny_file, prepared, tmp_path
+):
+    from ranks import run_ranks
+
+    run = tmp_path / "run"
+    words = ["--data.path", str(prepared), "--run.dir", str(run), "--training.steps", "40"]
+    words += ["--optimizer.schedule", "constant", "--checkpoint.every_steps", "40"]
+    words += ["--evaluation.every_steps", "4" if where == "evaluation" else "0"]
+    folder = tmp_path / "job"
+    folder.mkdir()
+    found = run_ranks(
+        2, "stopping", "one_rank_is_asked", str(tiny_file), words, where, folder=folder, timeout=120
+    )
+
+    # The request travels with step 4 and is read while step 5 runs. An evaluation ends at once, and
+    # is left to the resumed run.
+    assert found == [(5, "SIGTERM", 0) if where == "step" else (4, "SIGTERM", 0)] * 2
+    step = found[0][0]
+    assert complete_steps(run / "checkpoints")[-1] == step
+    assert len(losses(run)) == step
+
+    resumed = Trainer.build(tiny(*words)).open()
+    assert (resumed.step, resumed.state.tokens) == (step, step * 256)
+    resumed.close()

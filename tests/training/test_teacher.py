@@ -21,7 +21,7 @@ def trained(tiny, tmp_path):
     """Train a short run by name, with overrides; returns its folder."""
 
     def make(name, *overrides):
-        trainer = Trainer(tiny("--run.dir", str(tmp_path / name), *overrides))
+        trainer = Trainer.build(tiny("--run.dir", str(tmp_path / name), *overrides)).open()
         trainer.fit()
         trainer.close()
         return tmp_path / name
@@ -100,15 +100,15 @@ def test_a_pupil_is_another_model_and_resumes_bitwise(block, tiny, trained, tmp_
         "192",
     )
     words += ("--distillation.teacher", str(trained("teacher", *SOFTMAX)))
-    whole = Trainer(tiny(*words, "--run.dir", str(tmp_path / "whole")))
-    half = Trainer(tiny(*words))
+    whole = Trainer.build(tiny(*words, "--run.dir", str(tmp_path / "whole"))).open()
+    half = Trainer.build(tiny(*words)).open()
     whole.fit(until=4)
     half.fit(until=2)
     half.close()
 
-    resumed = Trainer(tiny(*words))
+    resumed = Trainer.build(tiny(*words)).open()
     resumed.fit(until=4)
-    alone = Trainer(tiny(*words[:-2], "--run.dir", str(tmp_path / "alone")))
+    alone = Trainer.build(tiny(*words[:-2], "--run.dir", str(tmp_path / "alone"))).open()
     alone.fit(until=4)
 
     weights = [t.engine.model.head.final.weight for t in (whole, resumed, alone)]
@@ -120,11 +120,11 @@ def test_a_pupil_is_another_model_and_resumes_bitwise(block, tiny, trained, tmp_
 
 def test_teachers_that_cannot_teach_are_refused(tiny, trained, tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
-        Trainer(tiny("--distillation.teacher", str(tmp_path / "none")))
+        Trainer.build(tiny("--distillation.teacher", str(tmp_path / "none"))).open()
 
     bits = trained("bits", "--training.steps", "1")
     with pytest.raises(UserError, match="was trained with model.output = bits: name a run"):
-        Trainer(tiny("--distillation.teacher", str(bits)))
+        Trainer.build(tiny("--distillation.teacher", str(bits))).open()
 
     softmax = str(trained("softmax", *SOFTMAX))
     with pytest.raises(UserError, match="was trained with another tokenizer than data.path has"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import losses
 
 from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.config_loading import load_run_config
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.integration
 def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     words = ("--training.steps", "30", "--logging.tensorboard", "true")
     words += ("--checkpoint.every_steps", "10")
-    trainer = Trainer(tiny(*words))
+    trainer = Trainer.build(tiny(*words)).open()
     seen = []
-    trainer.fit(observe=seen.append)
+    trainer.add_hook(seen.append)
+    trainer.fit()
     trainer.close()
 
     run = tmp_path / "run"
@@ -46,16 +48,65 @@ def test_training_learns_and_leaves_a_whole_run_folder(tiny, tmp_path):
     for name, tensor in model_state_dict([model]).items():
         assert torch.equal(tensor.full, model_state_dict(trainer.engine.chunks)[name].full)
 
-    again = Trainer(tiny(*words))
+    again = Trainer.build(tiny(*words)).open()
     assert again.step == 30
     again.close()
 
 
+def test_building_leaves_the_disk_alone(tiny, tmp_path, prepared):
+    before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
+    trainer = Trainer.build(tiny())
+    assert trainer.engine.num_parameters > 0
+    trainer.dataset.close()
+    assert not (tmp_path / "run").exists()
+    assert before == {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
+
+
+def test_a_step_is_read_once_the_next_one_was_launched_and_at_once_before_a_save(tiny):
+    events = []
+    with Trainer.build(tiny("--checkpoint.every_steps", "4")).open() as trainer:
+        launch = trainer.engine.train_step
+        save = trainer.checkpoints.manager.save
+
+        def train_step(batch, step):
+            events.append(f"launch {step + 1}")
+            return launch(batch, step)
+
+        def save_checkpoint(step, *rest):
+            events.append(f"save {step}")
+            save(step, *rest)
+
+        trainer.engine.train_step = train_step
+        trainer.checkpoints.manager.save = save_checkpoint
+        trainer.add_hook(lambda metrics: events.append(f"read {metrics['step']}"))
+        trainer.add_hook(lambda metrics: events.append("third"), every=3)
+        trainer.fit()
+
+    begin = ["launch 1", "launch 2", "read 1", "launch 3", "read 2", "launch 4", "read 3", "third"]
+    then = ["read 4", "save 4", "launch 5", "launch 6", "read 5", "read 6", "third", "save 6"]
+    assert events == begin + then
+
+
+def test_what_was_done_before_an_error_is_on_record(tiny, tmp_path):
+    with Trainer.build(tiny()).open() as trainer:
+        launch = trainer.engine.train_step
+
+        def train_step(batch, step):
+            if step == 3:
+                raise RuntimeError("on fire")
+            return launch(batch, step)
+
+        trainer.engine.train_step = train_step
+        with pytest.raises(RuntimeError, match="on fire"):
+            trainer.fit()
+    assert len(losses(tmp_path / "run")) == 3
+
+
 def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_gone(tiny, tmp_path):
-    first = Trainer(tiny())
+    first = Trainer.build(tiny()).open()
     message = rf"in use by process {os.getpid()} on .*, since .*: wait for it, end it"
     with pytest.raises(UserError, match=f"run.dir = .* is {message}"):
-        Trainer(tiny())
+        Trainer.build(tiny()).open()
     first.close()
 
     # A lock counts only between processes, so another one must hold it.
@@ -69,11 +120,11 @@ def test_a_folder_in_use_is_refused_with_its_holder_until_that_is_gone(tiny, tmp
 
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=rf"is in use by process {holder.pid} on "):
-        Trainer(tiny())
+        Trainer.build(tiny()).open()
 
     holder.kill()
     holder.wait()
-    Trainer(tiny()).close()
+    Trainer.build(tiny()).open().close()
 
 
 REFUSED = [
@@ -85,13 +136,13 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
 def test_a_run_folder_of_another_config_is_refused_and_kept(tiny, tmp_path, change, message):
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     trainer.fit(until=1)
     trainer.close()
 
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match=message):
-        Trainer(tiny(*change))
+        Trainer.build(tiny(*change)).open()
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
 
 
@@ -100,23 +151,23 @@ def test_other_folders_and_no_resume_are_refused(tiny, tmp_path):
     run.mkdir()
     (run / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds files but no run"):
-        Trainer(tiny())
+        Trainer.build(tiny()).open()
 
     assert [p.name for p in run.iterdir()] == ["notes.txt"]
 
     (run / "notes.txt").unlink()
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     trainer.fit(until=1)
     trainer.close()
 
     with pytest.raises(UserError, match="holds checkpoints up to step 1: drop --no-resume"):
-        Trainer(tiny(), resume=False)
+        Trainer.build(tiny()).open(resume=False)
 
 
 def test_data_of_another_tokenizer_is_refused_and_the_folder_kept(tiny, tmp_path, corpus):
     from bitlm_dist.data_prep.prepare import prepare
 
-    trainer = Trainer(tiny())
+    trainer = Trainer.build(tiny()).open()
     trainer.fit(until=1)
     trainer.close()
 
@@ -124,7 +175,7 @@ def test_data_of_another_tokenizer_is_refused_and_the_folder_kept(tiny, tmp_path
     prepare([corpus], "bpe:310", other, validation_fraction=0.1)
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="was trained with another tokenizer than data.path has"):
-        Trainer(tiny("--data.path", str(other)))
+        Trainer.build(tiny("--data.path", str(other))).open()
 
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
@@ -134,7 +185,7 @@ def test_a_back_end_that_is_not_there_is_refused(tiny, tmp_path):
         UserError,
         match="model.backbone.attention = fa9: .* does not exist: choose from .*auto, .*merge",
     ):
-        Trainer(tiny("--model.backbone.attention", "fa9"))
+        Trainer.build(tiny("--model.backbone.attention", "fa9")).open()
     assert not (tmp_path / "run").exists()
 
 
@@ -143,7 +194,7 @@ def test_data_whose_small_files_changed_are_refused(name, tiny, tmp_path, prepar
     copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
     (copy / name).write_bytes((copy / name).read_bytes() + b" ")
     with pytest.raises(UserError, match=f"{copy / name} is damaged, or not the one that"):
-        Trainer(tiny("--data.path", str(copy)))
+        Trainer.build(tiny("--data.path", str(copy))).open()
     assert not (tmp_path / "run").exists()
 
 
@@ -152,5 +203,5 @@ def test_too_few_bits_for_the_tokenizer(tiny, tmp_path):
         UserError,
         match="model.bits = 8 gives 256 codes, too few for the tokenizer's 300 tokens: use 9",
     ):
-        Trainer(tiny("--model.bits", "8"))
+        Trainer.build(tiny("--model.bits", "8")).open()
     assert not (tmp_path / "run").exists()

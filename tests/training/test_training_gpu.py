@@ -24,7 +24,7 @@ def losses(folder):
 
 
 def trained(config, until=None):
-    trainer = Trainer(config)
+    trainer = Trainer.build(config).open()
     trainer.fit(until=until)
     trainer.close()
     return trainer

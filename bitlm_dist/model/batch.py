@@ -121,7 +121,7 @@ class TargetFinder:
 
     block_size: int
     eos: int
-    has_next_token_loss: bool
+    has_next_token_loss: bool = False
     positions: Tensor | None = None
     micro_batch_size: int = 0
     max_targets_per_sequence: int | None = None

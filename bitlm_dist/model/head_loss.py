@@ -20,8 +20,8 @@ from bitlm_dist.model.heads.base import Conditioning, Head
 from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.loss_terms import (
     NUM_NOISE_LEVELS,
-    LossTerms,
     noise_level_bin,
+    pack_terms,
     sum_by_bin,
     sum_by_position,
 )
@@ -73,7 +73,7 @@ class HeadLoss(nn.Module):
         """Sum the loss over the valid tokens, in nats per bit, as a mean over noise samples.
 
         Returns:
-            The loss [], and its terms, see :meth:`LossTerms.pack`, which carry no gradient.
+            The loss [], and its terms, see :func:`pack_terms`, which carry no gradient.
         """
         clean = self.codes.ids_to_bits(batch.tokens)
         key = NoiseKey(batch.seed, batch.sequence_index, batch.block_index, batch.step)
@@ -106,7 +106,7 @@ class HeadLoss(nn.Module):
             )
 
         by_noise_level = sum_by_bin(denoising, noise_level_bin(t), batch.valid, NUM_NOISE_LEVELS)
-        return loss, LossTerms.of(sums, by_noise_level).pack()
+        return loss, pack_terms(sums, by_noise_level)
 
     def _denoising_loss(
         self, clean: Tensor, noisy: Tensor, t: Tensor, conditioning: Conditioning

@@ -120,8 +120,8 @@ class LanguageModel(nn.Module, ABC):
             batch: a microbatch.
 
         Returns:
-            The loss [], and its terms as :class:`~bitlm_dist.model.loss_terms.LossTerms` packs
-            them; empty if the loss has a single one.
+            The loss [], and its terms, see :func:`~bitlm_dist.model.loss_terms.pack_terms`;
+            empty if the loss has a single one.
         """
 
     @abstractmethod

@@ -40,7 +40,7 @@ class StepResult:
     """
 
     loss: Tensor  # [], mean over the predicted tokens of the global batch
-    loss_terms: Tensor  # sums over the global batch, see LossTerms.pack; empty for a softmax
+    loss_terms: Tensor  # sums over the global batch, see pack_terms; empty for a softmax
     grad_norm: Tensor  # [], before clipping
     lr_multiplier: float  # learning rates as a fraction of their peaks
     applied: Tensor  # [], False if the update was skipped, as the norm was not finite

@@ -124,8 +124,17 @@ class MetricsLog:
                 )
 
     def write(self, metrics: Mapping[str, Any]) -> None:
-        """Record the metrics of a step, among them ``step``."""
-        self._record(METRICS, metrics, metrics)
+        """Record the metrics of a step, among them ``step``. Lists are several scalars."""
+        scalars = {
+            name: value
+            for key, values in metrics.items()
+            for name, value in (
+                ((f"{key}/{number}", each) for number, each in enumerate(values))
+                if isinstance(values, list)
+                else ((key, values),)
+            )
+        }
+        self._record(METRICS, metrics, scalars)
 
     def write_evaluation(self, progress: Mapping[str, Any], report: Mapping[str, Any]) -> None:
         """Record an evaluation.

@@ -21,6 +21,7 @@ from bitlm_dist.data.stale_resources import (
     remove_stale_resources,
 )
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.batch import TargetFinder
 
 pytestmark = pytest.mark.integration
 
@@ -34,6 +35,7 @@ def loader_of(config, feed, begun=0, rank=0, ranks=1):
     return Loader(
         config,
         feed,
+        TargetFinder(config.model.block_size, eos=1, micro_batch_size=share),
         start_step=begun,
         first_sequence=first,
         num_sequences=share,
@@ -186,12 +188,14 @@ from pathlib import Path
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixture_dataset import training_dataset
+from bitlm_dist.model.batch import TargetFinder
 
 if __name__ == "__main__":
     config = load_config(Path(sys.argv[1])).config
     loader = Loader(
         config,
         training_dataset(config),
+        TargetFinder(4, eos=1, micro_batch_size=8),
         start_step=0,
         first_sequence=0,
         num_sequences=8,

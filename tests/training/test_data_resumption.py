@@ -12,6 +12,7 @@ from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixture_dataset import training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.batch import TargetFinder
 from bitlm_dist.training.data_resumption import mixture_state_dict, resume_dataset
 from bitlm_dist.training.run_claim import GLOBAL_BATCH_KEY
 from bitlm_dist.training.trainer import Trainer
@@ -166,8 +167,16 @@ def test_worker_processes_read_the_same(config_of):
     state = state_of(config, step=3, sequence=24)
     changed = config_of({"base": 0.1, "zebra": 0.9}, *ALLOWED)
     feed = resumed(changed, state)
+    finder = TargetFinder(changed.model.block_size, eos=1, micro_batch_size=8)
     loader = Loader(
-        changed, feed, start_step=3, first_sequence=24, num_sequences=8, stride=8, device=CPU
+        changed,
+        feed,
+        finder,
+        start_step=3,
+        first_sequence=24,
+        num_sequences=8,
+        stride=8,
+        device=CPU,
     )
     loader._step_dataset.dataset = None
     steps = pickle.loads(pickle.dumps(loader._step_dataset))

@@ -25,7 +25,14 @@ class SlowDevice:
 
     def train_step(self, batch, step):
         number = torch.tensor(float(step))
-        return StepResult(number, number / 2, 0.1, torch.tensor(True), torch.tensor([step, 9]))
+        return StepResult(
+            loss=number,
+            loss_terms=torch.empty(0),
+            grad_norm=number / 2,
+            lr_multiplier=0.1,
+            applied=torch.tensor(True),
+            num_tokens_and_bytes=torch.tensor([step, 9]),
+        )
 
     def readback(self, tensors):
         values = {name: tensor.reshape(-1).tolist() for name, tensor in tensors.items()}

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from bitlm_dist.errors import UserError
+from bitlm_dist.registry import OPTIMIZERS
 
 
 class Section(BaseModel):
@@ -293,7 +294,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     """Optimizers and learning-rate schedule."""
 
-    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    matrix_optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # type: ignore[valid-type]
     """Optimizer of the matrices in backbone layers and head blocks; AdamW updates the rest."""
     muon_lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon."""
@@ -305,11 +306,6 @@ class OptimizerConfig(Section):
     """AdamW betas: decay per step of the running averages of the gradient and its square."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
-    fused: Literal["auto", "torch"] = "auto"
-    """AdamW implementation on a GPU.
-
-    auto takes Transformer Engine's if it is installed, else NVIDIA apex's, else torch's.
-    """
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
     sharded: bool = True

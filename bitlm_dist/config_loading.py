@@ -13,9 +13,11 @@ from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
 from bitlm_dist.renamed_keys import (
+    REMOVED_KEYS,
     RENAMED_KEYS,
     current_key,
     is_written_by_bitlm,
+    removed_message,
     renamed_message,
 )
 from bitlm_dist.yaml_files import SourcedValue, annotation_of, parse_override, read_yaml_file
@@ -49,7 +51,11 @@ def load_config(file: Path | None, overrides: Sequence[str] = ()) -> LoadedConfi
         file = _find_config_file(file)
         file_values = read_yaml_file(file, Config)
         if is_written_by_bitlm(file):
-            file_values = {current_key(key): entry for key, entry in file_values.items()}
+            file_values = {
+                current_key(key): entry
+                for key, entry in file_values.items()
+                if key not in REMOVED_KEYS
+            }
         layers.insert(0, file_values)
 
     # The file or the command line may choose the preset, which goes below both.
@@ -256,6 +262,8 @@ def _check_key(key: str, source: str) -> None:
 
     if key in RENAMED_KEYS:
         raise UserError(renamed_message(key, source, RENAMED_KEYS[key]))
+    if key in REMOVED_KEYS:
+        raise UserError(removed_message(key, source))
     if any(name.startswith(f"{key}.") for name in valid_keys):
         raise UserError(
             f"{key} ({source}) is a section: set keys in it, "

@@ -40,6 +40,10 @@ RENAMED_KEYS = {
     "parallel.microbatch": "parallel.micro_batch_size",
     "parallel.recompute": "parallel.activation_checkpointing",
 }
+# Name: why it is gone.
+REMOVED_KEYS = {
+    "optimizer.fused": "AdamW is torch's fused one everywhere",
+}
 # Files next to a config.yaml that `bitlm` wrote: in a run folder, an export, a launched job.
 _WRITTEN_BESIDE = ("environment.json", "export.json", "settings.json")
 
@@ -52,6 +56,11 @@ def current_key(key: str) -> str:
 def renamed_message(key: str, source: str, new_key: str) -> str:
     """Tell a user what a renamed key is called now; ``source`` is where it was set."""
     return f"unknown key {key} ({source}): it was renamed to {new_key}"
+
+
+def removed_message(key: str, source: str) -> str:
+    """Tell a user why a key is gone; ``source`` is where it was set."""
+    return f"unknown key {key} ({source}): it was removed: {REMOVED_KEYS[key]}"
 
 
 def is_written_by_bitlm(file: Path) -> bool:

@@ -20,8 +20,11 @@ from bitlm_dist.model.language_model import Batch, LanguageModel, loss_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.training.distributed_adamw import DistributedAdamW
-from bitlm_dist.training.optimizer import Optimizers, clip_and_step, lr_multiplier_at
+from bitlm_dist.registry import OPTIMIZERS, load_registered
+from bitlm_dist.training.optimizer import Optimizer, lr_multiplier_at
+from bitlm_dist.training.partitioners.base import Partitioner
+from bitlm_dist.training.partitioners.megatron import MegatronPartitioner
+from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 from bitlm_dist.training.sharded_head import ShardedHead, excluded_from_ddp, is_head_sharded
 from bitlm_dist.training.weights import model_state_dict
 
@@ -31,19 +34,19 @@ HEAD_PREFIX = "head."
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss, gradient norm and token counts of one optimizer step."""
+    """Loss, gradient norm and token counts of one optimizer step; tensors are on the device."""
 
     loss: Tensor  # mean over the predicted tokens of the global batch
-    grad_norm: float  # before clipping
+    grad_norm: Tensor  # fp64 [], before clipping
     lr_multiplier: float  # learning rates as a fraction of their peaks
-    applied: bool  # False if the update was skipped, as the norm was not finite
+    applied: Tensor  # bool []; False if the update was skipped, as the norm was not finite
 
     # [2] int64: predicted tokens of the global batch, and the UTF-8 bytes of their text
     num_tokens_and_bytes: Tensor
 
 
 class Engine:
-    """The pipeline stages of this rank, wrapped for data parallelism, and their optimizers.
+    """The pipeline stages of this rank, wrapped for data parallelism, and their optimizer.
 
     Args:
         config: a validated config.
@@ -75,19 +78,21 @@ class Engine:
         named = self._global_named_parameters()
         self.num_parameters = self._count_parameters(named)
 
-        # the head engine shards and updates the head, so Megatron must not see its parameters
+        # the head's partitioner shards it, so Megatron must not see its parameters
         has_sharded_head = is_head_sharded(config, layout)
         if has_sharded_head:
             named = {n: p for n, p in named.items() if not n.startswith(HEAD_PREFIX)}
 
         self._ddp_chunks: list[Any]
-        self.optimizers: Optimizers | DistributedAdamW
         with excluded_from_ddp(self.chunks[-1]) if has_sharded_head else nullcontext():
-            self._wrap_chunks_and_build_optimizers(named)
+            partitioners = [self._wrap_in_ddp_and_partition(named)]
 
         self.sharded_head = (
             ShardedHead(config, self.chunks[-1], layout) if has_sharded_head else None
         )
+        if self.sharded_head is not None:
+            partitioners.append(self.sharded_head.partitioner)
+        self.optimizer = Optimizer(config.optimizer, partitioners)
 
         self._bos = bos
         self._byte_lengths = None if byte_lengths is None else _byte_length_table(byte_lengths)
@@ -107,13 +112,15 @@ class Engine:
             )
         }
 
-    def _wrap_chunks_and_build_optimizers(self, named: dict[str, nn.Parameter]) -> None:
-        """Wrap the chunks in Megatron's DDP and build the optimizers of ``named``."""
+    def _wrap_in_ddp_and_partition(self, named: dict[str, nn.Parameter]) -> Partitioner:
+        """Wrap the chunks in Megatron's DDP, and partition ``named``."""
         config = self.config.optimizer
 
-        # Muon needs full matrices, but the distributed optimizer shards flat gradient buffers
-        use_distributed_optimizer = (
-            config.sharded and config.matrix_optimizer == "adamw" and self.layout.num_replicas > 1
+        # the distributed optimizer shards flat gradient buffers, so tensors may be split
+        use_distributed_optimizer: bool = (
+            config.sharded
+            and load_registered(OPTIMIZERS, config.matrix_optimizer).is_elementwise
+            and self.layout.num_replicas > 1
         )
         self._ddp_chunks = [
             _wrap_in_ddp(chunk, number == 0, use_distributed_optimizer)
@@ -121,9 +128,8 @@ class Engine:
         ]
 
         if use_distributed_optimizer:
-            self.optimizers = DistributedAdamW(self._ddp_chunks, named, config, self.layout)
-        else:
-            self.optimizers = Optimizers(named, config, self.layout)
+            return MegatronPartitioner(self._ddp_chunks, named, self.layout)
+        return ReplicatedPartitioner(named, self.layout, config.sharded)
 
     @property
     def model(self) -> LanguageModel:
@@ -146,7 +152,7 @@ class Engine:
         """This rank's shards of the weights by checkpoint name, to save or to load into."""
         tensors = model_state_dict(self.chunks)
         if self.sharded_head is not None:
-            # the head engine owns the head's weights; the module's may be empty or sharded
+            # the partitioner owns the head's weights; the module's may be empty or sharded
             tensors = {
                 n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)
             } | self.sharded_head.model_state_dict()
@@ -154,9 +160,7 @@ class Engine:
 
     def optimizer_state_dict(self) -> dict[str, ShardedTensor]:
         """This rank's shards of the optimizer state, ``NAME.SLOT``, to save or to load into."""
-        return self.optimizers.state_dict() | (
-            {} if self.sharded_head is None else self.sharded_head.optimizer_state_dict()
-        )
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, optimizer_state_dict: Mapping[str, ShardedTensor]) -> None:
         """Finish loading a checkpoint.
@@ -164,9 +168,7 @@ class Engine:
         Call it after the tensors of :meth:`model_state_dict` and :meth:`optimizer_state_dict` were
         loaded in place.
         """
-        self.optimizers.load_state_dict(optimizer_state_dict)
-        if self.sharded_head is not None:
-            self.sharded_head.sync_model_weights()
+        self.optimizer.load_state_dict(optimizer_state_dict)
 
     def _count_parameters(self, named: Mapping[str, nn.Parameter]) -> int:
         """Number of parameters of the full model. Collective."""
@@ -194,12 +196,7 @@ class Engine:
             loss, num_tokens_and_bytes = self._forward_backward(batch, step)
 
         lr_multiplier = lr_multiplier_at(self.config.optimizer, step, self.config.training.steps)
-        parts = (
-            [self.optimizers] if self.sharded_head is None else [self.optimizers, self.sharded_head]
-        )
-        grad_norm, applied = clip_and_step(
-            parts, self.config.optimizer.max_grad_norm, lr_multiplier
-        )
+        grad_norm, applied = self.optimizer.clip_and_step(lr_multiplier)
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
@@ -273,7 +270,7 @@ class Engine:
 
         if self.sharded_head is not None and chunk.pipeline_stage.model_chunk.is_last:
             self._num_microbatches_left -= 1
-            self.sharded_head.start_microbatch(is_last=self._num_microbatches_left == 0)
+            self.sharded_head.partitioner.start_microbatch(is_last=self._num_microbatches_left == 0)
 
         def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             """Loss of the last chunk's output, and its value for the log."""

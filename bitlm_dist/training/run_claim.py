@@ -37,7 +37,6 @@ CHANGEABLE_KEYS = (
     "head.zero_stage",
     "head.offload",
     "optimizer.sharded",
-    "optimizer.fused",
     "training.deterministic",
     "data.cache",
     "data.cache_limit",

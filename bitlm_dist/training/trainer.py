@@ -392,7 +392,8 @@ class Trainer:
             self.num_predicted_tokens += int(predicted)
             self.num_text_bytes += int(text)
 
-        is_finite = isfinite(loss) and isfinite(result.grad_norm)
+        grad_norm = float(result.grad_norm)
+        is_finite = isfinite(loss) and isfinite(grad_norm)
         self.checkpoint_manager.record_step_health(self.step, is_finite)
         self._divergence_monitor.record_step(self.step, is_finite)
 
@@ -401,7 +402,7 @@ class Trainer:
             "time": time.time(),
             "sequences": self._next_sequence,
             "loss": loss,
-            "grad_norm": result.grad_norm,
+            "grad_norm": grad_norm,
             "tokens_per_second": tokens / seconds,
             "predicted_tokens_per_second": predicted / seconds,
             "data_wait_seconds": self._data_wait_seconds,

@@ -1,27 +1,12 @@
-"""Optimizers and partitioners by name; their classes are imported only when they are used."""
+"""Classes by name, as `module:Class`: only those that a run uses are imported."""
 
-import importlib
-from collections.abc import Mapping
-from typing import Any
-
-# Names that `optimizer.matrix_optimizer` may have, with their update rules.
+# Update rules, by the names that `optimizer.matrix_optimizer` may have.
 OPTIMIZERS = {
     "muon": "bitlm_dist.training.optimizers.muon:Muon",
     "adamw": "bitlm_dist.training.optimizers.adamw:AdamW",
 }
-# Names that `head.engine` may have, with what shards the head; `replicated` shards nothing.
+# Partitioners of the head, by the names that `head.engine` may have; `replicated` has none.
 HEAD_PARTITIONERS = {
     "deepspeed": "bitlm_dist.training.partitioners.deepspeed:DeepSpeedPartitioner",
     "fsdp2": "bitlm_dist.training.partitioners.fsdp2:FSDP2Partitioner",
 }
-
-
-def load_registered(table: Mapping[str, str], name: str) -> Any:
-    """Import the class that has a name.
-
-    Args:
-        table: ``module:Class`` by name.
-        name: a name in the table.
-    """
-    module, _, attribute = table[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)

@@ -7,6 +7,7 @@ findings: on a network file system it is most of the start of every command.
 import importlib
 import importlib.util
 import os
+import pkgutil
 import platform
 import tempfile
 import time
@@ -28,7 +29,7 @@ from bitlm_dist.disks import (
 from bitlm_dist.errors import UserError
 from bitlm_dist.formatting import plural
 from bitlm_dist.package_versions import PACKAGES, package_version
-from bitlm_dist.registry import HEAD_PARTITIONERS, OPTIMIZERS, load_registered
+from bitlm_dist.registry import HEAD_PARTITIONERS, OPTIMIZERS
 from bitlm_dist.strict_json import to_json
 
 # Backends of model.backbone.attention.
@@ -60,7 +61,7 @@ def _importable(module: str) -> bool:
 
 def _deepspeed() -> Finding:
     try:
-        load_registered(HEAD_PARTITIONERS, "deepspeed").check_installed()
+        pkgutil.resolve_name(HEAD_PARTITIONERS["deepspeed"]).check_installed()
     except UserError as error:
         return Finding("DeepSpeed ZeRO", False, str(error))
     return Finding("DeepSpeed ZeRO", True, "head.engine = deepspeed, stages 0 to 3")
@@ -234,10 +235,8 @@ def _attention() -> list[Finding]:
 
 def _optimizers() -> list[Finding]:
     return [
-        Finding(
-            load_registered(OPTIMIZERS, name).__name__, True, f"optimizer.matrix_optimizer = {name}"
-        )
-        for name in OPTIMIZERS
+        Finding(pkgutil.resolve_name(path).__name__, True, f"optimizer.matrix_optimizer = {name}")
+        for name, path in OPTIMIZERS.items()
     ]
 
 

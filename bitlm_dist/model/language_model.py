@@ -186,10 +186,6 @@ class LanguageModel(nn.Module, ABC):
             shuffle_context: also score each block given the context of another one.
         """
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the diffusion head, if this stage has one."""
-        return []
-
     def input_sign_flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Signs that multiply the input bits during training, or None."""
         return None

@@ -38,17 +38,9 @@ class ParamRange:
     ) -> "ParamRange":
         """A parameter that starts at element ``offset`` of the flattened buffer."""
         starts = [offset - rank * row_numel for rank in range(num_rows)]
-        return cls(
-            name,
-            shape,
-            [
-                slice(
-                    min(max(start, 0), row_numel),
-                    min(max(start + shape.numel(), 0), row_numel),
-                )
-                for start in starts
-            ],
-        )
+        ends = [start + shape.numel() for start in starts]
+        clipped = ([min(max(0, x), row_numel) for x in bounds] for bounds in (starts, ends))
+        return cls(name, shape, [slice(*bounds) for bounds in zip(*clipped, strict=True)])
 
     @classmethod
     def split(
@@ -58,15 +50,13 @@ class ParamRange:
 
         The last shards may be padding, in part or in full.
         """
-        ends = [min(shape.numel(), (rank + 1) * shard_numel) for rank in range(num_rows)]
-        return cls(
-            name,
-            shape,
-            [
-                slice(offset, offset + max(0, end - rank * shard_numel))
-                for rank, end in enumerate(ends)
-            ],
-        )
+        shards = cls.contiguous(name, shape, 0, num_rows, shard_numel).row_slices
+        return cls(name, shape, [slice(offset, offset + part.stop) for part in shards])
+
+    @property
+    def numel_per_row(self) -> list[int]:
+        """Elements of the parameter in every row."""
+        return [part.stop - part.start for part in self.row_slices]
 
     def extract_full(self, buffer: Tensor) -> Tensor:
         """Return a copy of the full parameter."""
@@ -75,15 +65,13 @@ class ParamRange:
 
     def insert_full(self, buffer: Tensor, full: Tensor) -> None:
         """Write the full parameter into the buffer."""
-        flat = full.flatten()
-        for row, part in zip(buffer, self.row_slices, strict=True):
-            numel = part.stop - part.start
-            row[part] = flat[:numel]
-            flat = flat[numel:]
+        values = full.flatten().split(self.numel_per_row)
+        for row, part, value in zip(buffer, self.row_slices, values, strict=True):
+            row[part] = value
 
     def to_sharded_tensor(self, row: Tensor, rank: int) -> ShardedTensor:
         """Wrap a rank's shard of the parameter, a view of its row."""
-        first = sum(part.stop - part.start for part in self.row_slices[:rank])
+        first = sum(self.numel_per_row[:rank])
         return ShardedTensor.from_flat_range(self.shape, first, row[self.row_slices[rank]])
 
 
@@ -112,6 +100,12 @@ class Partition:
         self.padded_numel = self.padded_numel or self.flat.numel()
         self.group_rank = 0 if self.group is None else dist.get_rank(self.group)
         self.group_size = 1 if self.group is None else dist.get_world_size(self.group)
+
+    @property
+    def grad(self) -> Tensor:
+        """The gradient, which must exist."""
+        assert self.flat.grad is not None
+        return self.flat.grad
 
     @property
     def name(self) -> str:

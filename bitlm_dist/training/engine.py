@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,12 @@ from bitlm_dist.model.language_model import Batch, LanguageModel, loss_mask
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.registry import OPTIMIZERS, load_registered
+from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizer import Optimizer, lr_multiplier_at
-from bitlm_dist.training.partitioners.base import Partitioner
+from bitlm_dist.training.partitioners.base import HeadPartitioner, Partitioner
 from bitlm_dist.training.partitioners.megatron import MegatronPartitioner
 from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
-from bitlm_dist.training.sharded_head import ShardedHead, excluded_from_ddp, is_head_sharded
+from bitlm_dist.training.sharded_head import build_sharded_head, is_head_sharded, with_full_head
 from bitlm_dist.training.weights import model_state_dict
 
 # parameters of the head; a tensor-parallel rank computes their gradients from its own blocks only
@@ -78,20 +79,24 @@ class Engine:
         named = self._global_named_parameters()
         self.num_parameters = self._count_parameters(named)
 
-        # the head's partitioner shards it, so Megatron must not see its parameters
+        # the head's partitioner shards it, so Megatron, which wraps whatever requires a gradient,
+        # must not see its parameters
         has_sharded_head = is_head_sharded(config, layout)
-        if has_sharded_head:
-            named = {n: p for n, p in named.items() if not n.startswith(HEAD_PREFIX)}
+        head = [p for n, p in named.items() if has_sharded_head and n.startswith(HEAD_PREFIX)]
+        for parameter in head:
+            parameter.requires_grad_(False)
 
         self._ddp_chunks: list[Any]
-        with excluded_from_ddp(self.chunks[-1]) if has_sharded_head else nullcontext():
-            partitioners = [self._wrap_in_ddp_and_partition(named)]
+        partitioners = [
+            self._wrap_in_ddp_and_partition({n: p for n, p in named.items() if p.requires_grad})
+        ]
+        for parameter in head:
+            parameter.requires_grad_(True)
 
-        self.sharded_head = (
-            ShardedHead(config, self.chunks[-1], layout) if has_sharded_head else None
-        )
-        if self.sharded_head is not None:
-            partitioners.append(self.sharded_head.partitioner)
+        self.sharded_head: HeadPartitioner | None = None
+        if has_sharded_head:
+            self.sharded_head = build_sharded_head(config, self.chunks[-1], layout)
+            partitioners.append(self.sharded_head)
         self.optimizer = Optimizer(config.optimizer, partitioners)
 
         self._bos = bos
@@ -119,7 +124,7 @@ class Engine:
         # the distributed optimizer shards flat gradient buffers, so tensors may be split
         use_distributed_optimizer: bool = (
             config.sharded
-            and load_registered(OPTIMIZERS, config.matrix_optimizer).is_elementwise
+            and resolve_name(OPTIMIZERS[config.matrix_optimizer]).is_elementwise
             and self.layout.num_replicas > 1
         )
         self._ddp_chunks = [
@@ -142,7 +147,9 @@ class Engine:
     @contextmanager
     def full_model_in_eval_mode(self) -> Iterator[LanguageModel]:
         """Yield the full model in eval mode, gathering the sharded head. Collective."""
-        with self.sharded_head.unsharded() if self.sharded_head is not None else nullcontext():
+        head = self.sharded_head
+        full_head = with_full_head(head, self.config, self.chunks[-1]) if head else nullcontext()
+        with full_head:
             try:
                 yield self.model.eval()
             finally:
@@ -270,7 +277,7 @@ class Engine:
 
         if self.sharded_head is not None and chunk.pipeline_stage.model_chunk.is_last:
             self._num_microbatches_left -= 1
-            self.sharded_head.partitioner.start_microbatch(is_last=self._num_microbatches_left == 0)
+            self.sharded_head.start_microbatch(is_last=self._num_microbatches_left == 0)
 
         def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             """Loss of the last chunk's output, and its value for the log."""

@@ -7,7 +7,7 @@ schedule scales the learning rates of all groups.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,13 @@ from torch import Tensor
 from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.registry import OPTIMIZERS, load_registered
+from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizers.base import UpdateRule, assign_if
 from bitlm_dist.training.partitioners.base import Partitioner
 
 DEFAULT_OPTIMIZER = "adamw"  # of all that `optimizer.matrix_optimizer` does not update
 MASTER_WEIGHT_SLOT = "master"
 EMA_SLOT = "ema"
-INNER_MATRIX_PREFIXES = ("head.blocks.", "head.lookahead.")
-STACKED_MATRIX_PREFIX = "head.lookahead."
 
 
 class ParamGroup(NamedTuple):
@@ -40,10 +38,9 @@ def is_inner_matrix(name: str, parameter: Tensor) -> bool:
 
     These are the matrices of backbone layers and of head blocks, and stacks of matrices.
     """
-    is_matrix = parameter.dim() == 2 or (
-        parameter.dim() == 3 and name.startswith(STACKED_MATRIX_PREFIX)
-    )
-    return is_matrix and (".layers." in name or name.startswith(INNER_MATRIX_PREFIXES))
+    is_stack = parameter.dim() == 3 and name.startswith("head.lookahead.")
+    is_inner = ".layers." in name or name.startswith(("head.blocks.", "head.lookahead."))
+    return is_stack or (is_inner and parameter.dim() == 2)
 
 
 def param_group(config: OptimizerConfig, name: str, parameter: Tensor) -> ParamGroup:
@@ -59,7 +56,7 @@ def param_group(config: OptimizerConfig, name: str, parameter: Tensor) -> ParamG
 def load_update_rules(config: OptimizerConfig) -> dict[str, UpdateRule]:
     """The update rules of a config by their names in OPTIMIZERS."""
     names = dict.fromkeys((DEFAULT_OPTIMIZER, config.matrix_optimizer))
-    return {name: load_registered(OPTIMIZERS, name)(config) for name in names}
+    return {name: resolve_name(OPTIMIZERS[name])(config) for name in names}
 
 
 def clip_coefficient(grad_norm: Tensor, max_grad_norm: float) -> Tensor:
@@ -82,20 +79,17 @@ class Optimizer:
     def __init__(self, config: OptimizerConfig, partitioners: Sequence[Partitioner]) -> None:
         self._config = config
         self.partitioners = partitioners
+        self.partitions = [p for partitioner in partitioners for p in partitioner.partitions]
         self._rules = load_update_rules(config)
         self._groups: dict[str, ParamGroup] = {}
 
-        for partition in self.partitions():
+        for partition in self.partitions:
             first = partition.param_ranges[0]
             group = param_group(config, first.name, torch.empty(first.shape, device="meta"))
             self._groups[partition.name] = group
             partition.state |= self._rules[group.optimizer].init_state(partition.flat.detach())
             if config.ema:
                 partition.state[EMA_SLOT] = partition.flat.detach().clone()
-
-    def partitions(self) -> list[Partition]:
-        """The partitions of all partitioners."""
-        return [p for partitioner in self.partitioners for p in partitioner.partitions]
 
     def clip_and_step(self, lr_multiplier: float) -> tuple[Tensor, Tensor]:
         """Clip the joint gradient norm, update all partitions, drop the gradients. Collective.
@@ -119,43 +113,30 @@ class Optimizer:
         applied = grad_norm.isfinite()
         grad_scale = clip_coefficient(grad_norm, self._config.max_grad_norm).float()
 
-        update = partial(
-            self._update, grad_scale=grad_scale, applied=applied, lr_multiplier=lr_multiplier
-        )
+        @torch.no_grad()
+        def update(partitions: Sequence[Partition]) -> None:
+            members: dict[ParamGroup, list[Partition]] = defaultdict(list)
+            for partition in partitions:
+                if partition.flat.grad is not None:
+                    members[self._groups[partition.name]].append(partition)
+
+            for group, in_group in members.items():
+                # Only offloaded partitions are on another device.
+                device = in_group[0].flat.device
+                torch._foreach_mul_([p.grad for p in in_group], grad_scale.to(device))
+                rule = self._rules[group.optimizer]
+                lr = rule.peak_lr * group.lr_scale * lr_multiplier
+                rule.update(in_group, lr, group.weight_decay, applied.to(device))
+
+                # The averages take the fp32 weights, before these are rounded for the model.
+                for partition in in_group if self._config.ema else ():
+                    average = partition.state[EMA_SLOT]
+                    new = average.lerp(partition.flat, 1 - self._config.ema)
+                    assign_if(applied.to(device), average, new)
+
         for partitioner in self.partitioners:
             partitioner.step(update)
         return grad_norm, applied
-
-    @torch.no_grad()
-    def _update(
-        self,
-        partitions: Sequence[Partition],
-        grad_scale: Tensor,
-        applied: Tensor,
-        lr_multiplier: float,
-    ) -> None:
-        """Update partitions that have a gradient, and their averages. Collective."""
-        grads = {p: p.flat.grad for p in partitions if p.flat.grad is not None}
-        if not grads:
-            return
-
-        # Only offloaded partitions are on another device.
-        device = partitions[0].flat.device
-        applied = applied.to(device)
-        torch._foreach_mul_([*grads.values()], grad_scale.to(device))
-
-        members: dict[ParamGroup, list[Partition]] = defaultdict(list)
-        for partition in grads:
-            members[self._groups[partition.name]].append(partition)
-        for group, group_partitions in members.items():
-            rule = self._rules[group.optimizer]
-            lr = rule.peak_lr * group.lr_scale * lr_multiplier
-            rule.update(group_partitions, lr, group.weight_decay, applied)
-
-        # The averages take the fp32 weights, before these are rounded for the model.
-        for partition in partitions if self._config.ema else ():
-            average = partition.state[EMA_SLOT]
-            assign_if(applied, average, average.lerp(partition.flat, 1 - self._config.ema))
 
     def state_dict(self) -> dict[str, ShardedTensor]:
         """This rank's shards of the optimizer state by ``NAME.SLOT``.
@@ -165,7 +146,7 @@ class Optimizer:
         ``ema`` its moving average, if there is one.
         """
         state = {}
-        for partition in self.partitions():
+        for partition in self.partitions:
             slots = dict(partition.state)
             if partition.weight_dtype != torch.float32:
                 slots[MASTER_WEIGHT_SLOT] = partition.flat

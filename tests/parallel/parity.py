@@ -117,14 +117,14 @@ def _memory_bytes(engine: Engine) -> tuple[int, int, int]:
 
     The gradient buffers of a sharded head are not counted.
     """
-    head_partitions = engine.sharded_head.partitioner.partitions if engine.sharded_head else []
+    head_partitions = engine.sharded_head.partitions if engine.sharded_head else []
     slots = [
-        tensor for partition in engine.optimizer.partitions() for tensor in partition.state.values()
+        tensor for partition in engine.optimizer.partitions for tensor in partition.state.values()
     ]
     # master weights of the backbone, and ZeRO's fp32 weights
     slots += [
         partition.flat
-        for partition in engine.optimizer.partitions()
+        for partition in engine.optimizer.partitions
         if partition.weight_dtype != torch.float32 or partition in head_partitions
     ]
 

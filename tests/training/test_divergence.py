@@ -26,7 +26,12 @@ def diverge(trainer, first, last=math.inf):
         update = plain(batch, number)
         bad = first <= number + 1 <= last
         return (
-            replace(update, loss=torch.tensor(math.nan), grad_norm=math.inf, applied=False)
+            replace(
+                update,
+                loss=torch.tensor(math.nan),
+                grad_norm=torch.tensor(math.inf),
+                applied=torch.tensor(False),
+            )
             if bad
             else update
         )

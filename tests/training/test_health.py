@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from runs import losses
 
 from bitlm_dist.checkpoint import store
@@ -21,7 +22,9 @@ def poison(trainer, *bad):
     def step(batch, number):
         update = plain(batch, number)
         return (
-            replace(update, grad_norm=float("nan"), applied=False) if number + 1 in bad else update
+            replace(update, grad_norm=torch.tensor(float("nan")), applied=torch.tensor(False))
+            if number + 1 in bad
+            else update
         )
 
     trainer.engine.train_step = step

@@ -9,6 +9,8 @@ from torch.optim.adamw import adamw
 from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 class AdamW:
     """An :class:`~bitlm_dist.training.optimizers.base.UpdateRule`.
@@ -26,31 +28,26 @@ class AdamW:
 
     def init_state(self, flat: Tensor) -> dict[str, Tensor]:
         """The moments, and the number of updates so far."""
-        return {
-            "exp_avg": torch.zeros_like(flat),
-            "exp_avg_sq": torch.zeros_like(flat),
-            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
-        }
+        step = torch.zeros((), dtype=torch.float32, device=flat.device)
+        return {slot: torch.zeros_like(flat) for slot in MOMENTS} | {"step": step}
 
     def update(
         self, partitions: Sequence[Partition], lr: float, weight_decay: float, applied: Tensor
     ) -> None:
         """Update the partitions, see the base class."""
+        first, second, steps = ([p.state[slot] for p in partitions] for slot in (*MOMENTS, "step"))
         adamw(
             [p.flat for p in partitions],
-            [p.flat.grad for p in partitions if p.flat.grad is not None],
-            [p.state["exp_avg"] for p in partitions],
-            [p.state["exp_avg_sq"] for p in partitions],
-            [],
-            [p.state["step"] for p in partitions],
+            [p.grad for p in partitions],
+            *(first, second, [], steps),
             fused=True,
-            # The kernel leaves everything as it is where this is one.
+            # Where this is one, the kernel changes nothing.
             found_inf=applied.logical_not().float(),
-            amsgrad=False,
             beta1=self._betas[0],
             beta2=self._betas[1],
+            eps=self._eps,
             lr=lr,
             weight_decay=weight_decay,
-            eps=self._eps,
+            amsgrad=False,
             maximize=False,
         )

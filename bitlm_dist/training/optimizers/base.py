@@ -6,7 +6,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
 
 
@@ -16,9 +15,6 @@ class UpdateRule(Protocol):
     A new one is a file with such a class, and an entry in
     :data:`~bitlm_dist.registry.OPTIMIZERS`. Everything else is the same for all of them: parameter
     groups, clipping, schedule, sharding, moving averages and checkpoints.
-
-    Args:
-        config: the hyper-parameters.
     """
 
     is_elementwise: bool
@@ -26,11 +22,8 @@ class UpdateRule(Protocol):
     peak_lr: float
     """Peak learning rate."""
 
-    def __init__(self, config: OptimizerConfig) -> None: ...
-
     def init_state(self, flat: Tensor) -> dict[str, Tensor]:
         """The initial state of a partition by slot: laid out like ``flat``, or scalars."""
-        ...
 
     def update(
         self, partitions: Sequence[Partition], lr: float, weight_decay: float, applied: Tensor
@@ -45,7 +38,6 @@ class UpdateRule(Protocol):
             weight_decay: decoupled weight decay.
             applied: bool []. If False, nothing may change, and gradients may be NaN.
         """
-        ...
 
 
 def assign_if(applied: Tensor, target: Tensor, value: Tensor) -> None:

@@ -76,7 +76,7 @@ class Muon:
         self, partitions: Sequence[Partition], lr: float, weight_decay: float, applied: Tensor
     ) -> None:
         """Update the partitions, see the base class."""
-        grads = [p.flat.grad for p in partitions if p.flat.grad is not None]
+        grads = [p.grad for p in partitions]
         buffers = [p.state["momentum_buffer"] for p in partitions]
 
         # Nesterov momentum, as in torch.optim.Muon.

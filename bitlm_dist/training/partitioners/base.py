@@ -4,7 +4,6 @@ Partitioners shard, reduce gradients and bring updated weights back to the model
 their partitions only.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,36 +15,36 @@ from bitlm_dist.model.initialization import shard_dim
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import Partition
+from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 
 Update = Callable[[Sequence[Partition]], None]
 
 
-class Partitioner(ABC):
+class Partitioner:
     """This rank's partitions of some of the model's tensors.
 
     Collective: all ranks that share the tensors must call its methods in the same order.
 
     Args:
-        partitions: the fp32 weights as the optimizer sees them.
+        layout: the job's parallel layout.
     """
 
-    def __init__(self, partitions: Sequence[Partition]) -> None:
-        self.partitions = partitions
+    def __init__(self, layout: ParallelLayout) -> None:
+        self._layout = layout
+        self.partitions: list[Partition] = []  # the fp32 weights as the optimizer sees them
 
-    @abstractmethod
     def reduce_grads(self) -> None:
         """Complete the gradients after the step's last backward pass."""
 
-    @abstractmethod
     def grad_norm_squared(self) -> Tensor:
         """Squared norm of the full gradient of its tensors over all ranks of the job, []."""
+        raise NotImplementedError
 
-    @abstractmethod
     def sync_model_weights(self) -> None:
-        """Copy the partitions to the model's own weights."""
+        """Copy the partitions to the model's own weights, where these are others."""
 
     def zero_grad(self) -> None:
-        """Drop the gradients of the partitions."""
+        """Drop the gradients."""
         for partition in self.partitions:
             partition.flat.grad = None
 
@@ -59,18 +58,27 @@ class Partitioner(ABC):
         self.sync_model_weights()
         self.zero_grad()
 
+    def model_state_dict(self) -> dict[str, ShardedTensor]:
+        """This rank's shards of the weights, in the dtype that the model computes in.
+
+        If that is fp32, they share the partitions' memory.
+        """
+        return {
+            name: local.to(partition.weight_dtype)
+            for partition in self.partitions
+            for name, local in partition.to_sharded_tensors(partition.flat).items()
+        }
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The full fp32 weights by name. Collective."""
+        return dict(item for p in self.partitions for item in p.full_tensors().items())
+
 
 class HeadPartitioner(Partitioner):
     """Shards the head over the ranks of the last pipeline stage, and sums their gradients.
 
-    Args:
-        partitions: see :class:`Partitioner`.
-        layout: the job's parallel layout.
+    Ranks of other stages have this class itself, without partitions: they only learn the norm.
     """
-
-    def __init__(self, partitions: Sequence[Partition], layout: ParallelLayout) -> None:
-        super().__init__(partitions)
-        self._layout = layout
 
     @staticmethod
     def check_installed() -> None:
@@ -80,56 +88,27 @@ class HeadPartitioner(Partitioner):
             UserError: they are not.
         """
 
-    @abstractmethod
     def __call__(self, *inputs: Any) -> Tensor:
         """Run :meth:`HeadLoss.forward` on this rank's blocks.
 
         The gradients with respect to the inputs are local and unscaled.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def start_microbatch(self, is_last: bool) -> None:
         """Announce the forward and backward pass of a microbatch; ``is_last``: the step's last."""
 
-    @abstractmethod
     def grad_norm(self) -> Tensor:
         """Norm of the full gradient of the head, []. Collective over the head's ranks."""
-
-    @override
-    def grad_norm_squared(self) -> Tensor:
-        grad_norm = self.grad_norm()
-        norm_squared = torch.zeros((), dtype=torch.float64, device=mesh.device())
-        # All tensor-parallel ranks have this norm, and the sum below must count it once.
-        if self._layout.tensor_rank == 0:
-            norm_squared += grad_norm.double().square()
-        return mesh.all_reduce_sum_over_model(norm_squared, self._layout)
-
-
-class AbsentHead(HeadPartitioner):
-    """The partitioner of ranks without a head, which only learn the head's norm."""
-
-    def __init__(self, layout: ParallelLayout) -> None:
-        super().__init__([], layout)
-
-    @override
-    def __call__(self, *inputs: Any) -> Tensor:
-        raise AssertionError("this rank has no head")
-
-    @override
-    def start_microbatch(self, is_last: bool) -> None:
-        pass
-
-    @override
-    def reduce_grads(self) -> None:
-        pass
-
-    @override
-    def grad_norm(self) -> Tensor:
         return torch.zeros((), device=mesh.device())
 
     @override
-    def sync_model_weights(self) -> None:
-        pass
+    def grad_norm_squared(self) -> Tensor:
+        # All tensor-parallel ranks have this norm, and the sum must count it once.
+        counted = self.grad_norm().double().square() * (self._layout.tensor_rank == 0)
+        # The norm of an offloaded head is in host memory; this sum is on the device all the same.
+        norm_squared = torch.zeros((), dtype=torch.float64, device=mesh.device()) + counted
+        return mesh.all_reduce_sum_over_model(norm_squared, self._layout)
 
 
 def local_grad_norm_squared(grads: Sequence[tuple[str, Tensor]], layout: ParallelLayout) -> Tensor:
@@ -143,8 +122,5 @@ def local_grad_norm_squared(grads: Sequence[tuple[str, Tensor]], layout: Paralle
     counted = [
         grad for name, grad in grads if layout.tensor_rank == 0 or shard_dim(name) is not None
     ]
-    return (
-        torch.stack(torch._foreach_norm(counted)).square().sum()
-        if counted
-        else torch.zeros((), device=mesh.device())
-    )
+    norms = torch._foreach_norm(counted) if counted else [torch.zeros((), device=mesh.device())]
+    return torch.stack([*norms]).square().sum()

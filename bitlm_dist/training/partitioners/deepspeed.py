@@ -242,6 +242,7 @@ class DeepSpeedPartitioner(HeadPartitioner):
         layout: ParallelLayout,
         group_key: Callable[[str, Tensor], Hashable],
     ) -> None:
+        super().__init__(layout)
         self._group = mesh.head_group()
         self.zero_stage = config.head.zero_stage
         self._num_ranks = dist.get_world_size(self._group)
@@ -263,7 +264,7 @@ class DeepSpeedPartitioner(HeadPartitioner):
             dist_init_required=False,
         )
         self._zero: Any = self._engine.optimizer
-        super().__init__(self._build_partitions(weight_dtype), layout)
+        self.partitions = self._build_partitions(weight_dtype)
         self._optimizer.partitions = self.partitions
 
     @staticmethod

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from typing_extensions import override
 
 from bitlm_dist.config import Config
+from bitlm_dist.model.head_loss import HeadLoss
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import ParamRange, Partition
@@ -36,10 +37,11 @@ class FSDP2Partitioner(HeadPartitioner):
     def __init__(
         self,
         config: Config,
-        module: nn.Module,
+        module: HeadLoss,
         layout: ParallelLayout,
         group_key: Callable[[str, Tensor], Hashable],
     ) -> None:
+        super().__init__(layout)
         self._group = mesh.head_group()
         settings: dict[str, Any] = {
             "mesh": DeviceMesh.from_group(self._group, mesh.device().type),
@@ -52,16 +54,16 @@ class FSDP2Partitioner(HeadPartitioner):
 
         weight_dtype = next(module.parameters()).dtype
         self._module: Any = module.float()
-        for part in (*self._module.head.blocks, module):
-            fully_shard(part, **settings)  # type: ignore[call-overload]
+        for part in (*module.head.blocks, module):
+            fully_shard(part, **settings)
             # each rank has a part of one loss, so gradients are summed, not averaged
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
 
         self._parameters: dict[str, Any] = dict(module.named_parameters())
-        super().__init__(
-            [self._build_partition(n, p, weight_dtype) for n, p in self._parameters.items()], layout
-        )
+        self.partitions = [
+            self._build_partition(n, p, weight_dtype) for n, p in self._parameters.items()
+        ]
 
     def _build_partition(self, name: str, parameter: Any, weight_dtype: torch.dtype) -> Partition:
         # FSDP2 shards rows; the last ranks may have fewer of them
@@ -101,10 +103,6 @@ class FSDP2Partitioner(HeadPartitioner):
         norm_squared = torch.stack(torch._foreach_norm(grads)).square().sum()
         dist.all_reduce(norm_squared, group=self._group)
         return norm_squared.sqrt()
-
-    @override
-    def sync_model_weights(self) -> None:
-        """Do nothing: the partitions are the weights."""
 
     @override
     def zero_grad(self) -> None:

@@ -27,37 +27,40 @@ class MegatronPartitioner(Partitioner):
     """
 
     def __init__(
-        self,
-        ddp_chunks: Sequence[Any],
-        named: Mapping[str, nn.Parameter],
-        layout: ParallelLayout,
+        self, ddp_chunks: Sequence[Any], named: Mapping[str, nn.Parameter], layout: ParallelLayout
     ) -> None:
+        super().__init__(layout)
         self._ddp_chunks = ddp_chunks
-        self._layout = layout
         buckets = {
-            parameter: bucket
+            parameter: bucket.param_data
             for chunk in ddp_chunks
             for buffer in chunk.buffers
             for bucket in buffer.buckets
             for parameter in bucket.params
         }
 
-        # This rank's slices of the model's own weights and gradients, beside each partition.
+        # This rank's slices of the model's own weights and gradients, one pair per partition.
         self._slices: list[tuple[Tensor, Tensor]] = []
-        partitions = []
-        group = mesh.replica_group()
         for name, parameter in named.items():
-            sizes = _numel_per_rank(parameter, buckets[parameter].param_data, layout.num_replicas)
-            first = sum(sizes[: layout.replica_rank])
-            local = slice(first, first + sizes[layout.replica_rank])
-            if local.start < local.stop:
-                weight = parameter.detach().view(-1)[local]
-                self._slices.append((weight, parameter.main_grad.view(-1)[local]))
+            bucket = buckets[parameter]
+            sizes = ParamRange.contiguous(
+                name,
+                parameter.shape,
+                parameter.storage_offset() - bucket.storage_offset(),
+                layout.num_replicas,
+                bucket.numel() // layout.num_replicas,
+            ).numel_per_row
+
+            weight, grad = (
+                flat.view(-1).split(sizes)[layout.replica_rank]
+                for flat in (parameter.detach(), parameter.main_grad)  # type: ignore[attr-defined]
+            )
+            if weight.numel():
+                self._slices.append((weight, grad))
                 param_range = ParamRange(name, parameter.shape, [slice(0, n) for n in sizes])
-                partitions.append(
-                    Partition(weight.float(), [param_range], weight.dtype, group, max(sizes))
+                self.partitions.append(
+                    Partition(weight.float(), [param_range], weight.dtype, mesh.replica_group())
                 )
-        super().__init__(partitions)
 
     @override
     def reduce_grads(self) -> None:
@@ -66,7 +69,7 @@ class MegatronPartitioner(Partitioner):
 
     @override
     def grad_norm_squared(self) -> Tensor:
-        grads = [(p.name, p.flat.grad) for p in self.partitions if p.flat.grad is not None]
+        grads = [(p.name, p.grad) for p in self.partitions]
         return mesh.all_reduce_sum(local_grad_norm_squared(grads, self._layout))
 
     @override
@@ -77,11 +80,3 @@ class MegatronPartitioner(Partitioner):
                 weight.copy_(partition.flat)
         for chunk in self._ddp_chunks:
             chunk.start_param_sync()
-
-
-def _numel_per_rank(parameter: Tensor, bucket: Tensor, num_ranks: int) -> list[int]:
-    """Elements of a parameter in the equal slices of its bucket, of which each rank has one."""
-    offset = parameter.storage_offset() - bucket.storage_offset()
-    row_numel = bucket.numel() // num_ranks
-    contiguous = ParamRange.contiguous("", parameter.shape, offset, num_ranks, row_numel)
-    return [part.stop - part.start for part in contiguous.row_slices]

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -53,28 +54,25 @@ class ReplicatedPartitioner(Partitioner):
         layout: ParallelLayout = SINGLE_PROCESS,
         sharded: bool = False,
     ) -> None:
+        super().__init__(layout)
         self._named = dict(named)
-        self._layout = layout
-        self._owners = assign_owners(
-            {n: p.numel() for n, p in named.items()}, layout.num_replicas if sharded else 1
-        )
-
-        rank = layout.replica_rank if sharded else 0
-        super().__init__(
-            [self._build_partition(n, p) for n, p in named.items() if self._owners[n] == rank]
-        )
+        self._num_owners = layout.num_replicas if sharded else 1
+        self._owners = assign_owners({n: p.numel() for n, p in named.items()}, self._num_owners)
+        rank = layout.replica_rank % self._num_owners
+        self.partitions = [
+            self._build_partition(n, p) for n, p in named.items() if self._owners[n] == rank
+        ]
 
     def _build_partition(self, name: str, parameter: nn.Parameter) -> Partition:
         # Weights in bf16 are updated in an fp32 copy: small updates would be rounded away.
         flat = parameter.detach().float()
-        dim = shard_dim(name)
+        numel = slice(0, flat.numel())
         num_shards = self._layout.tensor
-        row_slices = [slice(0, flat.numel())]
-        if dim is None or num_shards == 1:
-            return Partition(flat, [ParamRange(name, flat.shape, row_slices)], parameter.dtype)
+        if num_shards == 1 or shard_dim(name) is None:
+            return Partition(flat, [ParamRange(name, flat.shape, [numel])], parameter.dtype)
 
-        shape = torch.Size(n * num_shards if i == dim else n for i, n in enumerate(flat.shape))
-        param_range = TensorParallelRange(name, shape, row_slices * num_shards, flat.shape)
+        full_shape = unshard(name, [torch.empty_like(flat, device="meta")] * num_shards).shape
+        param_range = TensorParallelRange(name, full_shape, [numel] * num_shards, flat.shape)
         return Partition(flat, [param_range], parameter.dtype, mesh.tensor_group())
 
     @override
@@ -96,16 +94,15 @@ class ReplicatedPartitioner(Partitioner):
         for partition in self.partitions:
             if partition.weight_dtype != torch.float32:
                 self._named[partition.name].copy_(partition.flat)
-        if len(set(self._owners.values())) <= 1:
+        if self._num_owners == 1:
             return
 
-        ranks = torch.distributed.get_process_group_ranks(mesh.replica_group())
-        for owner, rank in enumerate(ranks):
+        for owner in range(self._num_owners):
             tensors = [p for n, p in self._named.items() if self._owners[n] == owner]
             if tensors:
                 # One broadcast per owner instead of one per tensor.
                 flat = torch.cat([tensor.flatten() for tensor in tensors])
-                torch.distributed.broadcast(flat, rank, group=mesh.replica_group())
+                dist.broadcast(flat, group=mesh.replica_group(), group_src=owner)
                 parts = flat.split([tensor.numel() for tensor in tensors])
                 for tensor, part in zip(tensors, parts, strict=True):
                     tensor.copy_(part.view_as(tensor))

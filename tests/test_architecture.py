@@ -11,6 +11,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"bench"},
+    {"experiments"},
     {"evaluation", "planning"},
     {"training"},
     {"inference"},
@@ -41,7 +42,7 @@ PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or c
 
 
 def modules():
-    for folder in ("bitlm_dist", "kernels", "data_prep", "launch"):
+    for folder in ("bitlm_dist", "kernels", "data_prep", "launch", "experiments"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             inside = file.relative_to(ROOT).with_suffix("")
             parts = inside.parts[1:] if folder == "bitlm_dist" else inside.parts

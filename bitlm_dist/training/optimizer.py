@@ -123,16 +123,18 @@ class Optimizer:
             for group, in_group in members.items():
                 # Only offloaded partitions are on another device.
                 device = in_group[0].flat.device
+                local_applied = applied.to(device)
                 torch._foreach_mul_([p.grad for p in in_group], grad_scale.to(device))
+
                 rule = self._rules[group.optimizer]
                 lr = rule.peak_lr * group.lr_scale * lr_multiplier
-                rule.update(in_group, lr, group.weight_decay, applied.to(device))
+                rule.update(in_group, lr, group.weight_decay, local_applied)
 
                 # The averages take the fp32 weights, before these are rounded for the model.
                 for partition in in_group if self._config.ema else ():
                     average = partition.state[EMA_SLOT]
                     new = average.lerp(partition.flat, 1 - self._config.ema)
-                    assign_if(applied.to(device), average, new)
+                    assign_if(local_applied, average, new)
 
         for partitioner in self.partitioners:
             partitioner.step(update)
@@ -169,7 +171,7 @@ class Optimizer:
 
 
 def learning_rates(config: OptimizerConfig, lr_multiplier: float) -> dict[str, float]:
-    """The learning rates of a step, before the scales of components, by their metrics' names.
+    """The learning rates of a step by their metrics' names, such as ``lr_adamw`` and ``lr_muon``.
 
     Args:
         config: peak learning rates.

@@ -240,7 +240,7 @@ def fail(failed: int, where: str, words: list[str]) -> None:
     It fails in a collective, or where the head starts a microbatch.
     """
 
-    def burn(*ignored: Any) -> None:
+    def burn(*ignored: Any, **named: Any) -> None:
         if torch.distributed.get_rank() == failed:
             raise RuntimeError(f"{where} on fire")
 

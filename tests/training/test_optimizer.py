@@ -84,6 +84,35 @@ def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_a_skipped_update_changes_no_state(matrices, dtype, seed):
+    """Moments, momentum, step counts, averages and master weights stay, bit by bit."""
+    shapes = {"backbone.layers.0.w": (8, 4), "head.lookahead.weight": (3, 4, 4), "head.b": (5,)}
+    named = {n: torch.nn.Parameter(torch.randn(s).to(dtype)) for n, s in shapes.items()}
+    optimizer = build_optimizer(named, OptimizerConfig(ema=0.9, matrix_optimizer=matrices))
+
+    def step(bad):
+        for name, parameter in named.items():
+            parameter.grad = torch.randn_like(parameter)
+            if bad and name == "head.b":
+                parameter.grad[2] = float("inf")
+        return bool(optimizer.clip_and_step(1.0)[1])
+
+    def everything():
+        state = {n: t.full.clone() for n, t in optimizer.state_dict().items()}
+        return state | {n: p.detach().clone() for n, p in named.items()}
+
+    assert step(bad=False)
+    before = everything()
+    assert not step(bad=True)
+    after = everything()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert step(bad=False)
+    assert not any(torch.equal(before[name], found) for name, found in everything().items())
+
+
 def test_components_have_rules_of_their_own(tiny_model):
     """AdamW's first step is SGD-like: every element moves by its learning rate, and decays."""
     named = dict(tiny_model().named_parameters())

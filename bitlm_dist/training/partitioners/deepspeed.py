@@ -186,6 +186,10 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
     bucket_numel = min(numel + numel % 2, MAX_BUCKET_NUMEL)
     zero |= {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
 
+    # the joint norm decides whether a step is skipped; DeepSpeed's own check would wait for the GPU
+    if head.zero_stage in (1, 2) and head.offload == "none":
+        zero["compute_grad_norm"] = False
+
     if head.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     if head.offload != "none":
@@ -200,7 +204,7 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would have to be compiled
         "zero_optimization": zero,
-        "bf16": {"enabled": config.training.precision == "bf16"},
+        "bf16": {"enabled": config.training.precision == "bf16", "check_grad_overflow": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,

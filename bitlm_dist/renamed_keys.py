@@ -52,6 +52,7 @@ REMOVED_KEYS = {
     "model.block_places": "the head's lookahead does its work",
     "model.embedding_width": "a wider input MLP was no better",
     "model.backbone.rope_reset": "rotary positions are relative, so it changed only the rounding",
+    "optimizer.fused": "AdamW is torch's fused one everywhere",
     "head.context_mix": "the head's lookahead replaced it",
     **dict.fromkeys(HEAD_SWITCHES, "head.kind names the head, and experiments/ablation has others"),
 }

@@ -11,6 +11,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"bench"},
+    {"experiments"},
     {"evaluation", "planning"},
     {"training"},
     {"inference"},
@@ -33,6 +34,7 @@ LAYERS = [
         "formatting",
         "package_versions",
         "processes",
+        "registry",
         "renamed_keys",
         "strict_json",
     },
@@ -47,7 +49,7 @@ def package_of(module):
 
 
 def modules():
-    for folder in ("bitlm_dist", "kernels", "data_prep", "launch"):
+    for folder in ("bitlm_dist", "kernels", "data_prep", "launch", "experiments"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             inside = file.relative_to(ROOT).with_suffix("")
             parts = inside.parts[1:] if folder == "bitlm_dist" else inside.parts
@@ -96,6 +98,7 @@ TOPICS = {
     "model/test_compile.py": "compiled against plain code",
     "parallel/test_jobs.py": "resuming on another layout",
     "parallel/test_parity.py": "every layout against one process",
+    "parallel/test_zero_head.py": "the head under every partitioner against one process",
     "parallel/test_saving.py": "saving on several ranks",
     "slurm/test_cluster.py": "the test cluster itself",
     "slurm/test_launch.py": "jobs on a real Slurm",

@@ -9,7 +9,7 @@ from bitlm_dist.yaml_files import annotation_of
 RESUME = ("run.", "checkpoint.", "evaluation.", "sampling.", "logging.", "parallel.")
 RESUME_KEYS = {
     *("data.path", "data.cache", "data.cache_limit", "data.workers", "data.new_mixture"),
-    *("optimizer.sharded", "optimizer.fused", "training.deterministic"),
+    *("optimizer.sharded", "training.deterministic"),
 }
 # What evaluation and generation may change.
 TRAINED = ("evaluation.", "sampling.", "logging.", "parallel.")

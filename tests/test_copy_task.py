@@ -12,7 +12,8 @@ from bitlm_dist.diffusion.likelihood import estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.training.optimizer import Optimizers
+from bitlm_dist.training.optimizer import Optimizer
+from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 
 V = 256
 M = 4
@@ -33,12 +34,13 @@ def test_copying_costs_less_than_a_tenth_of_free_bits():
     torch.manual_seed(0)
     config = load_config(None, ["--data.sequence_length", "32"]).config
     model = BitLM(config, BitCodes(natural_codes(V), 8), eos=1)
-    optimizers = Optimizers(dict(model.named_parameters()), config.optimizer)
+    partitioner = ReplicatedPartitioner(dict(model.named_parameters()))
+    optimizer = Optimizer(config.optimizer, [partitioner])
 
     for step in range(STEPS):
         batch = batch_of(step)
         (model.loss(batch, seed=0, step=step) / (16 * (BLOCKS - 1) * M)).backward()
-        optimizers.clip_and_step(min(1.0, 2 * (1 - step / STEPS)))
+        optimizer.clip_and_step(min(1.0, 2 * (1 - step / STEPS)))
 
     # a batch that training has not seen
     batch = batch_of(10**6)

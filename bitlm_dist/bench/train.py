@@ -34,7 +34,8 @@ from bitlm_dist.planning.flops import training_flops
 from bitlm_dist.planning.memory import check_memory, training_bytes
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
-from bitlm_dist.training.optimizer import Optimizers
+from bitlm_dist.training.optimizer import Optimizer
+from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,15 @@ class PlainRunner(BenchRunner):
         self.model = cast_weights(
             PlainBitLM(config, natural_bit_codes(workload.vocab_size)), config
         ).to(device)
-        self.optimizers = Optimizers(dict(self.model.named_parameters()), config.optimizer)
+        named = dict(self.model.named_parameters())
+        self.optimizer = Optimizer(config.optimizer, [ReplicatedPartitioner(named)])
         self.batch = synthetic_batch(config, workload.vocab_size, 0, device)
 
     @override
     def __call__(self) -> int:
         for _ in range(self.workload.steps_per_repeat):
             self.model.loss(self.batch.tokens, self.batch.document_ids).backward()  # type: ignore[no-untyped-call]
-            self.optimizers.clip_and_step(1.0)
+            self.optimizer.clip_and_step(1.0)
 
         return self.workload.steps_per_repeat * self.config.training.global_batch_tokens
 

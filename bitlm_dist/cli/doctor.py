@@ -7,6 +7,7 @@ findings: on a network file system it is most of the start of every command.
 import importlib
 import importlib.util
 import os
+import pkgutil
 import platform
 import tempfile
 import time
@@ -28,6 +29,7 @@ from bitlm_dist.disks import (
 from bitlm_dist.errors import UserError
 from bitlm_dist.formatting import plural
 from bitlm_dist.package_versions import PACKAGES, package_version
+from bitlm_dist.registry import HEAD_PARTITIONERS, OPTIMIZERS
 from bitlm_dist.strict_json import to_json
 
 # Backends of model.backbone.attention.
@@ -58,10 +60,8 @@ def _importable(module: str) -> bool:
 
 
 def _deepspeed() -> Finding:
-    from bitlm_dist.parallel.zero_head import check_deepspeed
-
     try:
-        check_deepspeed()
+        pkgutil.resolve_name(HEAD_PARTITIONERS["deepspeed"]).check_installed()
     except UserError as error:
         return Finding("DeepSpeed ZeRO", False, str(error))
     return Finding("DeepSpeed ZeRO", True, "parallel.head.engine = deepspeed, stages 0 to 3")
@@ -84,18 +84,6 @@ def _transformer_engine() -> Finding:
         "transformer-engine",
         "fused layers and FP8 for the backbone: pip install 'bitlm-dist[te]' beside CUDA",
     )
-
-
-def _apex() -> Finding:
-    if _importable("apex.optimizers"):
-        return Finding("NVIDIA apex", True, "fused Adam")
-    brings = "fused Adam, where Transformer Engine is not wanted: build it from NVIDIA's source"
-    if _importable("apex"):
-        brings = (
-            "the installed package `apex` is another project's, not NVIDIA's; "
-            f"NVIDIA's brings {brings}"
-        )
-    return Finding("NVIDIA apex", False, brings)
 
 
 def _flash_attention() -> Finding:
@@ -209,7 +197,7 @@ def iter_findings() -> Iterator[tuple[str, list[Finding]]]:
     yield "attention, first choice first", _attention()
     yield "optimizers", _optimizers()
     yield "head", [_deepspeed(), Finding("FSDP2", True, "torch's, parallel.head.engine = fsdp2")]
-    yield "optional", [_transformer_engine(), _apex(), _flash_attention(), _wandb()]
+    yield "optional", [_transformer_engine(), _flash_attention(), _wandb()]
 
 
 def _machine() -> list[Finding]:
@@ -246,14 +234,9 @@ def _attention() -> list[Finding]:
 
 
 def _optimizers() -> list[Finding]:
-    import torch
-
-    from bitlm_dist.training import fused_adam
-
-    muon_dtype = "bf16" if torch.cuda.is_available() else "fp32"
     return [
-        Finding("AdamW", True, f"{fused_adam.select_adamw('auto')[0]}, fused"),
-        Finding("Muon", True, f"torch's, orthogonalised in {muon_dtype}"),
+        Finding(pkgutil.resolve_name(path).__name__, True, f"optimizer.matrix_optimizer = {name}")
+        for name, path in OPTIMIZERS.items()
     ]
 
 

@@ -142,10 +142,6 @@ class BitLM(LanguageModel):
         return torch.where(u[:, 1:] < max_flip_prob * u[:, :1, :1], -1.0, 1.0)
 
     @override
-    def head_parameters(self) -> list[nn.Parameter]:
-        return list(self.head.parameters()) if self.pipeline_stage.model_chunk.is_last else []
-
-    @override
     def score_targets(
         self, targets: Targets, *, num_noise_levels: int, seed: int, shuffle_context: bool
     ) -> TargetScores:

@@ -145,10 +145,6 @@ class LanguageModel(nn.Module, ABC):
         """True if the token after every state carries a loss of its own."""
         return False
 
-    def head_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the diffusion head, if this stage has one."""
-        return []
-
     def input_sign_flips(self, batch: Batch, *, seed: int, step: int) -> Tensor | None:
         """Signs that multiply the input bits during training, or None."""
         return None

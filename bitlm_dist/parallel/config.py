@@ -7,6 +7,7 @@ from pydantic import Field
 
 from bitlm_dist.config_section import Resume, Section, Trained
 from bitlm_dist.model.config import ModelConfig
+from bitlm_dist.registry import HEAD_PARTITIONERS
 
 
 class HeadParallelConfig(Section):
@@ -14,7 +15,7 @@ class HeadParallelConfig(Section):
 
     marks = (Resume.FREE, Trained.FREE)
 
-    engine: Literal["deepspeed", "fsdp2", "replicated"] = "deepspeed"
+    engine: Literal[(*HEAD_PARTITIONERS, "replicated")] = "deepspeed"  # type: ignore[valid-type]
     """deepspeed is DeepSpeed's ZeRO, fsdp2 is torch's FSDP2, replicated is no sharding."""
     zero_stage: int = Field(2, ge=0, le=3)
     """ZeRO stage: shard nothing (0), optimizer state (1), gradients too (2), weights too (3).

@@ -13,7 +13,7 @@ from bitlm_dist.model.heads.build import meta_head
 from bitlm_dist.parallel import mesh
 
 FP32_BYTES = 4
-COPIES_PER_WEIGHT = 4  # weight, gradient and two moments of AdamW; Muon needs three
+COPIES_PER_WEIGHT = 4  # weight, gradient and at most two moments
 BYTES_PER_CODE = 16  # two int64 tables: token to code, and code to token
 
 # activations that a layer saves for backward, feed-forward and attention included, in units of one

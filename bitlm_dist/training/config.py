@@ -8,6 +8,7 @@ from pydantic import Field
 
 from bitlm_dist.config_section import AllowedBy, Resume, Section, Trained
 from bitlm_dist.model.config import DiffusionConfig, ModelConfig
+from bitlm_dist.registry import OPTIMIZERS
 
 
 class RunConfig(Section):
@@ -62,7 +63,7 @@ class ComponentConfig(Section):
 class OptimizerConfig(Section):
     """Optimizers and learning-rate schedule."""
 
-    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    matrix_optimizer: Literal[tuple(OPTIMIZERS)] = "muon"  # type: ignore[valid-type]
     """Optimizer of the matrices in backbone layers and head blocks; AdamW updates the rest."""
     muon_lr: float = Field(0.02, gt=0)
     """Peak learning rate of Muon."""
@@ -74,11 +75,6 @@ class OptimizerConfig(Section):
     """AdamW betas: decay per step of the running averages of the gradient and its square."""
     eps: float = Field(1e-8, gt=0)
     """AdamW epsilon."""
-    fused: Annotated[Literal["auto", "torch"], Resume.FREE] = "auto"
-    """AdamW implementation on a GPU.
-
-    auto takes Transformer Engine's if it is installed, else NVIDIA apex's, else torch's.
-    """
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of matrices; vectors have none."""
     sharded: Annotated[bool, Resume.FREE] = True

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from bitlm_dist.checkpoint import store
@@ -12,7 +13,7 @@ from bitlm_dist.disks import format_bytes, free_bytes
 from bitlm_dist.errors import UserError, log_to_stderr
 from bitlm_dist.formatting import plural
 from bitlm_dist.training.config import CheckpointConfig
-from bitlm_dist.training.optimizer import is_inner_matrix
+from bitlm_dist.training.optimizer import load_update_rules, param_group
 
 ADVICE = "make room, or set checkpoint.dir to a folder on another disk"
 FP32_BYTES = 4
@@ -27,14 +28,17 @@ def estimate_checkpoint_bytes(
     Args:
         config: the checked config.
         num_parameters: parameters of the full model.
-        named_parameters: this rank's parameters. Their fraction of Muon matrices is taken for that
-            of the full model.
+        named_parameters: this rank's parameters. Their optimizer state per element is taken for
+            that of the full model.
     """
-    sizes = [(tensor.numel(), is_inner_matrix(name, tensor)) for name, tensor in named_parameters]
-    num_local = sum(size for size, _ in sizes)
-    num_muon = sum(
-        size for size, inner in sizes if inner and config.optimizer.matrix_optimizer == "muon"
-    )
+    rules = load_update_rules(config.optimizer)
+    num_local = 0
+    num_state = 0
+    for name, tensor in named_parameters:
+        rule = rules[param_group(config.optimizer, name, tensor).optimizer]
+        state = rule.init_state(torch.empty(tensor.shape, device="meta"))
+        num_local += tensor.numel()
+        num_state += sum(slot.numel() for slot in state.values())
 
     # bf16 weights come with their fp32 master weights
     bytes_per_parameter = (
@@ -42,8 +46,8 @@ def estimate_checkpoint_bytes(
     )
     bytes_per_parameter += FP32_BYTES if config.optimizer.ema else 0
 
-    moments = FP32_BYTES * (2 * num_local - num_muon)  # Muon keeps one moment, AdamW two
-    return num_parameters * bytes_per_parameter + moments * num_parameters // max(1, num_local)
+    state_bytes = FP32_BYTES * num_state * num_parameters // max(1, num_local)
+    return num_parameters * bytes_per_parameter + state_bytes
 
 
 def check_disk_space(root: Path, checkpoint_bytes: int, config: CheckpointConfig) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,12 @@ from bitlm_dist.model.loss_terms import num_packed
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.training.distributed_adamw import DistributedAdamW
-from bitlm_dist.training.optimizer import Optimizers, clip_and_step, lr_multiplier_at
-from bitlm_dist.training.sharded_head import ShardedHead, excluded_from_ddp, is_head_sharded
+from bitlm_dist.registry import OPTIMIZERS
+from bitlm_dist.training.optimizer import Optimizer, lr_multiplier_at
+from bitlm_dist.training.partitioners.base import HeadPartitioner, Partitioner
+from bitlm_dist.training.partitioners.megatron import MegatronPartitioner
+from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
+from bitlm_dist.training.sharded_head import build_sharded_head, is_head_sharded, with_full_head
 from bitlm_dist.training.weights import model_state_dict
 
 # parameters of the head; a tensor-parallel rank computes their gradients from its own blocks only
@@ -41,16 +45,16 @@ class StepResult:
 
     loss: Tensor  # [], mean over the predicted tokens of the global batch
     loss_terms: Tensor  # sums over the global batch, see pack_terms; empty for a softmax
-    grad_norm: Tensor  # [], before clipping
+    grad_norm: Tensor  # fp64 [], before clipping
     lr_multiplier: float  # learning rates as a fraction of their peaks
-    applied: Tensor  # [], False if the update was skipped, as the norm was not finite
+    applied: Tensor  # bool [], False if the update was skipped, as the norm was not finite
 
     # [2] int64: predicted tokens of the global batch, and the UTF-8 bytes of their text
     num_tokens_and_bytes: Tensor
 
 
 class Engine:
-    """The pipeline stages of this rank, wrapped for data parallelism, and their optimizers.
+    """The pipeline stages of this rank, wrapped for data parallelism, and their optimizer.
 
     Args:
         config: a validated config.
@@ -82,19 +86,25 @@ class Engine:
         named = self._global_named_parameters()
         self.num_parameters = self._count_parameters(named)
 
-        # the head engine shards and updates the head, so Megatron must not see its parameters
+        # the head's partitioner shards it, so Megatron, which wraps whatever requires a gradient,
+        # must not see its parameters
         has_sharded_head = is_head_sharded(config, layout)
-        if has_sharded_head:
-            named = {n: p for n, p in named.items() if not n.startswith(HEAD_PREFIX)}
+        head = [p for n, p in named.items() if has_sharded_head and n.startswith(HEAD_PREFIX)]
+        for parameter in head:
+            parameter.requires_grad_(False)
 
         self._ddp_chunks: list[Any]
-        self.optimizers: Optimizers | DistributedAdamW
-        with excluded_from_ddp(self.chunks[-1]) if has_sharded_head else nullcontext():
-            self._wrap_chunks_and_build_optimizers(named)
+        partitioners = [
+            self._wrap_in_ddp_and_partition({n: p for n, p in named.items() if p.requires_grad})
+        ]
+        for parameter in head:
+            parameter.requires_grad_(True)
 
-        self.sharded_head = (
-            ShardedHead(config, self.chunks[-1], layout) if has_sharded_head else None
-        )
+        self.sharded_head: HeadPartitioner | None = None
+        if has_sharded_head:
+            self.sharded_head = build_sharded_head(config, self.chunks[-1], layout)
+            partitioners.append(self.sharded_head)
+        self.optimizer = Optimizer(config.optimizer, partitioners)
 
         has_terms = config.model.output == "bits"
         self._num_loss_terms = num_packed(config.model.block_size) if has_terms else 0
@@ -116,13 +126,15 @@ class Engine:
             )
         }
 
-    def _wrap_chunks_and_build_optimizers(self, named: dict[str, nn.Parameter]) -> None:
-        """Wrap the chunks in Megatron's DDP and build the optimizers of ``named``."""
+    def _wrap_in_ddp_and_partition(self, named: dict[str, nn.Parameter]) -> Partitioner:
+        """Wrap the chunks in Megatron's DDP, and partition ``named``."""
         config = self.config.optimizer
 
-        # Muon needs full matrices, but the distributed optimizer shards flat gradient buffers
-        use_distributed_optimizer = (
-            config.sharded and config.matrix_optimizer == "adamw" and self.layout.num_replicas > 1
+        # the distributed optimizer shards flat gradient buffers, so tensors may be split
+        use_distributed_optimizer: bool = (
+            config.sharded
+            and resolve_name(OPTIMIZERS[config.matrix_optimizer]).is_elementwise
+            and self.layout.num_replicas > 1
         )
         self._ddp_chunks = [
             _wrap_in_ddp(chunk, number == 0, use_distributed_optimizer)
@@ -130,9 +142,8 @@ class Engine:
         ]
 
         if use_distributed_optimizer:
-            self.optimizers = DistributedAdamW(self._ddp_chunks, named, config, self.layout)
-        else:
-            self.optimizers = Optimizers(named, config, self.layout)
+            return MegatronPartitioner(self._ddp_chunks, named, self.layout)
+        return ReplicatedPartitioner(named, self.layout, config.sharded)
 
     def target_finder(self, max_targets_per_sequence: int | None = None) -> TargetFinder:
         """What finds the blocks and states of this rank that carry loss, before a step.
@@ -158,7 +169,9 @@ class Engine:
     @contextmanager
     def full_model_in_eval_mode(self) -> Iterator[LanguageModel]:
         """Yield the full model in eval mode, gathering the sharded head. Collective."""
-        with self.sharded_head.unsharded() if self.sharded_head is not None else nullcontext():
+        head = self.sharded_head
+        full_head = with_full_head(head, self.config, self.chunks[-1]) if head else nullcontext()
+        with full_head:
             try:
                 yield self.model.eval()
             finally:
@@ -168,7 +181,7 @@ class Engine:
         """This rank's shards of the weights by checkpoint name, to save or to load into."""
         tensors = model_state_dict(self.chunks)
         if self.sharded_head is not None:
-            # the head engine owns the head's weights; the module's may be empty or sharded
+            # the partitioner owns the head's weights; the module's may be empty or sharded
             tensors = {
                 n: t for n, t in tensors.items() if not n.startswith(HEAD_PREFIX)
             } | self.sharded_head.model_state_dict()
@@ -176,9 +189,7 @@ class Engine:
 
     def optimizer_state_dict(self) -> dict[str, ShardedTensor]:
         """This rank's shards of the optimizer state, ``NAME.SLOT``, to save or to load into."""
-        return self.optimizers.state_dict() | (
-            {} if self.sharded_head is None else self.sharded_head.optimizer_state_dict()
-        )
+        return self.optimizer.state_dict()
 
     def load_state_dict(self, optimizer_state_dict: Mapping[str, ShardedTensor]) -> None:
         """Finish loading a checkpoint.
@@ -186,9 +197,7 @@ class Engine:
         Call it after the tensors of :meth:`model_state_dict` and :meth:`optimizer_state_dict` were
         loaded in place.
         """
-        self.optimizers.load_state_dict(optimizer_state_dict)
-        if self.sharded_head is not None:
-            self.sharded_head.sync_model_weights()
+        self.optimizer.load_state_dict(optimizer_state_dict)
 
     def _count_parameters(self, named: Mapping[str, nn.Parameter]) -> int:
         """Number of parameters of the full model. Collective."""
@@ -216,12 +225,7 @@ class Engine:
             loss, loss_terms, num_tokens_and_bytes = self._forward_backward(batch, step)
 
         lr_multiplier = lr_multiplier_at(self.config.optimizer, step, self.config.training.steps)
-        parts = (
-            [self.optimizers] if self.sharded_head is None else [self.optimizers, self.sharded_head]
-        )
-        grad_norm, applied = clip_and_step(
-            parts, self.config.optimizer.max_grad_norm, lr_multiplier
-        )
+        grad_norm, applied = self.optimizer.clip_and_step(lr_multiplier)
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()

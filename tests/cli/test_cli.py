@@ -179,7 +179,7 @@ def test_prep_reports_in_words_and_in_json(corpus, tmp_path):
 
 def test_doctor_names_what_is_missing():
     output = run("doctor")
-    packages = ("torch", "megatron-core", "Transformer Engine", "NVIDIA apex", "flash-attn")
+    packages = ("torch", "megatron-core", "Transformer Engine", "flash-attn")
     for name in (*packages, "merge", "Muon", "bitlm-dist[te]"):
         assert name in output
 

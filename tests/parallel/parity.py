@@ -16,7 +16,6 @@ from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.initialization import global_named_parameters, unshard
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout
-from bitlm_dist.training.distributed_adamw import DistributedAdamW
 from bitlm_dist.training.engine import Engine
 
 V = 300
@@ -118,36 +117,16 @@ def _memory_bytes(engine: Engine) -> tuple[int, int, int]:
 
     The gradient buffers of a sharded head are not counted.
     """
-    optimizers: Any = engine.optimizers
-    inner = (
-        [optimizers._distributed_optimizer.optimizer]
-        if isinstance(optimizers, DistributedAdamW)
-        else optimizers._optimizers
-    )
+    head_partitions = engine.sharded_head.partitions if engine.sharded_head else []
     slots = [
-        tensor
-        for optimizer in inner
-        for state in optimizer.state.values()
-        for tensor in state.values()
+        tensor for partition in engine.optimizer.partitions for tensor in partition.state.values()
     ]
-
-    if isinstance(optimizers, DistributedAdamW):
-        slots += [
-            shard.flat
-            for shard in optimizers._shards()
-            if optimizers._named[shard.name].dtype != shard.flat.dtype
-        ]
-    else:
-        slots += optimizers._master_weights.values()
-
-    if engine.sharded_head is not None and engine.sharded_head.engine is not None:
-        slots += [
-            value
-            for _, state in engine.sharded_head._partitions_with_state()
-            for value in state.values()
-        ]
-        # ZeRO's fp32 weights
-        slots += [partition.flat for partition in engine.sharded_head.engine.partitions()]
+    # master weights of the backbone, and ZeRO's fp32 weights
+    slots += [
+        partition.flat
+        for partition in engine.optimizer.partitions
+        if partition.weight_dtype != torch.float32 or partition in head_partitions
+    ]
 
     buffers = [buffer.grad_data for wrapped in engine._ddp_chunks for buffer in wrapped.buffers]
     parameters = [p for chunk in engine.chunks for p in chunk.parameters()]
@@ -261,7 +240,7 @@ def fail(failed: int, where: str, words: list[str]) -> None:
     It fails in a collective, or where the head starts a microbatch.
     """
 
-    def burn(*ignored: Any) -> None:
+    def burn(*ignored: Any, **named: Any) -> None:
         if torch.distributed.get_rank() == failed:
             raise RuntimeError(f"{where} on fire")
 
@@ -271,9 +250,9 @@ def fail(failed: int, where: str, words: list[str]) -> None:
         torch.distributed.all_reduce(torch.zeros(1))
 
     if where == "head":
-        from bitlm_dist.parallel.zero_head import ZeroHead
+        from bitlm_dist.training.partitioners.deepspeed import DeepSpeedPartitioner
 
-        ZeroHead.start_microbatch = burn  # type: ignore[method-assign]
+        DeepSpeedPartitioner.start_microbatch = burn  # type: ignore[method-assign]
     else:
         import bitlm_dist.cli
 

@@ -14,10 +14,9 @@ from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import generate_blocks
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.language_model import loss_mask
-from bitlm_dist.parallel.fsdp_head import FsdpHead
 from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.engine import Engine
-from bitlm_dist.training.sharded_head import ShardedHead
+from bitlm_dist.training.partitioners.fsdp2 import FSDP2Partitioner
 
 WORLD_CALLS: list[str] = []  # collectives of the whole job that DeepSpeed entered
 
@@ -89,7 +88,7 @@ def inspect_engine(overrides: list[str]) -> dict[str, Any]:
     """
     engine = build_engine(overrides)
     head = engine.sharded_head
-    assert isinstance(head, ShardedHead)
+    assert head is not None
 
     found: dict[str, Any] = {"blocks": count_blocks(engine), "bytes": bytes_of(engine)}
     saved = [
@@ -106,10 +105,11 @@ def inspect_engine(overrides: list[str]) -> dict[str, Any]:
 
     engine.load_state_dict(live[1])
     before = head.full_state_dict()
-    plain = engine.optimizers.grad_norm_squared
-    engine.optimizers.grad_norm_squared = lambda: float("nan")  # type: ignore[method-assign]
+    backbone: Any = engine.optimizer.partitioners[0]
+    plain = backbone.grad_norm_squared
+    backbone.grad_norm_squared = lambda: torch.tensor(float("nan"))
     skipped = train_steps(engine, 2, 1)
-    engine.optimizers.grad_norm_squared = plain  # type: ignore[method-assign]
+    backbone.grad_norm_squared = plain
     found["skipped"] = not skipped[0][2] and all(
         torch.equal(before[n], t) for n, t in head.full_state_dict().items()
     )
@@ -179,8 +179,8 @@ def bytes_of(engine: Engine) -> dict[str, int] | None:
     Gradients are measured between two microbatches. Optimizer state includes separate fp32 weights.
     """
     assert engine.sharded_head is not None
-    inside: Any = engine.sharded_head.engine
-    if inside is None:
+    inside: Any = engine.sharded_head
+    if not inside.partitions:
         train_steps(engine, 1, 1)
         return None
 
@@ -199,28 +199,22 @@ def bytes_of(engine: Engine) -> dict[str, int] | None:
     parameters = [*engine.chunks[-1].head.parameters()]  # type: ignore[union-attr]
     local = [getattr(p, "ds_tensor", p) if p.numel() == 0 else p for p in parameters]
     local = [p.to_local() if hasattr(p, "to_local") else p for p in local]
-    state = [
-        value
-        for _, slots in engine.sharded_head._partitions_with_state()
-        for value in slots.values()
-    ]
+    state = [value for p in inside.partitions for value in p.state.values()]
 
-    masters = [p.flat for p in inside.partitions()]
+    masters = [p.flat for p in inside.partitions]
     separate = {p.untyped_storage().data_ptr() for p in local}
     state += [flat for flat in masters if flat.untyped_storage().data_ptr() not in separate]
     return {
         "weights": sum(p.numel() * p.element_size() for p in local),
         "gradients": grads[0],
         "state": sum(t.numel() * t.element_size() for t in state),
-        "numbers": sum(
-            piece.shape.numel() for p in inside.partitions() for piece in p.param_ranges
-        ),
+        "numbers": sum(piece.shape.numel() for p in inside.partitions for piece in p.param_ranges),
     }
 
 
 def _gradients(inside: Any) -> list[torch.Tensor]:
     """Gradients that an engine has accumulated over the microbatches so far."""
-    if isinstance(inside, FsdpHead):
+    if isinstance(inside, FSDP2Partitioner):
         return [p.grad.to_local() for p in inside._parameters.values() if p.grad is not None]
     grads = [getattr(p, name, None) for p in inside._names for name in ("grad", "grad_accum")]
     if inside.zero_stage == 2:

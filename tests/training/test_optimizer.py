@@ -1,51 +1,13 @@
 import pytest
 import torch
 
-from bitlm_dist.parallel.layout import SINGLE_PROCESS
 from bitlm_dist.training.config import OptimizerConfig
-from bitlm_dist.training.muon import Muon, orthogonalize
-from bitlm_dist.training.optimizer import Optimizers, is_inner_matrix, lr_multiplier_at
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+from bitlm_dist.training.optimizer import Optimizer, is_inner_matrix, lr_multiplier_at
+from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
-def test_orthogonalize_brings_singular_values_near_one_and_keeps_directions(shape, seed):
-    # Five iterations raise a small singular value by a factor of about 3.4^5, so the smallest one
-    # must not be close to zero.
-    u, _, v = torch.linalg.svd(torch.randn(*shape, dtype=torch.float64), full_matrices=False)
-    matrix = u @ torch.diag(torch.rand(8, dtype=torch.float64) * 0.9 + 0.1) @ v
-    out = orthogonalize(matrix.unsqueeze(0), COEFFICIENTS, 5, 1e-7)[0]
-    values = torch.linalg.svdvals(out)
-    assert values.min() > 0.4
-    assert values.max() < 1.3
-
-    inner = u.T @ out @ v.T
-    torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-4)
-
-
-def test_muon_equals_torch_muon_up_to_its_bfloat16(seed):
-    start = [torch.randn(*shape) * 0.1 for shape in ((16, 16), (32, 16), (16, 32), (16, 16))]
-    ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    settings = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.1}
-    named = {str(i): p for i, p in enumerate(ours)}
-    groups = [{"names": [*named], "params": [*named.values()]}]
-    pairs = (
-        (ours, Muon(groups, SINGLE_PROCESS, **settings)),
-        (theirs, torch.optim.Muon(theirs, **settings)),
-    )
-
-    for step in range(5):
-        torch.manual_seed(step)
-        grads = [torch.randn_like(x) for x in start]
-        for parameters, optimizer in pairs:
-            for parameter, grad in zip(parameters, grads, strict=True):
-                parameter.grad = grad.clone()
-            optimizer.step()
-
-    for a, b, x in zip(ours, theirs, start, strict=True):
-        moved = (b - x).norm()
-        assert (a - b).norm() < 0.02 * moved
+def build_optimizer(named, config):
+    return Optimizer(config, [ReplicatedPartitioner(named)])
 
 
 def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
@@ -56,10 +18,10 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     # per position.
     assert len(muon) == 2 * 4 + 2 * 4 + 4
 
-    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig())
-    slots = {n.rpartition(".")[2] for n in optimizers.state_dict() if n.rpartition(".")[0] in muon}
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimizerConfig())
+    slots = {n.rpartition(".")[2] for n in optimizer.state_dict() if n.rpartition(".")[0] in muon}
     assert slots == {"momentum_buffer"}
-    assert len(optimizers.state_dict()) == len(muon) + 3 * (
+    assert len(optimizer.state_dict()) == len(muon) + 3 * (
         sum(1 for _ in model.parameters()) - len(muon)
     )
 
@@ -73,12 +35,14 @@ def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
     }
     rounded = {name: torch.nn.Parameter(p.detach().bfloat16()) for name, p in exact.items()}
     grad = torch.randn(16, 16).bfloat16()
-    sides = [(Optimizers(named, config), next(iter(named.values()))) for named in (exact, rounded)]
+    sides = [
+        (build_optimizer(named, config), next(iter(named.values()))) for named in (exact, rounded)
+    ]
 
     for _ in range(1000):
-        for optimizers, parameter in sides:
+        for optimizer, parameter in sides:
             parameter.grad = grad.to(parameter.dtype)
-            optimizers.clip_and_step(1.0)
+            optimizer.clip_and_step(1.0)
 
     master = sides[1][0].state_dict()["backbone.layers.0.w.master"].full
     torch.testing.assert_close(master, sides[0][1].detach(), rtol=0, atol=1e-6)
@@ -88,20 +52,20 @@ def test_weights_in_bf16_follow_their_fp32_copies(matrices, seed):
 
 def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
     model = tiny_model()
-    optimizers = Optimizers(
+    optimizer = build_optimizer(
         dict(model.named_parameters()), OptimizerConfig(max_grad_norm=0.5, matrix_optimizer="adamw")
     )
 
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     expected = torch.cat([p.grad.flatten() for p in model.parameters()]).double().norm().item()
-    norm, updated = optimizers.clip_and_step(1.0)
+    norm, updated = optimizer.clip_and_step(1.0)
     assert updated
     assert norm == pytest.approx(expected, rel=1e-5)
 
     first = (
         torch.cat(
-            [v.full.flatten() for n, v in optimizers.state_dict().items() if n.endswith("exp_avg")]
+            [v.full.flatten() for n, v in optimizer.state_dict().items() if n.endswith("exp_avg")]
         )
         / 0.1
     )
@@ -110,14 +74,43 @@ def test_norm_is_the_joint_norm_and_clipping_scales_to_it(tiny_model, seed):
 
 def test_a_gradient_that_is_not_finite_skips_the_update(tiny_model):
     model = tiny_model()
-    optimizers = Optimizers(dict(model.named_parameters()), OptimizerConfig())
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimizerConfig())
     before = [p.detach().clone() for p in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, float("nan"))
 
-    assert optimizers.clip_and_step(1.0)[1] is False
+    assert not optimizer.clip_and_step(1.0)[1]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("matrices", ["muon", "adamw"])
+def test_a_skipped_update_changes_no_state(matrices, dtype, seed):
+    """Moments, momentum, step counts, averages and master weights stay, bit by bit."""
+    shapes = {"backbone.layers.0.w": (8, 4), "head.lookahead.weight": (3, 4, 4), "head.b": (5,)}
+    named = {n: torch.nn.Parameter(torch.randn(s).to(dtype)) for n, s in shapes.items()}
+    optimizer = build_optimizer(named, OptimizerConfig(ema=0.9, matrix_optimizer=matrices))
+
+    def step(bad):
+        for name, parameter in named.items():
+            parameter.grad = torch.randn_like(parameter)
+            if bad and name == "head.b":
+                parameter.grad[2] = float("inf")
+        return bool(optimizer.clip_and_step(1.0)[1])
+
+    def everything():
+        state = {n: t.full.clone() for n, t in optimizer.state_dict().items()}
+        return state | {n: p.detach().clone() for n, p in named.items()}
+
+    assert step(bad=False)
+    before = everything()
+    assert not step(bad=True)
+    after = everything()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert step(bad=False)
+    assert not any(torch.equal(before[name], found) for name, found in everything().items())
 
 
 def test_components_have_rules_of_their_own(tiny_model):
@@ -132,12 +125,12 @@ def test_components_have_rules_of_their_own(tiny_model):
         head=head,
         input={"lr_scale": 2.0},
     )
-    optimizers = Optimizers(named, config)
+    optimizer = build_optimizer(named, config)
     before = {n: p.detach().clone() for n, p in named.items()}
 
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
-    optimizers.clip_and_step(1.0)
+    optimizer.clip_and_step(1.0)
     for name, parameter in named.items():
         scale, decay = {"head": (0.5, 0.0), "embedding": (2.0, 0.2), "backbone": (1.0, 0.2)}[
             name.split(".")[0]
@@ -151,12 +144,12 @@ def test_components_have_rules_of_their_own(tiny_model):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_average_follows_the_fp32_weights(dtype, seed):
     named = {"head.w": torch.nn.Parameter(torch.randn(4, 4).to(dtype))}
-    optimizers = Optimizers(named, OptimizerConfig(ema=0.9, matrix_optimizer="adamw"))
+    optimizer = build_optimizer(named, OptimizerConfig(ema=0.9, matrix_optimizer="adamw"))
     expected = named["head.w"].detach().double()
     for _ in range(5):
         named["head.w"].grad = torch.randn(4, 4).to(dtype)
-        optimizers.clip_and_step(1.0)
-        state = {n: part.full for n, part in optimizers.state_dict().items()}
+        optimizer.clip_and_step(1.0)
+        state = {n: part.full for n, part in optimizer.state_dict().items()}
         expected = (
             0.9 * expected + 0.1 * state.get("head.w.master", named["head.w"].detach()).double()
         )

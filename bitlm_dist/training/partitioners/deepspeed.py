@@ -15,18 +15,23 @@ Legend: G ranks of the head, L elements per flat partition.
 import importlib.metadata
 import logging
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
 
 from bitlm_dist.compilation import no_torch_compile
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.head_loss import HeadBatch
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import ParamRange, Partition
+from bitlm_dist.training.partitioners.base import HeadPartitioner, Update
 
 TESTED_DEEPSPEED_VERSIONS = ("0.19.8",)  # private names are used here
 
@@ -51,31 +56,6 @@ CALLED_BY_NAME = (
 )
 MAX_BUCKET_NUMEL = 5 * 10**8  # elements; DeepSpeed's own default
 PARAM_PERSISTENCE_THRESHOLD = 4096  # elements; smaller parameters stay unsharded at stage 3
-
-
-def check_deepspeed() -> None:
-    """Check that a tested version of DeepSpeed is installed.
-
-    Raises:
-        UserError: DeepSpeed is missing, or its version is not tested.
-    """
-    tested = " or ".join(TESTED_DEEPSPEED_VERSIONS)
-    engine = "parallel.head.engine = deepspeed"
-    other = "or set parallel.head.engine = fsdp2 or replicated"
-
-    try:
-        installed = importlib.metadata.version("deepspeed")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{engine}: DeepSpeed is not installed: install {tested}, {other}"
-        ) from None
-
-    # a local version such as 0.19.8+abc counts, too
-    if installed.partition("+")[0] not in TESTED_DEEPSPEED_VERSIONS:
-        raise UserError(
-            f"{engine}: DeepSpeed {installed} is installed, but tested is {tested}: "
-            f"install that, {other}"
-        )
 
 
 def _group_backend(group: dist.ProcessGroup) -> Any:
@@ -207,6 +187,10 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
     bucket_numel = min(numel + numel % 2, MAX_BUCKET_NUMEL)
     zero |= {"reduce_bucket_size": bucket_numel, "allgather_bucket_size": bucket_numel}
 
+    # the joint norm decides whether a step is skipped; DeepSpeed's own check would wait for the GPU
+    if head.zero_stage in (1, 2) and head.offload == "none":
+        zero["compute_grad_norm"] = False
+
     if head.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = PARAM_PERSISTENCE_THRESHOLD
     if head.offload != "none":
@@ -221,68 +205,137 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would have to be compiled
         "zero_optimization": zero,
-        "bf16": {"enabled": config.training.precision == "bf16"},
+        "bf16": {"enabled": config.training.precision == "bf16", "check_grad_overflow": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,
     }
 
 
-class ZeroHead:
-    """A module sharded by ZeRO over the ranks of the head.
+class _PartitionOptimizer(torch.optim.Optimizer):
+    """The optimizer that DeepSpeed is given: it leaves updates to a function.
 
-    It implements :class:`~bitlm_dist.training.sharded_head.HeadEngine`.
+    DeepSpeed replaces the parameters by its flat partitions, and steps them one by one.
+    """
+
+    def __init__(self, groups: Iterable[list[nn.Parameter]]) -> None:
+        super().__init__([{"params": group} for group in groups], {"lr": 0.0})
+        self.partitions: Sequence[Partition] = ()
+        self.update: Update = lambda partitions: None
+
+    @override
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        flats = {id(flat) for group in self.param_groups for flat in group["params"]}
+        self.update([p for p in self.partitions if id(p.flat) in flats])
+
+
+class DeepSpeedPartitioner(HeadPartitioner):
+    """Partitions are ZeRO's flat buffers, one per parameter group; at stage 0, full tensors.
 
     Args:
         config: the checked config.
         module: the module with the head's parameters; its forward returns this rank's part of the
             loss.
-        optimizer: the optimizer of the weights. DeepSpeed replaces its parameters by flat
-            partitions; :meth:`partitions` tells which weights are in them.
+        layout: the job's parallel layout.
+        group_key: tells by name and parameter what may share a partition: equal keys.
     """
 
-    def __init__(self, config: Config, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        local_device = mesh.device()
-        if local_device.type == "cpu":
-            # otherwise every rank logs that it found no accelerator
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        else:
-            # DeepSpeed takes this for the index of its GPU among the visible ones
-            os.environ["LOCAL_RANK"] = str(local_device.index)
-
-        with no_torch_compile():
-            import deepspeed
-
-            # DeepSpeed loads its own Muon, unused here, later and outside this context
-            import deepspeed.runtime.zero.muon.muon_optimizer
-        import deepspeed.ops
-        from deepspeed.comm import comm
-
-        # it warns that the optimizer is not one of its own
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # No compiled op is used. DeepSpeed would try all of them, with warnings, and compile one
-        # for minutes.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
-
-        group = mesh.head_group()
-        comm.cdb = _group_backend(group)
+    def __init__(
+        self,
+        config: Config,
+        module: nn.Module,
+        layout: ParallelLayout,
+        group_key: Callable[[str, Tensor], Hashable],
+    ) -> None:
+        super().__init__(layout)
+        self._group = mesh.head_group()
         self.zero_stage = config.parallel.head.zero_stage
-        self._num_ranks = dist.get_world_size(group)
-        self._group = group
+        self._num_ranks = dist.get_world_size(self._group)
+        self._names: dict[Any, str] = {p: n for n, p in module.named_parameters()}
+        weight_dtype = next(module.parameters()).dtype
 
-        self._names = {p: n for n, p in module.named_parameters()}
-        self._engine, _, _, _ = deepspeed.initialize(
+        groups: dict[Hashable, list[nn.Parameter]] = defaultdict(list)
+        for name, parameter in module.named_parameters():
+            groups[group_key(name, parameter)].append(parameter)
+        self._optimizer = _PartitionOptimizer(groups.values())
+
+        self._engine, _, _, _ = _load_deepspeed(self._group).initialize(
             model=module,
-            optimizer=optimizer,
+            optimizer=self._optimizer,
             config=_deepspeed_config(
-                config, local_device.type == "cuda", sum(p.numel() for p in self._names)
+                config, mesh.device().type == "cuda", sum(p.numel() for p in self._names)
             ),
-            mpu=_Mpu(group),
+            mpu=_Mpu(self._group),
             dist_init_required=False,
         )
         self._zero: Any = self._engine.optimizer
+        self.partitions = self._build_partitions(weight_dtype)
+        self._optimizer.partitions = self.partitions
 
-    def __call__(self, batch: Any) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    @override
+    def check_installed() -> None:
+        """Check that a tested version of DeepSpeed is installed.
+
+        Raises:
+            UserError: DeepSpeed is missing, or its version is not tested.
+        """
+        tested = " or ".join(TESTED_DEEPSPEED_VERSIONS)
+        engine = "parallel.head.engine = deepspeed"
+        other = "or set parallel.head.engine = fsdp2 or replicated"
+
+        try:
+            installed = importlib.metadata.version("deepspeed")
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(
+                f"{engine}: DeepSpeed is not installed: install {tested}, {other}"
+            ) from None
+
+        # a local version such as 0.19.8+abc counts, too
+        if installed.partition("+")[0] not in TESTED_DEEPSPEED_VERSIONS:
+            raise UserError(
+                f"{engine}: DeepSpeed {installed} is installed, but tested is {tested}: "
+                f"install that, {other}"
+            )
+
+    def _build_partitions(self, weight_dtype: torch.dtype) -> list[Partition]:
+        if self.zero_stage == 0:
+            return [
+                Partition(p, [ParamRange(n, p.shape, [slice(0, p.numel())])], weight_dtype)
+                for p, n in self._names.items()
+            ]
+
+        if self.zero_stage < 3:
+            flats = self._zero.single_partition_of_fp32_groups
+            groups = self._zero.bit16_groups
+        else:
+            flats = self._zero.fp32_partitioned_groups_flat
+            groups = self._zero.fp16_groups
+        return [
+            Partition(flat, self._param_ranges(group, len(flat)), weight_dtype, self._group)
+            for flat, group in zip(flats, groups, strict=True)
+        ]
+
+    def _param_ranges(self, parameters: list[Any], row_numel: int) -> list[ParamRange]:
+        """Locate a group's parameters: contiguous in the buffer, at stage 3 split over its rows."""
+        ranges = []
+        offset = 0
+        for p in parameters:
+            name = self._names[p]
+            if self.zero_stage == 3:
+                numel = p.partition_numel()
+                ranges.append(ParamRange.split(name, p.ds_shape, offset, self._num_ranks, numel))
+            else:
+                numel = p.numel()
+                ranges.append(
+                    ParamRange.contiguous(name, p.shape, offset, self._num_ranks, row_numel)
+                )
+            offset += numel
+
+        return ranges
+
+    @override
+    def __call__(self, batch: HeadBatch) -> tuple[Tensor, Tensor]:
         """Run the module's forward pass.
 
         DeepSpeed averages gradients over the head's ranks. Each rank has a part of one loss, so
@@ -300,78 +353,41 @@ class ZeroHead:
         loss, terms = forward(batch)
         return _ScaleGradient.apply(loss, float(self._num_ranks)), terms
 
+    @override
     def start_microbatch(self, is_last: bool) -> None:
-        """Announce the next microbatch; the step's last one completes the reduction."""
+        # the step's last one completes the reduction
         self._engine.set_gradient_accumulation_boundary(is_last)
 
+    @override
     def reduce_grads(self) -> None:
-        """Finish the reduction after the last backward pass; stages 1 to 3 reduce during it."""
+        # stages 1 to 3 reduce during the backward pass
         if self.zero_stage == 0:
             self._engine.allreduce_gradients()
 
-    def grad_norm(self) -> float:
-        """Norm of the full gradient of the head; NaN if it is not finite. Collective."""
+    @override
+    def grad_norm(self) -> Tensor:
         if self.zero_stage == 0:
-            return float(
-                torch.stack(
-                    torch._foreach_norm([p.grad for p in self._names if p.grad is not None])
-                ).norm()
-            )
+            grads = [p.grad for p in self._names if p.grad is not None]
+            return torch.stack(torch._foreach_norm(grads)).norm()
 
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
-        total_norm = (
+        norm: Tensor = (
             combine_grad_norm_groups(self._zero._get_norm_groups())
             if self.zero_stage == 3
             else self._zero.scaled_global_norm()
         )
+        return norm
 
-        # DeepSpeed returns -1 if it is not finite
-        return float(total_norm) if float(total_norm) >= 0 else float("nan")
-
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let the optimizer update the partitions, all-gather the weights, drop the gradients.
-
-        Args:
-            optimizer: unused, as DeepSpeed already holds the optimizer.
-        """
+    @override
+    def step(self, update: Update) -> None:
+        # DeepSpeed calls the optimizer, all-gathers the weights, and drops the gradients
+        self._optimizer.update = update
         self._engine.step()
 
-    def partitions(self) -> list[Partition]:
-        """The fp32 weights as the optimizer sees them."""
-        if self.zero_stage == 0:
-            return [
-                Partition(p, [ParamRange(n, p.shape, 0)], None, p.numel())
-                for p, n in self._names.items()
-            ]
-
-        if self.zero_stage < 3:
-            flats = self._zero.single_partition_of_fp32_groups
-            groups = self._zero.bit16_groups
-        else:
-            flats = self._zero.fp32_partitioned_groups_flat
-            groups = self._zero.fp16_groups
-        return [
-            Partition(f, self._param_ranges(group), self._group, len(f))
-            for f, group in zip(flats, groups, strict=True)
-        ]
-
-    def _param_ranges(self, parameters: list[Any]) -> list[ParamRange]:
-        """Locate a group's parameters: contiguous in the buffer, at stage 3 split over its rows."""
-        ranges = []
-        offset = 0
-        for p in parameters:
-            shape, shard_numel = (
-                (p.ds_shape, p.partition_numel()) if self.zero_stage == 3 else (p.shape, None)
-            )
-            ranges.append(ParamRange(self._names[p], shape, offset, shard_numel))
-            offset += shape.numel() if shard_numel is None else shard_numel
-
-        return ranges
-
+    @override
     @torch.no_grad()
     def sync_model_weights(self) -> None:
-        """Copy the fp32 partitions, after they were loaded, to the weights of the module."""
         if self.zero_stage in (1, 2):
             self._zero.update_lp_params()
         elif self.zero_stage == 3:
@@ -380,3 +396,30 @@ class ZeroHead:
             for number, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
                 self._zero.fp16_partitioned_groups_flat[number].data.copy_(flat.data)
                 self._zero._unflatten_partitioned_parameters(number)
+
+
+def _load_deepspeed(group: dist.ProcessGroup) -> Any:
+    """Import DeepSpeed and confine it to ``group``."""
+    local_device = mesh.device()
+    if local_device.type == "cpu":
+        # otherwise every rank logs that it found no accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    else:
+        # DeepSpeed takes this for the index of its GPU among the visible ones
+        os.environ["LOCAL_RANK"] = str(local_device.index)
+
+    with no_torch_compile():
+        import deepspeed
+
+        # DeepSpeed loads this later and outside this context; it is unused here
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.ops
+    from deepspeed.comm import comm
+
+    # it warns that the optimizer is not one of its own
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # No compiled op is used. DeepSpeed would try all of them, with warnings, and compile one for
+    # minutes.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    comm.cdb = _group_backend(group)
+    return deepspeed

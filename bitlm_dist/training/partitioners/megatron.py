@@ -1,0 +1,82 @@
+"""Slices of the gradient buffers of Megatron-core's data parallelism.
+
+With ``use_distributed_optimizer`` it reduce-scatters the gradients of every bucket and all-gathers
+the weights. A rank updates its slice of each bucket, which may begin or end inside a tensor.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.layout import ParallelLayout
+from bitlm_dist.parallel.partition import ParamRange, Partition
+from bitlm_dist.training.partitioners.base import Partitioner, local_grad_norm_squared
+
+
+class MegatronPartitioner(Partitioner):
+    """Partitions are this rank's slices of tensors, so the optimizer must be elementwise.
+
+    Args:
+        ddp_chunks: the stages, wrapped in Megatron's DDP with ``use_distributed_optimizer``.
+        named: their parameters by name in the full model.
+        layout: the job's parallel layout.
+    """
+
+    def __init__(
+        self, ddp_chunks: Sequence[Any], named: Mapping[str, nn.Parameter], layout: ParallelLayout
+    ) -> None:
+        super().__init__(layout)
+        self._ddp_chunks = ddp_chunks
+        buckets = {
+            parameter: bucket.param_data
+            for chunk in ddp_chunks
+            for buffer in chunk.buffers
+            for bucket in buffer.buckets
+            for parameter in bucket.params
+        }
+
+        # This rank's slices of the model's own weights and gradients, one pair per partition.
+        self._slices: list[tuple[Tensor, Tensor]] = []
+        for name, parameter in named.items():
+            bucket = buckets[parameter]
+            sizes = ParamRange.contiguous(
+                name,
+                parameter.shape,
+                parameter.storage_offset() - bucket.storage_offset(),
+                layout.num_replicas,
+                bucket.numel() // layout.num_replicas,
+            ).numel_per_row
+
+            weight, grad = (
+                flat.view(-1).split(sizes)[layout.replica_rank]
+                for flat in (parameter.detach(), parameter.main_grad)  # type: ignore[attr-defined]
+            )
+            if weight.numel():
+                self._slices.append((weight, grad))
+                param_range = ParamRange(name, parameter.shape, [slice(0, n) for n in sizes])
+                self.partitions.append(
+                    Partition(weight.float(), [param_range], weight.dtype, mesh.replica_group())
+                )
+
+    @override
+    def reduce_grads(self) -> None:
+        for partition, (_, grad) in zip(self.partitions, self._slices, strict=True):
+            partition.flat.grad = grad.float()
+
+    @override
+    def grad_norm_squared(self) -> Tensor:
+        grads = [(p.name, p.grad) for p in self.partitions]
+        return mesh.all_reduce_sum(local_grad_norm_squared(grads, self._layout))
+
+    @override
+    @torch.no_grad()
+    def sync_model_weights(self) -> None:
+        for partition, (weight, _) in zip(self.partitions, self._slices, strict=True):
+            if partition.weight_dtype != torch.float32:
+                weight.copy_(partition.flat)
+        for chunk in self._ddp_chunks:
+            chunk.start_param_sync()

@@ -5,7 +5,7 @@ OPTIMIZERS = {
     "muon": "bitlm_dist.training.optimizers.muon:Muon",
     "adamw": "bitlm_dist.training.optimizers.adamw:AdamW",
 }
-# Partitioners of the head, by the names that `parallel.head.engine` may have; `replicated` has none.
+# Partitioners of the head, by the names of `parallel.head.engine`; `replicated` has none.
 HEAD_PARTITIONERS = {
     "deepspeed": "bitlm_dist.training.partitioners.deepspeed:DeepSpeedPartitioner",
     "fsdp2": "bitlm_dist.training.partitioners.fsdp2:FSDP2Partitioner",

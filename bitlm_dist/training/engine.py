@@ -229,9 +229,7 @@ class Engine:
 
         for wrapped in self._ddp_chunks:
             wrapped.zero_grad_buffer()
-        norm = torch.full((), grad_norm, dtype=torch.float64, device=loss.device)
-        was_applied = torch.full((), applied, device=loss.device)
-        return StepResult(loss, loss_terms, norm, lr_multiplier, was_applied, num_tokens_and_bytes)
+        return StepResult(loss, loss_terms, grad_norm, lr_multiplier, applied, num_tokens_and_bytes)
 
     def _count_tokens_and_bytes(self, batch: Batch) -> Tensor:
         """Count the predicted tokens of the global batch and the bytes of their text.

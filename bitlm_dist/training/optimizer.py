@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.registry import OPTIMIZERS
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizers.base import UpdateRule, assign_if
 from bitlm_dist.training.partitioners.base import Partitioner
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizers.base import assign_if
 
 

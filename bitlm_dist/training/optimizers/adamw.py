@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition
+from bitlm_dist.training.config import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import Partition, map_full_tensors
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizers.base import assign_if
 
 # Coefficients, steps and eps of torch.optim.Muon: a x + b x^3 + c x^5.

@@ -5,14 +5,13 @@ their partitions only.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from bitlm_dist.model.initialization import shard_dim
 from bitlm_dist.model.head_loss import HeadBatch
+from bitlm_dist.model.initialization import shard_dim
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import Partition

@@ -16,8 +16,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from typing_extensions import override
 
 from bitlm_dist.config import Config
-from bitlm_dist.model.head_loss import HeadLoss
-from bitlm_dist.model.head_loss import HeadBatch
+from bitlm_dist.model.head_loss import HeadBatch, HeadLoss
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.partition import ParamRange, Partition

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.registry import OPTIMIZERS
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizer import Optimizer, is_inner_matrix, learning_rates
 from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 

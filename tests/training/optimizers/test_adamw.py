@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from bitlm_dist.config import OptimizerConfig
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizer import Optimizer
 from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from bitlm_dist.config import OptimizerConfig
 from bitlm_dist.parallel.partition import ParamRange, Partition
+from bitlm_dist.training.config import OptimizerConfig
 from bitlm_dist.training.optimizers.muon import Muon, orthogonalize
 
 APPLIED = torch.tensor(True)

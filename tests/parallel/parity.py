@@ -172,9 +172,8 @@ def receptive_fields(overrides: list[str], queries: list[int]) -> dict[int, list
     for query in queries:
         full_embeddings = torch.randn(LENGTH, 1, 64, generator=torch.Generator().manual_seed(query))
         embedded = full_embeddings[local_positions].requires_grad_()
-        states, positions = chunk.local_hidden_states(
-            chunk.backbone(embedded, batch.document_ids, LENGTH), LENGTH
-        )
+        states = chunk.local_hidden_states(chunk.backbone(embedded, batch.document_ids, LENGTH))
+        positions = chunk.state_positions(LENGTH)
         states[:, positions == query].square().sum().add(0 * states.sum()).backward()
         gathered: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(

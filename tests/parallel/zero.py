@@ -12,8 +12,9 @@ from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.inference.config import SamplingConfig
 from bitlm_dist.inference.generate import generate_blocks
+from bitlm_dist.model.batch import loss_mask
 from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.language_model import loss_mask
+from bitlm_dist.model.head_loss import HeadBatch
 from bitlm_dist.parallel.layout import build_layout
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.partitioners.fsdp2 import FSDP2Partitioner
@@ -145,7 +146,12 @@ def step_with_nan_loss(engine: Engine) -> tuple[bool, bool]:
     before = engine.sharded_head.full_state_dict()
     if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last:
         plain = model.head_loss
-        model.head_loss = lambda *arguments: plain(*arguments) * float("nan")
+
+        def poisoned(batch: HeadBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            loss, terms = plain(batch)
+            return loss * float("nan"), terms
+
+        model.head_loss = poisoned
 
     made = train_steps(engine, 4, 1)[0][2]
     if isinstance(model, BitLM) and model.pipeline_stage.model_chunk.is_last:
@@ -162,9 +168,9 @@ def count_blocks(engine: Engine) -> tuple[int, int]:
         assert isinstance(model, BitLM)
         plain = model.head_loss
 
-        def counted(context: torch.Tensor, *rest: Any) -> torch.Tensor:
-            seen.append(len(context))
-            return plain(context, *rest)
+        def counted(batch: HeadBatch) -> tuple[torch.Tensor, torch.Tensor]:
+            seen.append(int(batch.valid.any(-1).sum()))
+            return plain(batch)
 
         model.head_loss = counted
 

@@ -14,9 +14,9 @@ def test_muon_takes_the_inner_matrices_and_adamw_the_rest(tiny_model):
     model = tiny_model()
     muon = {n for n, p in model.named_parameters() if is_inner_matrix(n, p)}
     assert {n.split(".")[0] for n in muon} == {"backbone", "head"}
-    # Four per layer (qkv, projection, two of the MLP), four per head block, one lookahead matrix
-    # per position.
-    assert len(muon) == 2 * 4 + 2 * 4 + 4
+    # Four per layer (qkv, projection, two of the MLP), four per head block, and the stack of the
+    # lookahead's matrices.
+    assert len(muon) == 2 * 4 + 2 * 4 + 1
 
     optimizer = build_optimizer(dict(model.named_parameters()), OptimizerConfig())
     slots = {n.rpartition(".")[2] for n in optimizer.state_dict() if n.rpartition(".")[0] in muon}

@@ -32,6 +32,7 @@ LAYERS = [
         "formatting",
         "package_versions",
         "processes",
+        "recording",
         "renamed_keys",
         "strict_json",
     },

@@ -20,6 +20,8 @@ def moment(seconds):
 class SlowDevice:
     """An engine whose steps are complete at given times, and the readback of its results."""
 
+    layout = ParallelLayout()
+
     def __init__(self, completed):
         self.completed = completed
 

@@ -34,6 +34,7 @@ LAYERS = [
         "formatting",
         "package_versions",
         "processes",
+        "recording",
         "registry",
         "renamed_keys",
         "strict_json",

@@ -32,10 +32,13 @@ from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.planning.flops import training_flops
 from bitlm_dist.planning.memory import check_memory, training_bytes
+from bitlm_dist.training.agreement import Agreement, Flags
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.metrics import MetricsLog
 from bitlm_dist.training.optimizer import Optimizer
 from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
+from bitlm_dist.training.readback import Moment
+from bitlm_dist.training.step_pipeline import StepPipeline, TimedBatch
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,8 @@ class StackRunner(BenchRunner):
             config, natural_bit_codes(workload.vocab_size), workload.eos, ParallelLayout()
         )
 
+        self.pipeline = StepPipeline(self.engine, Agreement(Flags, self.engine.layout))
+
         # metrics are written as in a real run, as they are part of its cost
         self.folder = folder
         folder.mkdir()
@@ -116,17 +121,20 @@ class StackRunner(BenchRunner):
     @override
     def __call__(self) -> int:
         for _ in range(self.workload.steps_per_repeat):
-            update = self.engine.train_step(self._batch(), self.step)
+            batch = TimedBatch(self._batch(), Moment.now(), wait_seconds=0.0)
+            self.pipeline.launch(batch, self.step)
             self.step += 1
-            self.log.write(
-                {
-                    "step": self.step,
-                    "loss": float(update.loss),
-                    "grad_norm": float(update.grad_norm),
-                }
-            )
+            # as in a real run, a step is read while the next one runs
+            self._log_steps(num_left=1)
+        self._log_steps(num_left=0)
 
         return self.workload.steps_per_repeat * self.config.training.global_batch_tokens
+
+    def _log_steps(self, num_left: int) -> None:
+        while len(self.pipeline) > num_left:
+            report = self.pipeline.read()
+            step = self.step - len(self.pipeline)
+            self.log.write({"step": step, "loss": report.loss, "grad_norm": report.grad_norm})
 
     @override
     def close(self) -> None:

@@ -71,7 +71,7 @@ def trace_steps(
         engine = Engine(config, codes, eos=0, layout=layout)
         _record_sizes(tracer.trace, engine)
 
-        pipeline = StepPipeline(engine, Agreement(lambda: Flags(0, 0, 0), layout))
+        pipeline = StepPipeline(engine, Agreement(Flags, layout))
         for step in range(num_steps):
             tracer.start_phase(f"step {step}")
             pipeline.launch(_local_batch(config, engine), step)

@@ -13,9 +13,9 @@ from bitlm_dist.parallel.layout import ParallelLayout
 class Flags(NamedTuple):
     """Flags of one rank; the ranks agree on the maximum of each."""
 
-    stop: int  # see :attr:`~bitlm_dist.training.stop_signals.StopMonitor.code`
-    is_writing: int  # 1 while a file of the pending save is being written
-    is_save_due: int  # 1 if a time-based save is due, according to rank 0's clock
+    stop: int = 0  # see :attr:`~bitlm_dist.training.stop_signals.StopMonitor.code`
+    is_writing: int = 0  # 1 while a file of the pending save is being written
+    is_save_due: int = 0  # 1 if a time-based save is due, according to rank 0's clock
 
 
 class Agreement:

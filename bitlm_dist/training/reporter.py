@@ -1,4 +1,4 @@
-"""Whom training tells what happens: the logs of the run, and the display."""
+"""Where training reports what happens: the logs of the run, and the display."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -53,4 +53,5 @@ def step_metrics(
         "weights_finite": has_finite_weights,
         **dataset.sequences_per_source(state.step),
         **dataset.epochs(state.step, state.next_sequence),
+        **report.recorded,
     }

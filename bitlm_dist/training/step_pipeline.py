@@ -11,10 +11,12 @@ from math import isfinite
 from torch import Tensor
 
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.recording import take_records
 from bitlm_dist.training.agreement import Agreement
 from bitlm_dist.training.engine import Engine
 from bitlm_dist.training.memory_advice import advising_on_memory
 from bitlm_dist.training.readback import DeviceReadback, Moment
+from bitlm_dist.training.recorder import Recorder
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class StepReport:
     Attributes:
         values: elements of each tensor of :class:`~bitlm_dist.training.engine.StepResult` by name,
             and as ``flags`` those for :meth:`Agreement.result`.
+        recorded: values of :func:`~bitlm_dist.recording.record` by name, over all ranks.
         lr_multiplier: learning rates as a fraction of their peaks.
         data_wait_seconds: how long the step waited for its batch.
         completed: when the host saw that it was complete.
@@ -41,6 +44,7 @@ class StepReport:
     """
 
     values: Mapping[str, list[float]]
+    recorded: Mapping[str, float]
     lr_multiplier: float
     data_wait_seconds: float
     completed: Moment
@@ -82,6 +86,7 @@ class StepPipeline:
     def __init__(self, engine: Engine, agreement: Agreement) -> None:
         self._engine = engine
         self._agreement = agreement
+        self._recorder = Recorder(engine.layout)
         self._launched: deque[_LaunchedStep] = deque()
         self._last_completed: Moment | None = None
 
@@ -100,13 +105,16 @@ class StepPipeline:
             UserError: the device is out of memory in the first step of this process.
             RuntimeError: it is out of memory in a later step.
         """
+        take_records()  # evaluations record, too
         is_first_step = not self._launched and self._last_completed is None
         with advising_on_memory(self._engine, is_first_step):
             result = self._engine.train_step(timed.batch, step)
 
         tensors = {f.name: getattr(result, f.name) for f in fields(result)}
         tensors = {name: value for name, value in tensors.items() if isinstance(value, Tensor)}
-        readback = DeviceReadback({**tensors, "flags": self._agreement.start()})
+        tensors["flags"] = self._agreement.start()
+        tensors["recorded"] = self._recorder.start()
+        readback = DeviceReadback(tensors)
         self._launched.append(
             _LaunchedStep(timed.began, timed.wait_seconds, result.lr_multiplier, readback)
         )
@@ -121,6 +129,7 @@ class StepPipeline:
         # Steps overlap, but each second counts once. After a pause the step's own start counts.
         return StepReport(
             values,
+            self._recorder.result(values["recorded"]),
             step.lr_multiplier,
             step.data_wait_seconds,
             completed,

@@ -1,7 +1,7 @@
 """Requests to stop a run: SIGTERM, SIGINT, SIGUSR2, or a stop file.
 
-The file is ``stop`` in the run folder, or the launcher's. The training loop polls for requests
-between two steps; long waits (an evaluation, a slow data source) are interrupted.
+The file is ``stop`` in the run folder, or the launcher's. The training loop polls for requests with
+every step; an evaluation and, in a job of one process, a slow data source are interrupted.
 """
 
 import signal

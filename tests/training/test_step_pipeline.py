@@ -20,6 +20,8 @@ def moment(seconds):
 class SlowDevice:
     """An engine whose steps are complete at given times, and the readback of its results."""
 
+    layout = ParallelLayout()
+
     def __init__(self, completed):
         self.completed = completed
 
@@ -44,7 +46,7 @@ class SlowDevice:
 def pipeline(monkeypatch):
     device = SlowDevice([10.0, 18.0, 30.0])
     monkeypatch.setattr(step_pipeline, "DeviceReadback", device.readback)
-    return StepPipeline(device, Agreement(lambda: Flags(0, 0, 0), ParallelLayout()))
+    return StepPipeline(device, Agreement(Flags, ParallelLayout()))
 
 
 def launch(pipeline, step, began):

@@ -6,6 +6,7 @@ from bitlm_dist.training.train_state import TrainState
 
 REPORT = StepReport(
     values={"num_tokens_and_bytes": [90.0, 250.0]},
+    recorded={},
     lr_multiplier=1.0,
     data_wait_seconds=0.0,
     completed=Moment(0.0, 0.0, 0.0),

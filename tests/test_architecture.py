@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the top: a package may import those of later lines, and its own.
 LAYERS = [
-    {"__main__"},
+    {"__main__", "experiments"},
     {"cli"},
     {"bench"},
     {"evaluation", "planning"},
@@ -25,7 +25,8 @@ LAYERS = [
     {"codes"},
     {"compilation"},
     {"disks", "paths", "plots"},
-    {"cpu_contention"},
+    {"cpu_contention", "renamed_keys"},
+    {"old_heads"},
     {
         "cpu_threads",
         "errors",
@@ -33,7 +34,6 @@ LAYERS = [
         "formatting",
         "package_versions",
         "processes",
-        "renamed_keys",
         "strict_json",
     },
 ]
@@ -43,11 +43,11 @@ PURE = {"diffusion", "kernels", "codes"}  # know nothing of megatron, ranks or c
 def package_of(module):
     """First part of a module's path, but `config` for a section of the config beside its owner."""
     package, *inside = module
-    return "config" if inside[:1] == ["config"] and package != "cli" else package
+    return "config" if "config" in inside and package != "cli" else package
 
 
 def modules():
-    for folder in ("bitlm_dist", "kernels", "data_prep", "launch"):
+    for folder in ("bitlm_dist", "kernels", "data_prep", "launch", "experiments"):
         for file in sorted((ROOT / folder).rglob("*.py")):
             inside = file.relative_to(ROOT).with_suffix("")
             parts = inside.parts[1:] if folder == "bitlm_dist" else inside.parts

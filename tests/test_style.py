@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(
     file
-    for folder in ("bitlm_dist", "kernels", "data_prep", "launch")
+    for folder in ("bitlm_dist", "kernels", "data_prep", "launch", "experiments")
     for file in (ROOT / folder).rglob("*.py")
 )
 MAX_FUNCTION_LINES = 60

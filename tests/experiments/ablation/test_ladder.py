@@ -1,22 +1,18 @@
 """Every row of the study can be run: its config is valid, and its model takes two steps."""
 
-import importlib.util
 import json
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import ladder
 import pytest
 from typer.testing import CliRunner
 
 from bitlm_dist.cli import app
 from bitlm_dist.config_loading import load_config
 
-SCRIPT = Path(__file__).parents[3] / "experiments" / "ablation" / "ladder.py"
-SPEC = importlib.util.spec_from_file_location("ladder", SCRIPT)
-ladder = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(ladder)
 ROWS = ladder.rows()
 
 # Sizes at which a row trains in a fraction of a second; one thread loads and writes.
@@ -76,7 +72,7 @@ def test_every_head_has_a_row():
 
 def test_the_script_prints_what_the_command_line_reads(tmp_path):
     def run(*names):
-        command = [sys.executable, str(SCRIPT), *names]
+        command = [sys.executable, ladder.__file__, *names]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert run().stdout.split() == list(ROWS)

@@ -21,10 +21,16 @@ from bitlm_dist.data.stale_resources import (
     remove_stale_resources,
 )
 from bitlm_dist.errors import UserError
+from bitlm_dist.model.batch import TargetFinder
 
 pytestmark = pytest.mark.integration
 
 CPU = torch.device("cpu")
+EOS = 1
+
+
+def finder_of(config, share):
+    return TargetFinder(config.model.block_size, EOS, True, None, share)
 
 
 def loader_of(config, feed, begun=0, rank=0, ranks=1):
@@ -34,6 +40,7 @@ def loader_of(config, feed, begun=0, rank=0, ranks=1):
     return Loader(
         config,
         feed,
+        finder_of(config, share),
         start_step=begun,
         first_sequence=first,
         num_sequences=share,
@@ -186,12 +193,14 @@ from pathlib import Path
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.data.loader import Loader
 from bitlm_dist.data.mixture_dataset import training_dataset
+from bitlm_dist.model.batch import TargetFinder
 
 if __name__ == "__main__":
     config = load_config(Path(sys.argv[1])).config
     loader = Loader(
         config,
         training_dataset(config),
+        TargetFinder(config.model.block_size, 1, True, None, 8),
         start_step=0,
         first_sequence=0,
         num_sequences=8,

@@ -55,8 +55,8 @@ docs: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/codespell bitlm_dist kernels data_prep launch configs docs *.md
-	$(BIN)/mypy bitlm_dist
+	$(BIN)/codespell bitlm_dist kernels data_prep launch configs experiments docs *.md
+	$(BIN)/mypy bitlm_dist experiments
 
 # Three rings of tests, each about ten times as dear as the one before; what is longer still is test-long
 PYTEST := $(BIN)/python -m pytest

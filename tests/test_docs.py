@@ -15,6 +15,7 @@ import pytest
 from pages import BLOCK, DOCS, INLINE_CODE, PAGES, ROOT, name_of, run_folder_tables
 
 from bitlm_dist import errors
+from bitlm_dist.model.loss_terms import TERMS
 
 QUOTING_PAGES = [DOCS / "tour.md", DOCS / "how-to.md"]
 MAX_COLUMNS = 132
@@ -100,6 +101,7 @@ def test_tests_that_a_recipe_names_exist():
 def test_names_on_the_page_of_the_run_folder_are_in_the_code():
     folders = ("bitlm_dist", "launch")
     code = "\n".join(f.read_text() for folder in folders for f in (ROOT / folder).rglob("*.py"))
+    code += "".join(f" loss_{term} loss_{term}_by_position" for term in TERMS)  # LossTerms.metrics
     for heading, names in run_folder_tables().items():
         for name in names:
             # up to what differs from run to run

@@ -25,6 +25,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.paths import escape_path
 from bitlm_dist.strict_json import to_json
 
+SCHEMA_DIALECT = "https://json-schema.org/draft/2020-12/schema"
 INTRODUCTION = """# Config keys
 
 Every key of a config, as `bitlm config --docs` prints them. A YAML file nests them (`model:` →
@@ -65,8 +66,11 @@ def config_command(
     `bitlm train CONFIG --print-config` prints the values of one config, as YAML.
     """
     if json_schema:
-        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-        print(to_json(schema | Config.model_json_schema(), indent=1))
+        schema = Config.model_json_schema()
+        # head.kind has a default, and keys that all heads have are valid for each of them
+        head = schema["properties"]["head"]
+        head["anyOf"] = head.pop("oneOf")
+        print(to_json({"$schema": SCHEMA_DIALECT} | schema, indent=1))
         return
 
     references = [r for r in key_references() if r.key.startswith(prefix)]

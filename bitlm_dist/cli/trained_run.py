@@ -57,7 +57,8 @@ def _changeable_keys_text() -> str:
         keys = list(keys_of_section)
         names = [key.rpartition(".")[2] for key in keys if is_changeable(key)]
         if len(names) == len(keys):
-            whole_sections.append(f"{section}.*")
+            if f"{section.rpartition('.')[0]}.*" not in whole_sections:
+                whole_sections.append(f"{section}.*")
         elif names:
             choice = f"{{{', '.join(names)}}}" if len(names) > 1 else names[0]
             others.append(f"{section}.{choice}")

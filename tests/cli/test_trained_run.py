@@ -58,7 +58,7 @@ def test_why_a_key_is_refused(run_folder):
         "model.backbone.num_layers": "describes the trained model, which stays as it is: `bitlm",
         "diffusion.loss": "describes the trained model",
         "preset": "describes the trained model",
-        "parallel.head.engine": "is a key of training",
+        "optimizer.ema": "is a key of training",
         "data.sequence_length": "is a key of training",
     }.items():
         with pytest.raises(UserError, match=f"^--{key} {words}"):

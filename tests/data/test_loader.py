@@ -26,6 +26,11 @@ from bitlm_dist.model.batch import TargetFinder
 pytestmark = pytest.mark.integration
 
 CPU = torch.device("cpu")
+EOS = 1
+
+
+def finder_of(config, share):
+    return TargetFinder(config.model.block_size, EOS, True, None, share)
 
 
 def loader_of(config, feed, begun=0, rank=0, ranks=1):
@@ -35,7 +40,7 @@ def loader_of(config, feed, begun=0, rank=0, ranks=1):
     return Loader(
         config,
         feed,
-        TargetFinder(config.model.block_size, eos=1, micro_batch_size=share),
+        finder_of(config, share),
         start_step=begun,
         first_sequence=first,
         num_sequences=share,
@@ -195,7 +200,7 @@ if __name__ == "__main__":
     loader = Loader(
         config,
         training_dataset(config),
-        TargetFinder(4, eos=1, micro_batch_size=8),
+        TargetFinder(config.model.block_size, 1, True, None, 8),
         start_step=0,
         first_sequence=0,
         num_sequences=8,

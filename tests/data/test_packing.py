@@ -4,7 +4,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitlm_dist.data import packing
-from bitlm_dist.data.packing import PADDING_ID, assemble_sequence, pack, pack_document
+from bitlm_dist.data.packing import (
+    PADDING_ID,
+    assemble_sequence,
+    max_targets_per_sequence,
+    num_packed_blocks,
+    pack,
+    pack_document,
+)
 
 BOS = 0
 EOS = 1
@@ -137,3 +144,51 @@ def test_documents_are_numbered_and_the_rest_is_padding():
     )
     assert tokens.tolist() == [0, 0, 2, 3, 1, 1, 0, 0, 4, 5, 6, 1] + [1] * 4
     assert ids.tolist() == [0] * 6 + [1] * 6 + [PADDING_ID] * 4
+
+
+def targets_per_sequence(plan):
+    """Blocks of each sequence that are not the first of their span."""
+    spans = [plan.spans_of_sequence(i) for i in range(len(plan))]
+    return [int(each[:, 2].sum()) - len(each) for each in spans]
+
+
+@pytest.mark.parametrize("packer", packing.PACKERS)
+@settings(deadline=None, max_examples=200)
+@given(
+    lengths=LENGTHS,
+    block=st.integers(1, 5),
+    blocks=st.integers(2, 8),
+    window=st.integers(1, 9),
+    rng=st.randoms(),
+)
+def test_no_sequence_has_more_targets_than_the_bound(packer, lengths, block, blocks, window, rng):
+    lengths = np.array(lengths)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BEST_FIT_WINDOW", window)
+        plan = pack(
+            lengths,
+            np.array(order),
+            block_size=block,
+            sequence_length=block * blocks,
+            packer=packer,
+        )
+    bound = max_targets_per_sequence(lengths, block, blocks)
+    assert max(targets_per_sequence(plan)) <= bound < blocks
+
+
+@pytest.mark.parametrize("length", [0, 5, 9, 40])
+@pytest.mark.parametrize("blocks", [2, 7, 8])
+def test_the_bound_is_reached_by_documents_of_one_length(length, blocks):
+    """The first sequence of a stream begins with a whole document, so it has the most."""
+    lengths = np.full(20, length)
+    plan = pack(lengths, np.arange(20), block_size=4, sequence_length=4 * blocks)
+    bound = max_targets_per_sequence(lengths, 4, blocks)
+    assert max(targets_per_sequence(plan)) == bound
+    assert bound == blocks - -(-blocks // int(num_packed_blocks(np.array(length), 4)))
+
+
+def test_the_bound_of_a_few_documents_is_all_that_they_have():
+    # two documents of 3 and 2 blocks do not fill a sequence of 8
+    assert max_targets_per_sequence(np.array([4, 1]), 4, 8) == 3

@@ -137,8 +137,10 @@ def test_teachers_that_cannot_teach_are_refused(tiny, trained, tmp_path):
         )
 
     for words in (SOFTMAX[:2], ("--preset", "paper")):
-        message = "needs model.output = bits and a loss that sees no noise"
-        with pytest.raises(UserError, match=message):
+        message = (
+            "a loss that sees no noise: diffusion.context_loss_weight, autoregressive_loss_weight"
+        )
+        with pytest.raises(UserError, match=f"needs model.output = bits and {message}"):
             tiny("--distillation.teacher", softmax, *words)
 
     assert not (tmp_path / "run").exists()

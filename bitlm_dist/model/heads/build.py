@@ -62,7 +62,8 @@ def _ablation(name: str) -> type[AdaLNHead[Any]]:
 
     heads: dict[str, type[AdaLNHead[Any]]] = _load(ABLATIONS).HEADS
     if name not in heads:
-        raise UserError(f"head.ablation = {name} does not exist; there are {', '.join(heads)}")
+        problem = f"head.ablation = {name} does not exist" if name else "head.ablation is not set"
+        raise UserError(f"{problem}; there are {', '.join(heads)}")
     return heads[name]
 
 

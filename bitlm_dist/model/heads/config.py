@@ -69,9 +69,10 @@ class PaperHeadConfig(_HeadSection):
     kind: Literal["paper"] = "paper"
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any) -> str:
     """The kind that a section names, or the default's."""
-    return value.get("kind", "bitlm") if isinstance(value, dict) else getattr(value, "kind", None)
+    is_section = isinstance(value, dict)
+    return str(value.get("kind", "bitlm") if is_section else getattr(value, "kind", None))
 
 
 HeadConfig = Annotated[

@@ -51,7 +51,8 @@ def loss_term_metrics(packed: Sequence[float]) -> dict[str, Any]:
         return {}
 
     half = len(packed) // 2
-    sums, counts = packed[:half], packed[half:]
+    sums = packed[:half]
+    counts = packed[half:]
     block_size = (half - NUM_NOISE_LEVELS) // len(TERMS)
     metrics: dict[str, Any] = {}
     for number, term in enumerate(TERMS):

@@ -5,18 +5,22 @@ from bitlm_dist.model.batch import Batch, loss_mask
 from bitlm_dist.model.loss_terms import (
     NUM_NOISE_LEVELS,
     TERMS,
-    LossTerms,
+    loss_term_metrics,
     noise_level_bin,
     num_packed,
+    pack_terms,
     sum_by_bin,
     sum_by_position,
 )
 
 
 def terms_of(model, batch):
+    """Loss, the packed terms, and from them sums and counts [4, m]."""
     hidden = model(batch, seed=3, step=5)
     loss, packed = model.loss_from_hidden(hidden, batch, seed=3, step=5)
-    return loss, LossTerms.unpack(packed)
+    assert len(packed) == num_packed(model.block_size)
+    sums, counts = packed.view(2, -1)[:, :-NUM_NOISE_LEVELS].unflatten(1, (len(TERMS), -1))
+    return loss, packed, sums, counts
 
 
 @pytest.fixture
@@ -32,21 +36,20 @@ def test_terms_add_up_to_the_loss_with_their_weights(block, batch, tiny_model):
     weights = {"denoising": 0.5, "context": 2.0, "autoregressive": 0.25, "next_token": 3.0}
     words = [w for t, v in weights.items() for w in (f"--diffusion.{t}_loss_weight", str(v))]
     model = tiny_model("--model.block_size", str(block), *words)
-    loss, terms = terms_of(model, batch)
-    sums = terms.by_position[:, 0].sum(1)
-    expected = sum(weights[term] * value for term, value in zip(TERMS, sums, strict=True))
+    loss, packed, sums, counts = terms_of(model, batch)
+    totals = sums.sum(1)
+    expected = sum(weights[term] * value for term, value in zip(TERMS, totals, strict=True))
     torch.testing.assert_close(loss.detach(), expected)
 
     num_valid = loss_mask(batch, block, eos=1).sum()
-    counts = terms.by_position[:, 1].sum(1)
     has_next_token = block > 1
-    assert counts.tolist() == [num_valid, num_valid, num_valid, num_valid * has_next_token]
-    torch.testing.assert_close(terms.by_noise_level[0].sum(), sums[0])
+    assert counts.sum(1).tolist() == [num_valid, num_valid, num_valid, num_valid * has_next_token]
+    torch.testing.assert_close(packed.view(2, -1)[0, -NUM_NOISE_LEVELS:].sum(), totals[0])
 
 
 def test_the_paper_has_one_term(batch, tiny_model):
-    _, terms = terms_of(tiny_model("--preset", "paper", "--sampling.guidance", "1"), batch)
-    assert terms.metrics().keys() == {
+    model = tiny_model("--preset", "paper", "--sampling.guidance", "1")
+    assert loss_term_metrics(terms_of(model, batch)[1].tolist()).keys() == {
         "loss_denoising",
         "loss_denoising_by_position",
         "loss_denoising_by_noise_level",
@@ -55,15 +58,15 @@ def test_the_paper_has_one_term(batch, tiny_model):
 
 def test_terms_of_microbatches_add_up(batch, tiny_model):
     model = tiny_model("--diffusion.num_noise_samples", "2")
-    whole = terms_of(model, batch)[1].pack()
-    parts = [terms_of(model, batch.select(slice(i, i + 1)))[1].pack() for i in range(4)]
+    whole = terms_of(model, batch)[1]
+    parts = [terms_of(model, batch.select(slice(i, i + 1)))[1] for i in range(4)]
     torch.testing.assert_close(sum(parts), whole, rtol=1e-4, atol=1e-4)
 
 
 def test_next_token_losses_are_by_the_position_of_the_predicted_token(batch, tiny_model):
-    _, terms = terms_of(tiny_model(), batch)
+    counts = terms_of(tiny_model(), batch)[3]
     # every valid token is the next one of a state, so the counts are those of the other terms
-    assert terms.by_position[3, 1].tolist() == terms.by_position[0, 1].tolist()
+    assert counts[3].tolist() == counts[0].tolist()
 
 
 def test_sums_are_those_of_a_loop(seed):
@@ -92,23 +95,18 @@ def test_bins_of_noise_levels_cover_the_unit_interval():
     assert noise_level_bin(times).tolist() == [0, 0, 1, 7, 7]
 
 
-def test_unpacking_is_the_inverse_of_packing(seed):
-    terms = LossTerms(torch.rand(4, 2, 3), torch.rand(2, NUM_NOISE_LEVELS))
-    packed = terms.pack()
-    assert packed.shape == (num_packed(3),)
-    again = LossTerms.unpack(packed)
-    assert torch.equal(again.by_position, terms.by_position)
-    assert torch.equal(again.by_noise_level, terms.by_noise_level)
-
-
 def test_metrics_are_means_and_leave_out_what_has_no_token():
     by_position = {"denoising": torch.tensor([[6.0, 1.0, 0.0], [2.0, 1.0, 0.0]])}
     by_noise_level = torch.zeros(2, NUM_NOISE_LEVELS)
     by_noise_level[:, 3] = torch.tensor([7.0, 2.0])
-    metrics = LossTerms.of(by_position, by_noise_level).metrics()
+    packed = pack_terms(by_position, by_noise_level)
 
-    assert metrics == {
+    assert loss_term_metrics(packed.tolist()) == {
         "loss_denoising": pytest.approx(7 / 3),
         "loss_denoising_by_position": [3.0, 1.0, None],
         "loss_denoising_by_noise_level": [None] * 3 + [3.5] + [None] * 4,
     }
+
+
+def test_a_softmax_has_no_terms():
+    assert loss_term_metrics([]) == {}

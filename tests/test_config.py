@@ -255,6 +255,15 @@ def of_an_earlier_version(config):
     )
 
 
+def test_a_removed_key_is_dropped_where_bitlm_wrote_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("optimizer: {fused: auto, ema: 0.9}")
+    with pytest.raises(UserError, match=r"optimizer.fused \(.*:1\): it was removed: AdamW is"):
+        load_run_config(tmp_path)
+
+    (tmp_path / "environment.json").write_text("{}")
+    assert load_run_config(tmp_path) == load_config(None, ["--optimizer.ema", "0.9"]).config
+
+
 @pytest.mark.parametrize("beside", ["environment.json", "export.json", "settings.json"])
 def test_what_an_earlier_version_wrote_loads_in_silence(beside, tmp_path, capsys, caplog, recwarn):
     words = ["--optimizer.adamw_lr", "1e-05", "--parallel.activation_checkpointing", "full"]

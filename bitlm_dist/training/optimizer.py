@@ -149,11 +149,9 @@ class Optimizer:
         """
         state = {}
         for partition in self.partitions:
-            slots = dict(partition.state)
-            if partition.weight_dtype != torch.float32:
-                slots[MASTER_WEIGHT_SLOT] = partition.flat
-
-            for slot, value in slots.items():
+            is_master = partition.weight_dtype != torch.float32
+            master_weights = {MASTER_WEIGHT_SLOT: partition.flat} if is_master else {}
+            for slot, value in (partition.state | master_weights).items():
                 for name, local in partition.to_sharded_tensors(value).items():
                     state[f"{name}.{slot}"] = local
         return state

@@ -67,8 +67,8 @@ def with_full_head(
 
     Collective over the ranks of the head; a no-op on others.
     """
-    full_weights = partitioner.full_state_dict()
-    if not full_weights:
+    weights = {n.removeprefix("head."): full for n, full in partitioner.full_state_dict().items()}
+    if not weights:
         yield
         return
 
@@ -76,9 +76,7 @@ def with_full_head(
     sharded = model.head
     full_head = build_head(config, model.codes.num_bits).to(mesh.device())
     model.head = cast_weights(full_head, config)
-    model.head.load_state_dict(
-        {name.removeprefix("head."): full for name, full in full_weights.items()}
-    )
+    model.head.load_state_dict(weights)
     try:
         yield
     finally:

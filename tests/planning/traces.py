@@ -41,12 +41,9 @@ SMALL = [
         "32",
         "--head.num_heads",
         "2",
-        "--head.bits_per_group",
-        "3",
-        "--head.num_mixture_components",
-        "2",
     ),
 ]
+MIXTURE = ["--head.bits_per_group", "3", "--head.num_mixture_components", "2"]
 # The one wait of the training loop: for what the step before reports, while a step runs.
 READ = "training/readback.py read: synchronize"
 PIPELINE, CONTEXT = ["--parallel.pipeline", "2"], ["--parallel.context", "2"]
@@ -91,10 +88,11 @@ HEADS = {
 OPTIMIZERS = {"Muon": [], "AdamW": ["--optimizer.matrix_optimizer", "adamw"]}
 PRECISIONS = {"fp32": [], "bf16": ["--training.precision", "bf16"]}
 MODELS = {
-    "default": [],
+    "default": MIXTURE,
     "paper": ["--preset", "paper"],
-    "softmax": ["--model.output", "softmax", "--model.block_size", "1"],
+    "softmax": [*MIXTURE, "--model.output", "softmax", "--model.block_size", "1"],
     "tied": [
+        *MIXTURE,
         "--model.output",
         "softmax",
         "--model.block_size",

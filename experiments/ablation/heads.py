@@ -3,6 +3,9 @@
 ``head.kind: ablation`` with ``head.ablation: NAME`` selects one. Those from `no_group_tables` to
 `bare` are the steps of the ladder, each without one more item than the one before; the others lack
 a single one. ladder.yaml has the configs of all rows.
+
+A head builds the default's parts and drops those that it lacks, so both begin with the same weights
+in the parts that they share, and differ in the item alone.
 """
 
 import torch

@@ -55,6 +55,9 @@ def test_a_head_lacks_the_parameters_of_its_items(name, head_of):
     other = {key for key in head if head[key].shape != default[key].shape}
     assert other == ({"final.weight", "final.bias"} if name in OWN_READOUT else set())
 
+    # what both have begins with the same weights
+    assert all(torch.equal(head[key], default[key]) for key in head.keys() - other)
+
 
 def test_the_table_above_has_every_head(tiny):
     for name in LACKING:

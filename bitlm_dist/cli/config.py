@@ -183,6 +183,8 @@ def _annotation_text(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         inner = [_annotation_text(a) for a in get_args(annotation) if a is not types.NoneType]
         optional = types.NoneType in get_args(annotation)
+        if all(get_origin(a) is Literal for a in get_args(annotation)):
+            return ", ".join(inner)
         return " or ".join([*inner, "null"] if optional else inner)
     if origin is tuple:
         first, *rest = get_args(annotation)

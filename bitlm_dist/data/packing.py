@@ -99,6 +99,9 @@ def max_targets_per_sequence(
         block_size: m.
         blocks_per_sequence: L / m.
     """
+    if not len(lengths):
+        return 0
+
     # Every packed document has at least two blocks.
     num_longest = min(len(lengths), -(-blocks_per_sequence // 2))
     longest = np.partition(lengths, len(lengths) - num_longest)[len(lengths) - num_longest :]

@@ -17,6 +17,7 @@ from bitlm_dist.config_section import Section
 from bitlm_dist.errors import UserError
 from bitlm_dist.paths import HERE_VARIABLE, absolute_path, escape_path, relative_to_note
 from bitlm_dist.renamed_keys import (
+    REMOVED_VALUES,
     is_written_by_bitlm,
     last_name,
     old_key_message,
@@ -359,8 +360,10 @@ def format_validation_error(error: ValidationError, sources: Mapping[str, str]) 
         (s for k, s in sources.items() if key.startswith(f"{k}.")), "config"
     )
 
+    setting = f"{key} = {value_as_yaml(value)}"
+    message = REMOVED_VALUES.get(setting, message)
     rest = f" (and {len(more)} more)" if more else ""
-    return f"{key} = {value_as_yaml(value)} ({source}): {message}{rest}"
+    return f"{setting} ({source}): {message}{rest}"
 
 
 def _explain(error: Mapping[str, Any]) -> tuple[str, Any, str]:
@@ -369,7 +372,8 @@ def _explain(error: Mapping[str, Any]) -> tuple[str, Any, str]:
     if error["type"] == "union_tag_invalid":
         context = error["ctx"]
         *kinds, last = context["expected_tags"].split(", ")
-        return "head.kind", context["tag"], f"expected {', '.join(kinds)} or {last}"
+        # pydantic's own tag is the text of the value
+        return "head.kind", error["input"]["kind"], f"expected {', '.join(kinds)} or {last}"
 
     # pydantic names the kind of head between the section and its key
     if location[0] == "head" and len(location) > 2:

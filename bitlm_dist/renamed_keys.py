@@ -56,6 +56,10 @@ REMOVED_KEYS = {
     "head.context_mix": "the head's lookahead replaced it",
     **dict.fromkeys(HEAD_SWITCHES, "head.kind names the head, and experiments/ablation has others"),
 }
+# Key and value: what became of it.
+REMOVED_VALUES = {
+    "preset = bare": "it was removed: use the row bare of experiments/ablation/ladder.yaml",
+}
 # Files next to a config.yaml that `bitlm` wrote: in a run folder, an export, a launched job.
 _WRITTEN_BESIDE = ("environment.json", "export.json", "settings.json")
 

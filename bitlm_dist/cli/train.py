@@ -129,7 +129,7 @@ def _train(
 
     is_rank_zero = layout.rank == 0
     with Trainer.build(config, layout).open(resume) as trainer:
-        heartbeat.track_steps(lambda: trainer.step)
+        heartbeat.track_steps(lambda: trainer.state.step)
         # Starting a finished run again is no error: a launcher may do so.
         is_trained = trainer.is_done
         if is_trained:

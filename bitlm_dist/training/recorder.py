@@ -1,6 +1,7 @@
 """Reduces over all ranks what :func:`~bitlm_dist.recording.record` collects in a step."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -31,12 +32,18 @@ class Recorder:
             A tensor on the device, whose values go to :meth:`result`.
 
         Raises:
-            RuntimeError: a name was not recorded by any rank in the first step.
+            RuntimeError: a name was not recorded by any rank in the first step, or was recorded
+                there with two reductions.
         """
         records = take_records()
         if self._keys is None:
             keys_per_rank = mesh.all_gather_object(list(records), self._layout)
             self._keys = sorted({key for keys in keys_per_rank for key in keys})
+            for (name, reduce), (other, other_reduce) in pairwise(self._keys):
+                if name == other:
+                    raise RuntimeError(
+                        f"record({name!r}) has two reductions: {reduce} and {other_reduce}"
+                    )
 
         if unknown := sorted(records.keys() - set(self._keys)):
             raise RuntimeError(f"record({unknown[0][0]!r}) must be called in the first step, too")

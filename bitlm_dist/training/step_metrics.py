@@ -33,9 +33,12 @@ def step_metrics(
 
     Returns:
         The values by their keys in metrics.jsonl, which docs/run-folder.md lists.
+
+    Raises:
+        RuntimeError: what was recorded has the name of another value.
     """
     predicted, _ = report.values["num_tokens_and_bytes"]
-    return {
+    metrics: dict[str, Any] = {
         **state.progress(),
         "time": report.completed.time,
         "sequences": state.next_sequence,
@@ -53,5 +56,7 @@ def step_metrics(
         "weights_finite": has_finite_weights,
         **dataset.sequences_per_source(state.step),
         **dataset.epochs(state.step, state.next_sequence),
-        **report.recorded,
     }
+    if taken := sorted(metrics.keys() & report.recorded.keys()):
+        raise RuntimeError(f"record({taken[0]!r}): metrics.jsonl has another value of this name")
+    return {**metrics, **report.recorded}

@@ -96,7 +96,7 @@ class Trainer(AbstractContextManager["Trainer"]):
 
     @classmethod
     def build(cls, config: Config, layout: ParallelLayout = SINGLE_PROCESS) -> "Trainer":
-        """Build all parts. Reads the data, and changes nothing on disk.
+        """Build all parts. Opens the data, whose cache is all that may change on disk.
 
         Args:
             config: A validated config.

@@ -39,3 +39,10 @@ def test_a_name_that_comes_late_is_an_error(recorder):
     record("late", torch.tensor(1.0))
     with pytest.raises(RuntimeError, match=r"record\('late'\) must be called in the first step"):
         recorder.start()
+
+
+def test_a_name_with_two_reductions_is_an_error(recorder):
+    record("x", torch.tensor(1.0), "max")
+    record("x", torch.tensor(1.0), "mean")
+    with pytest.raises(RuntimeError, match=r"record\('x'\) has two reductions: max and mean"):
+        recorder.start()

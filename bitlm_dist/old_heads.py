@@ -61,6 +61,11 @@ def head_of_switches(values: Mapping[str, Any]) -> dict[str, Any]:
     ignored = {"head.context_ahead"} if values.get("model.block_size") == 1 else set()
 
     current: dict[str, Any] = {"preset": "paper" if values.get("preset") == "paper" else "default"}
+    if values.get("model.output") == "softmax":
+        # it has no head, but the kind must go with the loss
+        has_bce = values.get("diffusion.loss", "bce") == "bce"
+        return current | {"head.kind": "bitlm" if has_bce else "paper"}
+
     name = _name(lacking, ignored)
     if name == "bare":
         current["diffusion.context_loss_weight"] = 0.0

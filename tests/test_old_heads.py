@@ -105,3 +105,13 @@ def test_a_block_of_one_token_has_no_lookahead_to_lack():
     for ahead in (False, True):
         found = head_of_switches({"head.context_ahead": ahead, "model.block_size": 1})
         assert found["head.kind"] == "bitlm"
+
+
+@pytest.mark.parametrize(("loss", "kind"), [("bce", "bitlm"), ("x", "paper")])
+def test_a_softmax_has_no_head_whatever_its_switches(loss, kind):
+    switches = HEAD_SWITCHES | {"head.shared_readout": False, "head.output": "bits"}
+    words = {"model.output": "softmax", "model.block_size": 1, "diffusion.loss": loss}
+    losses = ("context", "autoregressive", "next_token")
+    weights = {f"diffusion.{term}_loss_weight": 0.0 for term in losses}
+    config = build_config(with_current_keys(switches | words | weights))
+    assert (config.model.output, config.head.kind) == ("softmax", kind)

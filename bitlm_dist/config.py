@@ -9,14 +9,14 @@ help text.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from bitlm_dist.config_section import Section, Trained
 from bitlm_dist.data.config import DataConfig, sequence_problems
 from bitlm_dist.errors import UserError
 from bitlm_dist.evaluation.config import EvaluationConfig
 from bitlm_dist.inference.config import SamplingConfig, sampling_problems
-from bitlm_dist.model.config import DiffusionConfig, ModelConfig, objective_problems
+from bitlm_dist.model.config import DiffusionConfig, ModelConfig, Term, objective_problems
 from bitlm_dist.model.heads.config import BitLMHeadConfig, HeadConfig
 from bitlm_dist.parallel.config import ParallelConfig, layout_problems
 from bitlm_dist.training.config import (
@@ -87,3 +87,6 @@ def warnings_of(c: Config) -> Iterator[str]:
             f"optimizer.warmup_steps = {c.optimizer.warmup_steps} is beyond "
             f"training.steps = {c.training.steps}: the learning rate never reaches its peak"
         )
+    detached = set(c.diffusion.detached_losses)
+    if c.model.output == "bits" and c.diffusion.loss_weights(get_args(Term)).keys() <= detached:
+        yield "diffusion.detached_losses names all losses: the backbone learns nothing"

@@ -228,3 +228,18 @@ def test_a_warm_up_beyond_the_end_is_a_warning():
             load_config(None, ["--optimizer.warmup_steps", "10", "--training.steps", "10"]).config
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "num_warnings"),
+    [
+        (["--diffusion.detached_losses", "[denoising, context, autoregressive]"], 0),
+        (["--diffusion.detached_losses", "[denoising, context, autoregressive, next_token]"], 1),
+        (["--preset", "paper", "--diffusion.detached_losses", "[denoising]"], 1),
+    ],
+)
+def test_a_backbone_without_a_loss_is_a_warning(words, num_warnings):
+    warnings = list(warnings_of(load_config(None, words).config))
+    assert warnings == num_warnings * [
+        "diffusion.detached_losses names all losses: the backbone learns nothing"
+    ]

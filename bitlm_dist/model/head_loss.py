@@ -79,12 +79,14 @@ class HeadLoss(nn.Module):
         key = NoiseKey(batch.seed, batch.sequence_index, batch.block_index, batch.step)
         noisy, t, keep_mask = sample_noisy(self.noise_distribution, clean[0], key)
 
-        # All noise samples and terms share one conditioning, but for terms kept from the backbone.
+        # All noise samples and terms of blocks share one conditioning, but for terms kept from the
+        # backbone.
+        block_terms = self.weights.keys() - {"next_token"}
         conditioning = {
             is_detached: self.head.condition(
-                batch.context.detach() if is_detached else batch.context, keep_mask
+                _zero_gradient(batch.context) if is_detached else batch.context, keep_mask
             )
-            for is_detached in {term in self.detached for term in self.weights}
+            for is_detached in {term in self.detached for term in block_terms}
         }
         denoising = self._denoising_loss(
             clean[0], noisy, t, conditioning["denoising" in self.detached]
@@ -136,7 +138,7 @@ class HeadLoss(nn.Module):
     def _next_token_loss(self, batch: HeadBatch) -> Tensor:
         """Loss [T] of the token after each state."""
         assert isinstance(self.head, BitLMHead)
-        states = batch.states.detach() if "next_token" in self.detached else batch.states
+        states = _zero_gradient(batch.states) if "next_token" in self.detached else batch.states
         return self._cross_entropy(
             self.head.next_token_logits(states), self.codes.ids_to_bits(batch.next_tokens)
         )
@@ -165,3 +167,26 @@ class HeadLoss(nn.Module):
             else text_log_prob
         )
         return -mixed_log_prob / self.codes.num_bits
+
+
+def _zero_gradient(x: Tensor) -> Tensor:
+    zeroed: Tensor = _ZeroGradient.apply(x)
+    return zeroed
+
+
+class _ZeroGradient(torch.autograd.Function):
+    """The identity, with a gradient of zeros.
+
+    A detached tensor would have none, for which an earlier pipeline stage waits for ever, and
+    Megatron's reduction of gradients, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Return x."""
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """Drop the gradient."""
+        return torch.zeros_like(grad)

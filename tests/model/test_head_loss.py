@@ -49,7 +49,8 @@ def test_a_detached_loss_teaches_the_head_alone(term, gradients):
 def test_with_all_losses_detached_the_backbone_learns_nothing(gradients):
     _, head, backbone = gradients("--diffusion.detached_losses", f"[{', '.join(TERMS)}]")
     assert all(grad.any() for name, grad in head.items() if name != "head.null_embedding")
-    assert not any(grad is not None and grad.any() for grad in backbone.values())
+    # Without a gradient, the first of several pipeline stages would wait for one for ever.
+    assert all(grad is not None and not grad.any() for grad in backbone.values())
 
 
 def test_teacher_tokens_are_mixed_into_the_losses_without_noise(tiny_model, batch):

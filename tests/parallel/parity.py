@@ -79,15 +79,12 @@ def train(
     layout = build_layout(config.parallel, world_size, rank)
     engine = Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout)
     num_local_sequences = NUM_SEQUENCES // layout.data
+    finder = engine.target_finder()
     found = []
 
     for step in range(NUM_STEPS):
-        update = engine.train_step(
-            make_batch(step, layout.data_rank * num_local_sequences, num_local_sequences).to(
-                mesh.device()
-            ),
-            step,
-        )
+        batch = make_batch(step, layout.data_rank * num_local_sequences, num_local_sequences)
+        update = engine.train_step(finder.find_all(batch).to(mesh.device()), step)
         found.append((float(update.loss), float(update.grad_norm)))
 
     local_params = {

@@ -52,10 +52,18 @@ BASELINE = {
     "PP2, softmax": ["--parallel.pipeline", "2", *SOFTMAX],
     "CP2, softmax": ["--parallel.context", "2", *SOFTMAX],
 }
-ONE = {**KINDS, **ROUNDED, "softmax": SOFTMAX, "tied": [*SOFTMAX, *TIED]}
+DETACHED = ["--diffusion.detached_losses", "[denoising, context, autoregressive, next_token]"]
+ONE = {
+    **KINDS,
+    **ROUNDED,
+    "softmax": SOFTMAX,
+    "tied": [*SOFTMAX, *TIED],
+    "all losses detached": DETACHED,
+}
 TWO_CASES = {
     **cases_of(TWO),
     **BASELINE,
+    **cases_of({"PP2": TWO["PP2"]}, {"all losses detached": DETACHED}),
     **cases_of({name: TWO[name] for name in ("TP2+SP", "PP2", "CP2", "DP2")}, ROUNDED),
 }
 
@@ -70,7 +78,7 @@ SLOW = {
     *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
-    *("TP2+SP, tied", "PP2, softmax", "CP2, softmax"),
+    *("TP2+SP, tied", "PP2, softmax", "CP2, softmax", "PP2, all losses detached"),
     *("TP2 PP2 DP2, Muon", "CP2 TP2+SP DP2, AdamW"),
 }
 

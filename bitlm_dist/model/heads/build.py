@@ -30,9 +30,11 @@ def build_head(config: Config, num_bits: int) -> Head[Any]:
     """
     head = head_class(config)(config, num_bits)
 
+    # With blocks of one token, no head has all of the other terms.
+    may_miss = ("autoregressive", "next_token") if config.model.block_size == 1 else ()
     weighted = config.diffusion.loss_weights(("context", "autoregressive", "next_token"))
-    missing = [term for term in weighted if term not in head.loss_terms]
-    if missing and isinstance(config.head, AblationHeadConfig) and config.model.block_size > 1:
+    missing = [term for term in weighted if term not in (*head.loss_terms, *may_miss)]
+    if missing and isinstance(config.head, AblationHeadConfig):
         raise UserError(
             f"diffusion.{missing[0]}_loss_weight = {weighted[missing[0]]}: "
             f"head.ablation = {config.head.ablation} has no such loss: use 0"

@@ -66,9 +66,10 @@ def test_the_table_above_has_every_head(tiny):
         head_class(tiny(*ablation("nosuch")))
 
 
-def test_a_loss_that_a_head_has_not_is_refused(head_of):
+@pytest.mark.parametrize("block", ["1", "4"])
+def test_a_loss_that_a_head_has_not_is_refused(block, head_of):
     with pytest.raises(UserError, match=r"context_loss_weight = 1.0: head.ablation = bare has no"):
-        head_of(*ablation("bare"))
+        head_of(*ablation("bare", "--model.block_size", block))
 
 
 def test_a_bare_head_ignores_the_backbone_until_it_is_trained(head_of, seed):

@@ -20,7 +20,7 @@ from bitlm_dist.model.batch import Batch, TargetFinder
 from bitlm_dist.processes import die_with_parent
 
 CPU = torch.device("cpu")
-BYTES_PER_TOKEN = 40  # of a batch: int64 tokens, document ids, and the index of its targets
+BYTES_PER_TOKEN = 42  # of a batch, at most: int64 tokens, document ids, and the index of targets
 PREFETCH_FACTOR = 2  # batches prepared ahead per worker
 
 

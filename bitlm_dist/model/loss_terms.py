@@ -4,12 +4,14 @@ Legend: N target blocks, M tokens per block.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-TERMS = ("denoising", "context", "autoregressive", "next_token")
+from bitlm_dist.model.config import Term
+
+TERMS: tuple[str, ...] = get_args(Term)
 NUM_NOISE_LEVELS = 8  # bins of equal width in t, from clean (0) to pure noise (1)
 
 

@@ -198,7 +198,7 @@ class HeadFlops:
             patterns = head.get_parameter("conditional_group_logits.rows").shape[1]
             tables = tables / patterns + flops("final.")
         return cls(
-            loss_terms=tuple(head.loss_terms),
+            loss_terms=head.loss_terms,
             conditioning=flops("context_in.") + lookahead,
             layers=flops("blocks.", "modulations.", "final_modulation.") + attention,
             noisy_input=flops("bits_in.", "time_in.", "posterior_in."),

@@ -43,9 +43,9 @@ class Lookahead(nn.Module):
 
     def __init__(self, block_size: int, hidden_size: int) -> None:
         super().__init__()
-        # Drawn and dropped, so that the numbers of the layers built after it stay as they were.
-        drawn = Linear(hidden_size, block_size * hidden_size, bias=False).weight.detach()
-        self.weight = nn.Parameter(torch.zeros_like(drawn).unflatten(0, (block_size, -1)))
+        # Built for its random numbers alone: without it, all later layers would start differently.
+        unused = Linear(hidden_size, block_size * hidden_size, bias=False).weight.detach()
+        self.weight = nn.Parameter(torch.zeros_like(unused).unflatten(0, (block_size, -1)))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Look ahead from the states [N, M, D] of whole blocks."""

@@ -275,7 +275,7 @@ def tiny_model(tiny):
         )
         # Layers that start at zero would hide errors in what comes before them.
         for parameter in model.head.parameters():
-            if parameter.dim() == 2 and not parameter.any():
+            if parameter.dim() >= 2 and not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.1)
         return model
 

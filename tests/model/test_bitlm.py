@@ -89,8 +89,6 @@ def test_untrained_paper_model_costs_one_a_token_under_eq_12(tiny):
 
 def test_untrained_default_model_costs_at_most_ln_2_a_bit_for_each_of_its_losses(tiny_model):
     """Denoising costs less than ln 2 per bit; context, next token and chain cost ln 2 each."""
-    from bitlm_dist.codes import BitCodes, natural_codes  # noqa: F401
-
     model = tiny_model()
     batch = batch_of()
 
@@ -98,6 +96,7 @@ def test_untrained_default_model_costs_at_most_ln_2_a_bit_for_each_of_its_losses
         model.head.context_out.weight,
         model.head.context_out.bias,
         model.head.final.weight,
+        model.head.conditional_group_logits.rows,
     ):
         torch.nn.init.zeros_(parameter)
 

@@ -60,8 +60,10 @@ class Recorder:
             mesh.all_reduce_sum(sums)
             mesh.all_reduce_max(maxima)
 
-        number = sums[:, 1]
-        values = {"mean": sums[:, 0] / number, "sum": sums[:, 0], "max": maxima[:, 0]}
+        total, number = sums.unbind(1)
+        # the maximum over ranks may lose a NaN, which the sum never does
+        largest = torch.where(total.isnan(), total, maxima[:, 0])
+        values = {"mean": total / number, "sum": total, "max": largest}
         chosen = torch.stack([values[reduce][i] for i, (_, reduce) in enumerate(keys)])
         return torch.stack([chosen, number], dim=1)
 

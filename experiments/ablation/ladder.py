@@ -24,8 +24,11 @@ def rows() -> dict[str, dict[str, Any]]:
 
 def words(overrides: dict[str, Any]) -> list[str]:
     """Format overrides for a command line."""
-    values = {key: str(value).lower() for key, value in overrides.items()}
-    return [word for key, value in values.items() for word in (f"--{key}", value)]
+    return [
+        word
+        for key, value in overrides.items()
+        for word in (f"--{key}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
 
 
 def main(names: list[str]) -> int:

@@ -7,8 +7,8 @@ from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.build import build_model
 from bitlm_dist.planning.flops import generation_flops, training_flops
 
-# one noise sample, several, one token per block, the paper (whose guidance doubles the passes), and
-# the baseline
+# one noise sample, several, one token per block, the paper (whose guidance doubles the passes), the
+# baseline, and heads of the study with other parts
 CASES = [
     (),
     ("--diffusion.num_noise_samples", "3"),
@@ -17,6 +17,11 @@ CASES = [
     ("--preset", "paper"),
     ("--model.output", "softmax"),
     ("--model.input", "table"),
+    ("--head.kind", "ablation", "--head.ablation", "no_lookahead"),
+    (
+        *("--head.kind", "ablation", "--head.ablation", "own_readout"),
+        *("--diffusion.autoregressive_loss_weight", "0"),
+    ),
 ]
 
 
@@ -39,7 +44,7 @@ def test_counts_are_those_that_torch_sees(overrides, tiny):
     expected += b.num_layers * 4 * b.num_heads * b.head_dim * (length - (length + seen) / 2)
 
     # the sums over patterns of a mixture are small products, too
-    mixture = config.model.output == "bits" and config.head.kind == "bitlm"
+    mixture = config.model.output == "bits" and config.head.kind != "paper"
     assert counter.get_total_flops() / tokens.numel() == pytest.approx(
         expected, rel=0.05 if mixture else 0.005
     )

@@ -119,6 +119,7 @@ class Partition:
             local: laid out like ``flat``, or a scalar that holds for every parameter.
         """
         if local.shape != self.flat.shape:
+            assert not local.dim(), f"{self.name}: {tuple(local.shape)} is laid out unlike its rows"
             return {p.name: ShardedTensor.from_full(local) for p in self.param_ranges}
         row = local.detach().view(-1)
         return {p.name: p.to_sharded_tensor(row, self.group_rank) for p in self.param_ranges}

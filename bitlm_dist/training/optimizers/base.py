@@ -33,7 +33,8 @@ class UpdateRule(Protocol):
         The host must not wait for the device here.
 
         Args:
-            partitions: partitions with the same options; gradients are clipped.
+            partitions: partitions with the same options; gradients are clipped, and may be
+                overwritten.
             lr: learning rate of this step.
             weight_decay: decoupled weight decay.
             applied: bool []. If False, nothing may change, and gradients may be NaN.

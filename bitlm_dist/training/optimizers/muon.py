@@ -79,13 +79,12 @@ class Muon:
         grads = [p.grad for p in partitions]
         buffers = [p.state["momentum_buffer"] for p in partitions]
 
-        # Nesterov momentum, as in torch.optim.Muon.
-        momenta = torch._foreach_lerp(buffers, grads, 1 - self._momentum)
-        directions = torch._foreach_lerp(grads, momenta, self._momentum)
-        for buffer, momentum in zip(buffers, momenta, strict=True):
-            assign_if(applied, buffer, momentum)
+        # Nesterov momentum, as in torch.optim.Muon. Its directions overwrite the gradients.
+        for buffer, grad in zip(buffers, grads, strict=True):
+            assign_if(applied, buffer, buffer.lerp(grad, 1 - self._momentum))
+        torch._foreach_lerp_(grads, buffers, self._momentum)
 
-        updates = map_full_tensors(partitions, directions, _orthogonalize_all)
+        updates = map_full_tensors(partitions, grads, _orthogonalize_all)
         for partition, update in zip(partitions, updates, strict=True):
             # The scale of one matrix is in its step size, as in torch.optim.Muon; the matrices of a
             # flat partition have different ones.

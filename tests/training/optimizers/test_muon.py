@@ -64,7 +64,7 @@ def test_a_stack_of_matrices_is_updated_like_separate_ones(seed):
 
     for _ in range(3):
         grad = torch.randn_like(start)
-        stack.flat.grad = grad
+        stack.flat.grad = grad.clone()
         for partition, part in zip(matrices, grad, strict=True):
             partition.flat.grad = part
         rule.update([stack], 0.02, 0.1, APPLIED)

@@ -62,6 +62,23 @@ def _is_trained(config: Config) -> bool:
     return trained
 
 
+def _check_ablation(config: Config) -> None:
+    """Check what only the code of an ablation tells: its name, and which losses it has.
+
+    Raises:
+        UserError: the ranks would refuse the head, after the queue.
+    """
+    if config.head.kind != "ablation" or config.model.output != "bits":
+        return
+    from bitlm_dist.codes import num_bits_needed
+    from bitlm_dist.data.manifest import read_manifest
+    from bitlm_dist.model.heads.build import meta_head
+
+    assert config.data.path is not None
+    vocabulary = int(read_manifest(config.data.path)["vocabulary"])
+    meta_head(config, config.model.bits or num_bits_needed(vocabulary))
+
+
 @launch_app.command("slurm", context_settings=OVERRIDES)
 def slurm_command(
     words: ConfigWords = None,
@@ -97,6 +114,7 @@ def slurm_command(
     )
     config = with_absolute_paths(load_config_from_words(words or []).config)
     job = job_files.build_job(config, settings, nodes, tuple(filter(None, exclude.split(","))))
+    _check_ablation(config)
 
     # on standard error, as the script goes to standard output
     for warning in warnings_of(config):

@@ -249,7 +249,7 @@ def _stack_lookahead(index: Mapping[str, TensorIndex]) -> dict[str, TensorIndex]
             stacked[name] = tensor
 
     for name, tensors in parts.items():
-        first = tensors[0]
+        first = next(iter(tensors.values()))
         stacked[name] = first
         if first.shape:  # all parts have the same step count
             shards = [
@@ -257,7 +257,8 @@ def _stack_lookahead(index: Mapping[str, TensorIndex]) -> dict[str, TensorIndex]
                 for number, tensor in tensors.items()
                 for entry, file, _ in tensor.shards
             ]
-            shape = torch.Size((len(tensors), *first.shape))
+            # A part that is missing leaves a hole, which load_shards reports.
+            shape = torch.Size((max(tensors) + 1, *first.shape))
             stacked[name] = TensorIndex(first.dtype, shape, shards)
     return stacked
 

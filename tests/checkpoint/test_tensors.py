@@ -169,3 +169,31 @@ def test_an_index_that_leaves_a_hole_is_refused(tmp_path):
     (tmp_path / INDEX).write_text(tensor_files.json.dumps(monkey))
     with pytest.raises(UserError, match="a is incomplete: index.json names"):
         load_full(tmp_path, "a", read_index(tmp_path))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_lookaheads_of_single_positions_are_loaded_as_one_stack(
+    tmp_path_factory, before, after, data
+):
+    """As 0.2.0 wrote them, from any number of ranks to any other."""
+    folder = tmp_path_factory.mktemp("stack")
+    stack = torch.arange(48.0).view(3, 4, 4)
+    old = {f"model.head.lookahead.{i}.weight": part for i, part in enumerate(stack)}
+    save(folder, cut(data, old, before))
+
+    name = "model.head.lookahead.weight"
+    for wanted in cut(data, {name: torch.zeros_like(stack)}, after):
+        load_shards(folder, wanted, read_index(folder))
+        for shard in wanted[name].shards:
+            place = tuple(
+                slice(first, first + size)
+                for first, size in zip(shard.offsets, shard.tensor.shape, strict=True)
+            )
+            assert torch.equal(shard.tensor, stack[place])
+
+
+def test_a_lookahead_without_a_position_is_refused(tmp_path):
+    parts = {f"model.head.lookahead.{i}.weight": torch.ones(2, 2) for i in (1, 2)}
+    save(tmp_path, [{name: ShardedTensor.from_full(part) for name, part in parts.items()}])
+    with pytest.raises(UserError, match="lookahead.weight is incomplete"):
+        load_full(tmp_path, "model.head.lookahead.weight", read_index(tmp_path))

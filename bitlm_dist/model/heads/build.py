@@ -8,7 +8,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
@@ -87,9 +86,8 @@ def meta_head(config: Config, num_bits: int) -> Head[Any]:
 
 
 def num_head_weights(config: Config, num_bits: int) -> int:
-    """Count the matrix weights of the head: roughly its multiply-adds per token and pass."""
-    return sum(p.numel() for p in _matrices(meta_head(config, num_bits)))
+    """Count the matrix weights of the head: roughly its multiply-adds per token and pass.
 
-
-def _matrices(module: nn.Module) -> list[nn.Parameter]:
-    return [p for p in module.parameters() if p.dim() == 2]
+    Stacks of matrices do not count: of the lookahead's and of the group tables', a token meets few.
+    """
+    return sum(p.numel() for p in meta_head(config, num_bits).parameters() if p.dim() == 2)

@@ -20,7 +20,7 @@ class TargetIndex(NamedTuple):
     """Where the loss of a microbatch is on one rank: indices into its states and into the text.
 
     With a capacity, all shapes are fixed: what follows the real entries is padding, which repeats
-    the first of them and is not valid.
+    them and is not valid.
     """
 
     context_blocks: Tensor  # [C] int64, blocks of the rank's states: contexts of the targets
@@ -184,26 +184,28 @@ class TargetFinder:
     def capacity(self, sequence_length: int) -> int:
         """C: room for the targets of any microbatch, as :attr:`max_targets_per_sequence` says.
 
-        It is all of the rank's blocks, or fewer where documents are short.
+        It is nearly all of the rank's blocks, or far fewer where documents are short.
         """
         length = sequence_length if self.positions is None else len(self.positions)
         every = self.micro_batch_size * length // self.block_size
         if self.max_targets_per_sequence is None:
             return every
         needed = self.micro_batch_size * self.max_targets_per_sequence
-        return min(every, -(-needed // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE)
+        rounded = -(-needed // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        return rounded if rounded < every else min(needed, every)
 
 
 def _pad_rows(x: Tensor, num_rows: int) -> Tensor:
-    """Pad with the first row, or False; without any row, with zeros.
+    """Pad with the rows in turn, or with False; without any row, with zeros.
 
-    A real entry is repeated because the states of other blocks carry no loss and may be anything.
+    Real entries are repeated because the states of other blocks carry no loss and may be anything.
+    They take turns because a GPU adds up the gradients of one entry after the other.
     """
     num_missing = num_rows - len(x)
     assert num_missing >= 0, f"{len(x)} targets in room for {num_rows}: the plan's bound is wrong"
     if x.dtype == torch.bool or not len(x):
         return torch.cat((x, x.new_zeros(num_missing, *x.shape[1:])))
-    return torch.cat((x, x[:1].expand(num_missing, *x.shape[1:])))
+    return x[torch.arange(num_rows, device=x.device) % len(x)]
 
 
 def rows_and_columns(index: Tensor, num_columns: int) -> tuple[Tensor, Tensor]:

@@ -82,12 +82,12 @@ def sum_by_position(loss: Tensor, valid: Tensor) -> Tensor:
 def sum_by_bin(loss: Tensor, bin_index: Tensor, valid: Tensor, num_bins: int) -> Tensor:
     """Sum and count per bin, [2, num_bins], of a loss of any shape where ``valid``.
 
-    A product with one-hot rows, whose order of summation is fixed, unlike that of atomic additions.
+    The order of summation is fixed, unlike that of atomic additions, and a loss that is not finite
+    stays in its bin.
     """
-    weights = valid.expand(loss.shape).flatten().float()
-    bins = torch.arange(num_bins, device=loss.device)
-    one_hot = (bin_index.flatten().unsqueeze(-1) == bins).float()
-    return torch.stack((loss.flatten() * weights, weights)) @ one_hot
+    bins = torch.arange(num_bins, device=loss.device).unsqueeze(1)
+    is_in_bin = (bin_index.flatten() == bins) & valid.expand(loss.shape).flatten()
+    return torch.stack((torch.where(is_in_bin, loss.flatten(), 0).sum(1), is_in_bin.sum(1)))
 
 
 def noise_level_bin(t: Tensor) -> Tensor:

@@ -110,3 +110,11 @@ def test_metrics_are_means_and_leave_out_what_has_no_token():
 
 def test_a_softmax_has_no_terms():
     assert loss_term_metrics([]) == {}
+
+
+def test_a_loss_that_is_not_finite_stays_in_its_bin():
+    loss = torch.tensor([1.0, torch.nan, 2.0])
+    sums, counts = sum_by_bin(loss, torch.tensor([0, 1, 2]), torch.ones(3, dtype=torch.bool), 3)
+    assert sums[::2].tolist() == [1.0, 2.0]
+    assert sums[1].isnan()
+    assert counts.tolist() == [1, 1, 1]

@@ -16,6 +16,13 @@ from bitlm_dist.data.packing import (
 BOS = 0
 EOS = 1
 LENGTHS = st.lists(st.integers(0, 60), min_size=1, max_size=20)
+ANY_PLAN = {
+    "lengths": LENGTHS,
+    "block": st.integers(1, 5),
+    "blocks": st.integers(2, 8),
+    "window": st.integers(1, 9),
+    "rng": st.randoms(),
+}
 
 
 def documents(lengths):
@@ -26,13 +33,7 @@ def documents(lengths):
 
 @pytest.mark.parametrize("packer", packing.PACKERS)
 @settings(deadline=None, max_examples=200)
-@given(
-    lengths=LENGTHS,
-    block=st.integers(1, 5),
-    blocks=st.integers(2, 8),
-    window=st.integers(1, 9),
-    rng=st.randoms(),
-)
+@given(**ANY_PLAN)
 def test_every_token_is_a_target_exactly_once(packer, lengths, block, blocks, window, rng):
     texts = documents(lengths)
     order = list(range(len(lengths)))
@@ -154,13 +155,7 @@ def targets_per_sequence(plan):
 
 @pytest.mark.parametrize("packer", packing.PACKERS)
 @settings(deadline=None, max_examples=200)
-@given(
-    lengths=LENGTHS,
-    block=st.integers(1, 5),
-    blocks=st.integers(2, 8),
-    window=st.integers(1, 9),
-    rng=st.randoms(),
-)
+@given(**ANY_PLAN)
 def test_no_sequence_has_more_targets_than_the_bound(packer, lengths, block, blocks, window, rng):
     lengths = np.array(lengths)
     order = list(range(len(lengths)))

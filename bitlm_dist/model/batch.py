@@ -7,11 +7,14 @@ teacher per token.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bitlm_dist.parallel.device import copy_to_device
 
 CAPACITY_MULTIPLE = 64  # blocks; products with a multiple of rows use a GPU's tiles fully
 
@@ -47,18 +50,8 @@ class Batch:
     targets: TargetIndex | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """Move to a device.
-
-        Copies from CPU to GPU go through pinned memory. They do not block the host, and are queued
-        on the current stream.
-        """
-
-        def move(x: Tensor) -> Tensor:
-            """Move one tensor."""
-            if device.type == "cuda" and x.device.type == "cpu":
-                return x.pin_memory().to(device, non_blocking=True)
-            return x.to(device)
-
+        """Move to a device, see :func:`copy_to_device`."""
+        move = partial(copy_to_device, device=device)
         return Batch(
             move(self.tokens),
             move(self.document_ids),

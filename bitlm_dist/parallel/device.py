@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from bitlm_dist.config import Config
 from bitlm_dist.cpu_threads import num_local_ranks
@@ -114,3 +115,13 @@ def _cuda_init_error() -> str:
     except (RuntimeError, AssertionError) as error:
         return " ".join(str(error).split()).partition(". ")[0].rstrip(".")
     return "no reason given"
+
+
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device; from a CPU to a GPU through pinned memory, so that the host does not wait.
+
+    The copy is queued on the current stream.
+    """
+    if device.type == "cuda" and x.device.type == "cpu":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

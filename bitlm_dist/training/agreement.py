@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel.device import copy_to_device
 from bitlm_dist.parallel.layout import ParallelLayout
 
 
@@ -42,10 +43,7 @@ class Agreement:
         if self._is_alone:
             return torch.empty(0, device=device)
 
-        flags = torch.tensor(self._local_flags())
-        if device.type == "cuda":
-            flags = flags.pin_memory().to(device, non_blocking=True)
-        return mesh.all_reduce_max(flags)
+        return mesh.all_reduce_max(copy_to_device(torch.tensor(self._local_flags()), device))
 
     def result(self, values: Sequence[float]) -> Flags:
         """The flags to act on, from the values of the tensor that :meth:`start` returned."""

@@ -266,11 +266,11 @@ def tiny_model(tiny):
     import torch
 
     from bitlm_dist.codes import BitCodes, natural_codes
-    from bitlm_dist.model.bitlm import BitLM
+    from bitlm_dist.model.build import build_model
 
     def make(*overrides: str, vocabulary: int = 300):
         config = tiny(*overrides)
-        model = BitLM(
+        model = build_model(
             config, BitCodes(natural_codes(vocabulary), (vocabulary - 1).bit_length()), eos=1
         )
         # Layers that start at zero would hide errors in what comes before them.

@@ -11,7 +11,7 @@ from bitlm_dist.config_loading import load_config
 from bitlm_dist.diffusion.likelihood import estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.model.batch import Batch
-from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.build import build_model
 from bitlm_dist.training.optimizer import Optimizer
 from bitlm_dist.training.partitioners.replicated import ReplicatedPartitioner
 
@@ -33,7 +33,7 @@ def test_copying_costs_less_than_a_tenth_of_free_bits():
     began = time.perf_counter()
     torch.manual_seed(0)
     config = load_config(None, ["--data.sequence_length", "32"]).config
-    model = BitLM(config, BitCodes(natural_codes(V), 8), eos=1)
+    model = build_model(config, BitCodes(natural_codes(V), 8), eos=1)
     partitioner = ReplicatedPartitioner(dict(model.named_parameters()))
     optimizer = Optimizer(config.optimizer, [partitioner])
 

@@ -47,11 +47,9 @@ class GenerationRunner(BenchRunner):
     """Generates with an untrained model: the cost does not depend on the weights."""
 
     def __init__(self, config: Config, workload: GenerationWorkload) -> None:
-        self.model = (
-            build_model(config, natural_bit_codes(workload.vocab_size), eos=1)
-            .to(mesh.device())
-            .eval()
-        )
+        codes = natural_bit_codes(workload.vocab_size)
+        with mesh.device():
+            self.model = build_model(config, codes, eos=1).to(mesh.device()).eval()
         self.config = config
         self.workload = workload
 

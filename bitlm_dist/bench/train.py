@@ -28,6 +28,7 @@ from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.build import cast_weights, prepare_device
+from bitlm_dist.model.initialization import draw_weights
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.planning.flops import training_flops
@@ -150,7 +151,7 @@ class PlainRunner(BenchRunner):
     """The same training steps in plain PyTorch, on one batch that is already on the device."""
 
     def __init__(self, config: Config, workload: Workload) -> None:
-        # plain PyTorch draws weights and noise from the global generator
+        # plain PyTorch draws noise and the backbone's weights from the global generator
         torch.manual_seed(config.training.seed)
         self.config = config
         self.workload = workload
@@ -158,6 +159,7 @@ class PlainRunner(BenchRunner):
         self.model = cast_weights(
             PlainBitLM(config, natural_bit_codes(workload.vocab_size)), config
         ).to(device)
+        draw_weights(self.model, config.training.seed)
         named = dict(self.model.named_parameters())
         self.optimizer = Optimizer(config.optimizer, [ReplicatedPartitioner(named)])
         self.batch = synthetic_batch(config, workload.vocab_size, 0, device)

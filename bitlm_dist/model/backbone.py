@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bitlm_dist.kernels import bounds_of_documents
 from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.cached_backbone import CachedBackbone
+from bitlm_dist.model.initialization import set_layer_distributions
 from bitlm_dist.model.torch_layer import rotary_angles
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
@@ -99,7 +100,7 @@ def _transformer_config(
         **_architecture_options(config.model),
         **_parallel_options(layout, layers_per_stage),
         **_recompute_options(config.parallel.activation_checkpointing),
-        # initialization.py draws the same weights for every layout
+        # initialization.py draws the weights; Megatron allocates them on torch's default device
         use_cpu_initialization=True,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
@@ -218,6 +219,7 @@ class Backbone(nn.Module):
             post_process=model_chunk.is_last,
             vp_stage=model_chunk.vp_stage if layout.virtual_pipeline > 1 else None,
         )
+        set_layer_distributions(self.block, config.model.backbone.num_layers)
 
         self._model_config = config.model
         self._layout = layout

@@ -4,16 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bitlm_dist.kernels.skinny_linear import Linear
+from bitlm_dist.model.initialization import INIT_STD, Linear, normal, random_parameter
 
 WINDOW_STRIDE = 2  # bits between the starts of two windows
-
-
-def make_embedding(num_embeddings: int, embedding_dim: int) -> nn.Embedding:
-    """Build an embedding table with a standard deviation of 0.02."""
-    table = nn.Embedding(num_embeddings, embedding_dim)
-    nn.init.normal_(table.weight, std=0.02)
-    return table
 
 
 class BitEmbedding(nn.Module):
@@ -45,12 +38,10 @@ class BitEmbedding(nn.Module):
         starts = torch.tensor(sorted({*range(0, last_start, WINDOW_STRIDE), last_start}))
 
         # One parameter holds all tables, stacked along the rows: a single lookup reads them all.
-        tables = (
-            [make_embedding(2**window_size, embedding_dim).weight for _ in starts]
-            if window_size
-            else []
-        )
-        self.table = nn.Parameter(torch.cat(tables).detach()) if window_size else None
+        self.table = None
+        if window_size:
+            num_rows = len(starts) * 2**window_size
+            self.table = random_parameter(num_rows, embedding_dim, distribution=normal(INIT_STD))
 
         self.register_buffer(
             "window_bits", starts[:, None] + torch.arange(window_size), persistent=False

@@ -16,12 +16,12 @@ from bitlm_dist.diffusion import noise
 from bitlm_dist.diffusion.likelihood import NelboEstimate, autoregressive_nll, estimate_nelbo
 from bitlm_dist.diffusion.noise import NoiseKey
 from bitlm_dist.model.batch import Batch, rows_and_columns
-from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
+from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.head_loss import HeadBatch, HeadLoss
 from bitlm_dist.model.heads.base import Conditioning
 from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.heads.build import build_head
-from bitlm_dist.model.initialization import seeded_init
+from bitlm_dist.model.initialization import Embedding
 from bitlm_dist.model.language_model import (
     LanguageModel,
     PipelineStage,
@@ -47,21 +47,16 @@ class BitLM(LanguageModel):
         super().__init__(config, eos, pipeline_stage)
         self.codes = codes
         width = config.model.backbone.hidden_size
-        seed = config.training.seed
 
         if self.pipeline_stage.model_chunk.is_first:
-            with seeded_init(seed, "embedding"):
-                table = config.model.input == "table"
-                window = config.model.input_window
-                self.embedding = (
-                    make_embedding(codes.vocab_size, width)
-                    if table
-                    else BitEmbedding(codes.num_bits, width, window)
-                )
+            self.embedding = (
+                Embedding(codes.vocab_size, width)
+                if config.model.input == "table"
+                else BitEmbedding(codes.num_bits, width, config.model.input_window)
+            )
 
         if self.pipeline_stage.model_chunk.is_last:
-            with seeded_init(seed, "head"):
-                self.head = build_head(config, codes.num_bits)
+            self.head = build_head(config, codes.num_bits)
             # A bound method and not the module, so that each head parameter has a single name.
             # The engine that shards the head replaces it.
             self.head_loss: Callable[[HeadBatch], tuple[Tensor, Tensor]] = HeadLoss(

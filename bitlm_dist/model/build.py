@@ -16,6 +16,7 @@ from bitlm_dist.kernels.self_check import select_verified_backend, verify_in_blo
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.model.bitlm import BitLM
 from bitlm_dist.model.heads.build import num_head_weights
+from bitlm_dist.model.initialization import draw_weights
 from bitlm_dist.model.language_model import LanguageModel, PipelineStage
 from bitlm_dist.model.softmax_lm import SoftmaxLM
 from bitlm_dist.parallel import mesh
@@ -24,7 +25,11 @@ from bitlm_dist.parallel.layout import ParallelLayout, local_model_chunks, split
 
 
 def build_model(
-    config: Config, codes: BitCodes, eos: int, pipeline_stage: PipelineStage | None = None
+    config: Config,
+    codes: BitCodes,
+    eos: int,
+    pipeline_stage: PipelineStage | None = None,
+    initialize: bool = True,
 ) -> LanguageModel:
     """Build the model that ``model.output`` selects.
 
@@ -33,10 +38,25 @@ def build_model(
         codes: codes of the vocabulary; a softmax uses only its size.
         eos: id of the token that ends a document.
         pipeline_stage: the part of the model to build; None: the full model.
+        initialize: draw the initial weights. False leaves them unset, as a checkpoint follows.
     """
-    if config.model.output == "softmax":
-        return cast_weights(SoftmaxLM(config, codes.vocab_size, eos, pipeline_stage), config)
-    return cast_weights(BitLM(config, codes, eos, pipeline_stage), config)
+    model: LanguageModel = (
+        SoftmaxLM(config, codes.vocab_size, eos, pipeline_stage)
+        if config.model.output == "softmax"
+        else BitLM(config, codes, eos, pipeline_stage)
+    )
+    cast_weights(model, config)
+
+    if initialize:
+        stage = model.pipeline_stage
+        draw_weights(
+            model,
+            config.training.seed,
+            stage.model_chunk.layer_range.start,
+            stage.layout.tensor_rank,
+            stage.layout.tensor,
+        )
+    return model
 
 
 def prepare_device(config: Config) -> str:
@@ -111,14 +131,17 @@ def cast_weights(model: Model, config: Config) -> Model:
 
 
 def build_model_chunks(
-    config: Config, codes: BitCodes, eos: int, layout: ParallelLayout
+    config: Config, codes: BitCodes, eos: int, layout: ParallelLayout, initialize: bool = True
 ) -> list[LanguageModel]:
-    """Build the model chunks that this rank of the layout holds."""
+    """Build the model chunks that this rank of the layout holds, on its device."""
     layer_counts = layers_per_stage(config, codes)
-    return [
-        build_model(config, codes, eos, PipelineStage(layout, model_chunk, layer_counts))
-        for model_chunk in local_model_chunks(layer_counts, layout)
-    ]
+    with mesh.device():
+        return [
+            build_model(
+                config, codes, eos, PipelineStage(layout, model_chunk, layer_counts), initialize
+            ).to(mesh.device())
+            for model_chunk in local_model_chunks(layer_counts, layout)
+        ]
 
 
 def layers_per_stage(config: Config, codes: BitCodes) -> list[int]:
@@ -152,4 +175,5 @@ def layers_per_stage(config: Config, codes: BitCodes) -> list[int]:
 def build_meta_model(config: Config, vocab_size: int, num_bits: int) -> LanguageModel:
     """Build the model on the meta device, which allocates no memory whatever the model's size."""
     with torch.device("meta"):
-        return build_model(config, BitCodes(natural_codes(vocab_size), num_bits), eos=0)
+        codes = BitCodes(natural_codes(vocab_size), num_bits)
+        return build_model(config, codes, eos=0, initialize=False)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import Backbone
 from bitlm_dist.model.batch import Batch, TargetFinder, TargetIndex, rows_and_columns
-from bitlm_dist.model.initialization import initialize_layers
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
 
@@ -59,6 +58,8 @@ class TargetScores:
 class LanguageModel(nn.Module, ABC):
     """One pipeline stage of a model; on a single process, the full model.
 
+    Random weights are unset; :func:`~bitlm_dist.model.build.build_model` draws them.
+
     Args:
         config: a validated config.
         eos: id of the token that ends a document.
@@ -92,14 +93,6 @@ class LanguageModel(nn.Module, ABC):
         self.vp_stage = model_chunk.vp_stage if layout.virtual_pipeline > 1 else None
 
         self.backbone = Backbone(config, layout, model_chunk, pipeline_stage.layers_per_stage)
-        initialize_layers(
-            self.backbone,
-            model_chunk.layer_range.start,
-            config.model.backbone.num_layers,
-            config.training.seed,
-            layout.tensor_rank,
-            layout.tensor,
-        )
 
     @abstractmethod
     def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:

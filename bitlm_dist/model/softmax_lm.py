@@ -49,18 +49,13 @@ class SoftmaxLM(LanguageModel):
         super().__init__(config, eos, pipeline_stage)
         width = config.model.backbone.hidden_size
         layout = self.pipeline_stage.layout
-        seed = config.training.seed
 
         if self.pipeline_stage.model_chunk.is_first:
-            self.embedding = VocabParallelTable(vocab_size, width, layout, seed, "embedding")
+            self.embedding = VocabParallelTable(vocab_size, width, layout)
 
         if self.pipeline_stage.model_chunk.is_last:
             tied = config.model.tie_embeddings
-            self.output = (
-                self.embedding
-                if tied
-                else VocabParallelTable(vocab_size, width, layout, seed, "output")
-            )
+            self.output = self.embedding if tied else VocabParallelTable(vocab_size, width, layout)
 
         # The cross-entropy over the split vocabulary yields the full loss on every tensor rank.
         self.loss_replication = layout.tensor

@@ -5,12 +5,11 @@ Legend: V vocabulary, T tensor ranks, P rows per rank, D hidden size.
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.kernels.skinny_linear import linear
-from bitlm_dist.model.initialization import INIT_STD, seeded_init
+from bitlm_dist.model.initialization import INIT_STD, normal, random_parameter
 from bitlm_dist.parallel.layout import ParallelLayout
 
 # V is padded to a multiple of this, so that the full table has the same shape on every layout.
@@ -26,13 +25,9 @@ class VocabParallelTable(nn.Module):
         vocab_size: V.
         hidden_size: D.
         layout: its tensor ranks share the table; T must divide 128.
-        seed: seed of the run.
-        name: with ``seed`` determines the full table, whatever the layout.
     """
 
-    def __init__(
-        self, vocab_size: int, hidden_size: int, layout: ParallelLayout, seed: int, name: str
-    ) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, layout: ParallelLayout) -> None:
         super().__init__()
         self.vocab_size = vocab_size
         self._layout = layout
@@ -40,12 +35,7 @@ class VocabParallelTable(nn.Module):
         self._vocab_start = layout.tensor_rank * num_local_rows
         self._num_used_rows = min(max(vocab_size - self._vocab_start, 0), num_local_rows)
 
-        # Every rank draws the full table and keeps its own rows.
-        with seeded_init(seed, name):
-            full = torch.empty(num_local_rows * layout.tensor, hidden_size).normal_(std=INIT_STD)
-        self.rows = nn.Parameter(
-            full[self._vocab_start : self._vocab_start + num_local_rows].clone()
-        )
+        self.rows = random_parameter(num_local_rows, hidden_size, distribution=normal(INIT_STD))
 
     def lookup(self, tokens: Tensor) -> Tensor:
         """Look up the rows [..., D] of tokens [...].

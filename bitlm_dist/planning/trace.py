@@ -68,7 +68,7 @@ def trace_steps(
     codes = BitCodes(natural_codes(vocab_size), config.model.bits or num_bits_needed(vocab_size))
 
     with trace_rank(world_size, rank, build_fake=True) as tracer:
-        engine = Engine(config, codes, eos=0, layout=layout)
+        engine = Engine(config, codes, eos=0, layout=layout, initialize=False)
         _record_sizes(tracer.trace, engine)
 
         pipeline = StepPipeline(engine, Agreement(Flags, layout))

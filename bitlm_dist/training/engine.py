@@ -64,6 +64,7 @@ class Engine:
         byte_lengths: UTF-8 bytes of every token id, to count the bytes of a batch. None: do not
             count them and report 0.
         bos: id of the token that opens a document, used only to count bytes.
+        initialize: draw the initial weights. False leaves them unset, as a checkpoint follows.
     """
 
     def __init__(
@@ -74,14 +75,14 @@ class Engine:
         layout: ParallelLayout,
         byte_lengths: ByteLengths | None = None,
         bos: int = 0,
+        initialize: bool = True,
     ) -> None:
         mesh.init_process_groups(layout)
         self.config = config
         self.layout = layout
         self.micro_batch_size = resolve_micro_batch_size(config, layout)
-        self.chunks = [
-            chunk.to(mesh.device()) for chunk in build_model_chunks(config, codes, eos, layout)
-        ]
+        self.is_initialized = initialize
+        self.chunks = build_model_chunks(config, codes, eos, layout, initialize)
 
         named = self._global_named_parameters()
         self.num_parameters = self._count_parameters(named)

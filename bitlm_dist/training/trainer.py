@@ -7,6 +7,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.codes import BitCodes
 from bitlm_dist.config import Config
 from bitlm_dist.data.manifest import read_manifest
@@ -14,12 +15,14 @@ from bitlm_dist.data.mixture_dataset import MixtureDataset, training_dataset
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.data.vocabulary import make_codes
 from bitlm_dist.data_prep.tokenizer import TOKENIZER_DIR, Tokenizer
+from bitlm_dist.errors import UserError
 from bitlm_dist.launch.attempts import stop_files
 from bitlm_dist.model.build import prepare_device
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.training.agreement import Agreement, Flags
 from bitlm_dist.training.batches import Batches
+from bitlm_dist.training.checkpoint_folder import CHECKPOINTS
 from bitlm_dist.training.display import NoDisplay, TrainingDisplay
 from bitlm_dist.training.divergence import DivergenceMonitor
 from bitlm_dist.training.engine import Engine
@@ -117,7 +120,19 @@ class Trainer(AbstractContextManager["Trainer"]):
         teacher = Teacher.from_config(config, manifest["tokenizer"]["fingerprint"], layout)
         dataset = training_dataset(config)
         byte_lengths = Tokenizer.from_folder(config.data.path / TOKENIZER_DIR).byte_lengths
-        engine = Engine(config, codes, manifest["eos"], layout, byte_lengths, manifest["bos"])
+
+        # Rank 0 decides: a network file system may show stale contents to other ranks.
+        mesh.init_process_groups(layout)
+        steps = mesh.broadcast_object(complete_steps(config.run.dir / CHECKPOINTS), layout)
+        engine = Engine(
+            config,
+            codes,
+            manifest["eos"],
+            layout,
+            byte_lengths,
+            manifest["bos"],
+            initialize=not steps,
+        )
         return cls(config, codes, engine, dataset, teacher, attention_backend)
 
     def open(self, resume: bool = True) -> "Trainer":
@@ -157,6 +172,11 @@ class Trainer(AbstractContextManager["Trainer"]):
         self.folder.check_shared_by_all_ranks(self.layout)
         saved = self.checkpoints.load_latest()
         if saved is None:
+            if not self.engine.is_initialized:
+                raise UserError(
+                    f"{self.folder.checkpoints}: the checkpoints were removed while the run "
+                    "started: start it again"
+                )
             return
 
         self.state = TrainState.from_checkpoint(saved)

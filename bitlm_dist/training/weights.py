@@ -137,7 +137,10 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
     steps = find_trained_steps(run, config)
 
     prepare_device(config)
-    model = build_model(config, folder.codes(), eos=folder.tokenizer().eos).to(mesh.device())
+    codes = folder.codes()
+    eos = folder.tokenizer().eos
+    with mesh.device():
+        model = build_model(config, codes, eos, initialize=False).to(mesh.device())
 
     checkpoint = folder_of(folder.checkpoints, steps[-1])
     try:

@@ -4,8 +4,8 @@
 `bare` are the steps of the ladder, each without one more item than the one before; the others lack
 a single one. ladder.yaml has the configs of all rows.
 
-A head builds the default's parts and drops those that it lacks, so both begin with the same weights
-in the parts that they share, and differ in the item alone.
+A head builds the default's parts and drops those that it lacks. Initial weights depend on the seed
+and their names, so in the parts that both have they are the same, and the item alone differs.
 """
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from bitlm_dist.config import Config
-from bitlm_dist.kernels.skinny_linear import Linear
 from bitlm_dist.model.heads.bitlm import BitLMConditioning, BitLMHead, Readout
-from bitlm_dist.model.heads.blocks import Modulation, zero_linear
+from bitlm_dist.model.heads.blocks import Modulation
+from bitlm_dist.model.initialization import Linear, zero_linear
 
 
 class NoGroupTables(BitLMHead):
@@ -65,8 +65,7 @@ class OwnReadout(NoAutoregressivePass):
 
     @override
     def build_readout(self, config: Config) -> None:
-        self.final = Linear(config.head.hidden_size, self.output.num_logits)
-        zero_linear(self.final)
+        self.final = zero_linear(Linear(config.head.hidden_size, self.output.num_logits))
 
     @override
     def make_readout(self) -> Readout:

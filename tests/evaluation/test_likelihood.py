@@ -42,9 +42,9 @@ def test_a_model_that_knows_nothing_costs_b_ln_2_and_the_counts_are_the_corpus(
 ):
     """Zero context logits and a zero head give the channel posterior; counts match the files."""
     from bitlm_dist.codes import BitCodes, natural_codes
-    from bitlm_dist.model.bitlm import BitLM
+    from bitlm_dist.model.build import build_model
 
-    model = BitLM(tiny(), BitCodes(natural_codes(300), 9), eos=1)
+    model = build_model(tiny(), BitCodes(natural_codes(300), 9), eos=1)
     torch.nn.init.zeros_(model.head.context_out.weight)
     torch.nn.init.zeros_(model.head.context_out.bias)
     report = score(model, feed, prepared)

@@ -3,6 +3,13 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.model.bit_embedding import BitEmbedding
+from bitlm_dist.model.initialization import draw_weights
+
+
+def drawn(seed, *sizes):
+    embedding = BitEmbedding(*sizes)
+    draw_weights(embedding, seed)
+    return embedding
 
 
 def encoded(vocabulary, bits):
@@ -10,7 +17,7 @@ def encoded(vocabulary, bits):
 
 
 def test_without_windows_it_is_the_papers_mlp(seed):
-    embedding = BitEmbedding(5, 16)
+    embedding = drawn(seed, 5, 16)
     bits = encoded(32, 5)
 
     assert {name for name, _ in embedding.named_parameters()} == {
@@ -29,7 +36,7 @@ def test_without_windows_it_is_the_papers_mlp(seed):
 )
 def test_windows_cover_all_bits_and_add_their_rows(bits, window, starts, seed):
     """Compare with look-ups by integer arithmetic on the token ids, one window at a time."""
-    embedding = BitEmbedding(bits, 16, window)
+    embedding = drawn(seed, bits, 16, window)
     assert embedding.window_bits[:, 0].tolist() == starts
 
     ids = torch.randint(2**bits, (50,))
@@ -49,6 +56,6 @@ def test_windows_cover_all_bits_and_add_their_rows(bits, window, starts, seed):
 
 
 def test_every_row_that_occurs_is_trained(seed):
-    embedding = BitEmbedding(10, 8, 8)
+    embedding = drawn(seed, 10, 8, 8)
     embedding(encoded(1024, 10)).square().sum().backward()
     assert embedding.table.grad.any(-1).all()

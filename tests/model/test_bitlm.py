@@ -78,9 +78,9 @@ def test_every_parameter_learns(tiny_model, seed):
 def test_untrained_paper_model_costs_one_a_token_under_eq_12(tiny):
     """With zero output and x-prediction, E[(A0 - 0)^2] = 1 exactly, per valid token."""
     from bitlm_dist.codes import BitCodes, natural_codes
-    from bitlm_dist.model.bitlm import BitLM
+    from bitlm_dist.model.build import build_model
 
-    model = BitLM(tiny("--preset", "paper"), BitCodes(natural_codes(300), 9), eos=1)
+    model = build_model(tiny("--preset", "paper"), BitCodes(natural_codes(300), 9), eos=1)
     batch = batch_of()
     valid = loss_mask(batch, 4, 1).sum()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from bitlm_dist.checkpoint.steps import complete_steps
 from bitlm_dist.data.packed_dataset import PackedDataset
 from bitlm_dist.errors import UserError
 from bitlm_dist.training.trainer import Trainer
-from bitlm_dist.training.weights import model_state_dict
+from bitlm_dist.training.weights import load_trained_model, model_state_dict
 
 pytestmark = pytest.mark.integration
 
@@ -54,6 +55,32 @@ def test_resume_equals_uninterrupted_bitwise(precision, tiny, tmp_path):
         assert torch.equal(tensor.full, model_state_dict(second.engine.chunks)[name].full), name
     whole.close()
     second.close()
+
+
+def test_what_is_loaded_from_a_checkpoint_is_not_drawn_before(tiny, tmp_path, monkeypatch):
+    trainer = Trainer.build(tiny()).open()
+    trainer.fit(until=2)
+    trainer.close()
+    trained = {n: t.full for n, t in model_state_dict(trainer.engine.chunks).items()}
+
+    def refuse(key, counter):
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr("bitlm_dist.model.counter_random.random_words", refuse)
+    with pytest.raises(AssertionError, match="drawn"):
+        Trainer.build(tiny("--run.dir", str(tmp_path / "new")))
+
+    again = Trainer.build(tiny()).open()
+    _, model, step = load_trained_model(tmp_path / "run", again.config)
+    assert again.step == step == 2
+    for chunk in (again.engine.model, model):
+        assert all(torch.equal(t.full, trained[n]) for n, t in model_state_dict([chunk]).items())
+    again.close()
+
+    unset = Trainer.build(tiny())
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000002")
+    with pytest.raises(UserError, match="checkpoints: the checkpoints were removed while the run"):
+        unset.open()
 
 
 def test_metrics_after_the_last_checkpoint_are_forgotten(tiny, tmp_path):

@@ -16,12 +16,13 @@ from typing_extensions import override
 
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import MixtureOutput
-from bitlm_dist.kernels.skinny_linear import Linear, linear
+from bitlm_dist.kernels.skinny_linear import linear
 from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.conditional_group_logits import ConditionalGroupLogits
 from bitlm_dist.model.heads.base import Conditioning
-from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
+from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation
 from bitlm_dist.model.heads.config import PaperHeadConfig
+from bitlm_dist.model.initialization import Linear, normal, random_parameter, zero_linear
 
 Readout = tuple[Tensor, Tensor]  # weight [num_logits, W] and bias [num_logits]
 
@@ -43,9 +44,7 @@ class Lookahead(nn.Module):
 
     def __init__(self, block_size: int, hidden_size: int) -> None:
         super().__init__()
-        # Built for its random numbers alone: without it, all later layers would start differently.
-        unused = Linear(hidden_size, block_size * hidden_size, bias=False).weight.detach()
-        self.weight = nn.Parameter(torch.zeros_like(unused).unflatten(0, (block_size, -1)))
+        self.weight = nn.Parameter(torch.zeros(block_size, hidden_size, hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Look ahead from the states [N, M, D] of whole blocks."""
@@ -89,7 +88,7 @@ class BitLMHead(AdaLNHead[BitLMConditioning]):
             self.lookahead = Lookahead(self.block_size, state_size)
 
         # Conditioning and position as an input, not only as modulation.
-        self.position_bias = nn.Parameter(torch.randn(self.block_size, width) * 0.1)
+        self.position_bias = random_parameter(self.block_size, width, distribution=normal(0.1))
 
         # Context logits, and the posterior given these and the noisy bits as an input.
         self.context_out = Linear(state_size, self.output.num_logits)
@@ -105,8 +104,7 @@ class BitLMHead(AdaLNHead[BitLMConditioning]):
 
         # Shared readout: the head corrects the state, and the context logits' map reads both. So it
         # does not have to learn a second time what that map learns about the output distribution.
-        self.final = Linear(config.head.hidden_size, state_size)
-        zero_linear(self.final)
+        self.final = zero_linear(Linear(config.head.hidden_size, state_size))
 
         # Group tables.
         self.conditional_group_logits = ConditionalGroupLogits(self.output, state_size)

@@ -22,8 +22,8 @@ from bitlm_dist.compilation import compiled_region
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.sampler import Denoisers, DenoiseStep
 from bitlm_dist.kernels import in_block_attention
-from bitlm_dist.kernels.skinny_linear import Linear
 from bitlm_dist.model.heads.base import C, Conditioning, Head
+from bitlm_dist.model.initialization import Linear, zero_linear
 
 TIMESTEP_EMBEDDING_DIM = 256
 
@@ -144,18 +144,14 @@ class AdaLNHead(Head[C]):
         head = config.head
         width = head.hidden_size
 
-        # The order of these calls determines the random initialization and must not change.
         self.build_inputs(config, num_bits)
         self.blocks = nn.ModuleList(
             AdaLNBlock(width, head.num_heads) for _ in range(head.num_layers)
         )
         self.modulations = nn.ModuleList(
-            Linear(width, 6 * width) for _ in range(head.num_adaln_layers)
+            zero_linear(Linear(width, 6 * width)) for _ in range(head.num_adaln_layers)
         )
-        self.final_modulation = Linear(width, 2 * width)
-
-        for layer in (*self.modulations, self.final_modulation):
-            zero_linear(layer)
+        self.final_modulation = zero_linear(Linear(width, 2 * width))
 
     def build_inputs(self, config: Config, num_bits: int) -> None:
         """Build the maps of bits, time and hidden states; a head adds inputs of its own."""
@@ -233,10 +229,3 @@ class AdaLNHead(Head[C]):
             ]
 
         return denoise_steps
-
-
-def zero_linear(layer: nn.Module) -> None:
-    """Set weight and bias of a linear map to zero."""
-    assert isinstance(layer, nn.Linear)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)

@@ -11,9 +11,9 @@ from typing_extensions import override
 
 from bitlm_dist.config import Config
 from bitlm_dist.diffusion.outputs import BitOutput
-from bitlm_dist.kernels.skinny_linear import Linear
 from bitlm_dist.model.heads.base import Conditioning
-from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation, zero_linear
+from bitlm_dist.model.heads.blocks import AdaLNHead, Modulation
+from bitlm_dist.model.initialization import Linear, zero_linear
 
 
 class PaperHead(AdaLNHead[Conditioning]):
@@ -26,8 +26,7 @@ class PaperHead(AdaLNHead[Conditioning]):
     def __init__(self, config: Config, num_bits: int) -> None:
         super().__init__(config, num_bits)
         self.output = BitOutput(num_bits, config.diffusion.loss, config.diffusion.time_distribution)
-        self.final = Linear(config.head.hidden_size, num_bits)
-        zero_linear(self.final)
+        self.final = zero_linear(Linear(config.head.hidden_size, num_bits))
 
     @property
     @override

@@ -5,7 +5,7 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.build import build_model
 from bitlm_dist.model.heads.bitlm import BitLMHead
 from bitlm_dist.model.heads.build import head_class
 
@@ -38,7 +38,7 @@ def ablation(name, *overrides):
 @pytest.fixture
 def head_of(tiny):
     def make(*overrides):
-        return BitLM(tiny(*overrides), BitCodes(natural_codes(300), 9), eos=1).head
+        return build_model(tiny(*overrides), BitCodes(natural_codes(300), 9), eos=1).head
 
     return make
 

@@ -2,14 +2,13 @@ import pytest
 import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
-from bitlm_dist.model.bitlm import BitLM
-from bitlm_dist.model.build import cast_weights
+from bitlm_dist.model.build import build_model, cast_weights
 from bitlm_dist.model.in_block_decoding import AutoregressiveDecoder, DenoisingDecoder
 
 
 def head_of(tiny, *overrides):
     config = tiny(*overrides)
-    return BitLM(config, BitCodes(natural_codes(300), 9), eos=1).head
+    return build_model(config, BitCodes(natural_codes(300), 9), eos=1).head
 
 
 def denoised(head, noisy, t, context):

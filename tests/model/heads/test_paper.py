@@ -1,13 +1,13 @@
 import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes
-from bitlm_dist.model.bitlm import BitLM
+from bitlm_dist.model.build import build_model
 
 PAPER = ("--preset", "paper", "--sampling.guidance", "1")
 
 
 def test_an_untrained_paper_head_outputs_zero(tiny, seed):
-    head = BitLM(tiny(*PAPER), BitCodes(natural_codes(300), 9), eos=1).head
+    head = build_model(tiny(*PAPER), BitCodes(natural_codes(300), 9), eos=1).head
     context = head.condition(torch.randn(6, 4, 32))
     noisy = torch.randn(6, 4, 9)
     t = torch.rand(6, 4)

@@ -43,7 +43,9 @@ def cases_of(layouts, kinds=KINDS):
 
 
 SOFTMAX = ["--model.output", "softmax", "--model.block_size", "1"]
-TIED = ["--model.tie_embeddings", "true"]
+# From seed 0, the gradients of four elements of the table are zero but for rounding, and AdamW
+# divides each by its own size.
+TIED = ["--model.tie_embeddings", "true", "--training.seed", "1"]
 BASELINE = {
     "TP2, softmax": [*SP[:2], *SOFTMAX],
     "TP2+SP, softmax": [*SP, *SOFTMAX],

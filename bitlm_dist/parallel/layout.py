@@ -26,6 +26,7 @@ class ParallelLayout:
     context: int = 1
     data: int = 1
     rank: int = 0
+    num_optimizer_instances: int = 1  # groups of replicas, of which each has the full optimizer
 
     @property
     def world_size(self) -> int:
@@ -66,6 +67,21 @@ class ParallelLayout:
     def replica_rank(self) -> int:
         """Rank among those that hold the same weights."""
         return self.rank // self.tensor % self.num_replicas
+
+    @property
+    def num_optimizer_shards(self) -> int:
+        """Number of replicas over which the optimizer is sharded."""
+        return self.num_replicas // self.num_optimizer_instances
+
+    @property
+    def optimizer_shard_rank(self) -> int:
+        """Rank among the replicas of this optimizer instance."""
+        return self.replica_rank % self.num_optimizer_shards
+
+    @property
+    def is_first_instance(self) -> bool:
+        """True if this rank belongs to the first instance of the optimizer."""
+        return self.replica_rank < self.num_optimizer_shards
 
     def head_ranks(self) -> list[int]:
         """The ranks of the last pipeline stage, in all other groups."""

@@ -1,6 +1,7 @@
 """Process groups of this rank: torch's default group, Megatron's groups, and that of the head."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
 from bitlm_dist.parallel.device import find_device
@@ -16,8 +18,9 @@ from bitlm_dist.parallel.layout import ParallelLayout
 # NCCL's own 10 minutes are too short for ranks that wait while rank 0 hashes a large checkpoint
 TIMEOUT = timedelta(minutes=30)
 
-# Megatron has no group of the last stage's ranks
+# Megatron has no group of the last stage's ranks, nor of an optimizer instance with tensor ranks
 _head_group: dist.ProcessGroup | None = None
+_optimizer_and_tensor_group: dist.ProcessGroup | None = None
 
 
 def device() -> torch.device:
@@ -76,10 +79,12 @@ def init_process_groups(layout: ParallelLayout) -> None:
             if layout.virtual_pipeline > 1
             else None,
             context_parallel_size=layout.context,
+            num_distributed_optimizer_instances=layout.num_optimizer_instances,
             distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
             create_gloo_process_groups=False,
         )
         _build_head_group(layout)
+        _build_optimizer_and_tensor_group(layout)
 
         # Megatron's generators must be seeded, though dropout is off everywhere and none is used.
         # Seeding them must not reseed the weights.
@@ -129,6 +134,14 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_coalesced(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum tensors over a group, in place and in one message."""
+    if tensors:
+        with _coalescing_manager(group):
+            for tensor in tensors:
+                dist.all_reduce(tensor, group=group)
+
+
 def broadcast_object(value: Any, layout: ParallelLayout) -> Any:
     """Return rank 0's object on every rank."""
     objects = [value]
@@ -153,6 +166,16 @@ def replica_group() -> dist.ProcessGroup:
     return group
 
 
+def optimizer_group() -> dist.ProcessGroup:
+    """Group of the replicas over which the optimizer of this rank is sharded."""
+    from megatron.core import parallel_state
+
+    group: dist.ProcessGroup = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=True
+    )
+    return group
+
+
 def model_group() -> dist.ProcessGroup:
     """Group of the tensor- and pipeline-parallel ranks, which hold one replica of the model."""
     from megatron.core import parallel_state
@@ -169,6 +192,21 @@ def tensor_group() -> dist.ProcessGroup:
     return group
 
 
+def optimizer_and_tensor_group() -> dist.ProcessGroup:
+    """Group of the tensor-parallel ranks of the replicas in :func:`optimizer_group`.
+
+    The tensor-parallel rank varies fastest.
+    """
+    from megatron.core import parallel_state
+
+    if _optimizer_and_tensor_group is not None:
+        return _optimizer_and_tensor_group
+    group: dist.ProcessGroup = parallel_state.get_tensor_and_data_parallel_group(
+        with_context_parallel=True
+    )
+    return group
+
+
 def group_names() -> dict[str, str]:
     """Purpose of each of this rank's groups, by the name that torch gives the group."""
     from megatron.core import parallel_state
@@ -178,6 +216,8 @@ def group_names() -> dict[str, str]:
         "context": parallel_state.get_context_parallel_group(),
         "data": parallel_state.get_data_parallel_group(),
         "data and context": replica_group(),
+        "optimizer": optimizer_group(),
+        "optimizer and tensor": optimizer_and_tensor_group(),
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "model": model_group(),
         "head": _head_group,
@@ -198,6 +238,21 @@ def _build_head_group(layout: ParallelLayout) -> None:
     _head_group = (
         dist.new_group(layout.head_ranks(), timeout=TIMEOUT) if layout.world_size > 1 else None
     )
+
+
+def _build_optimizer_and_tensor_group(layout: ParallelLayout) -> None:
+    """Build the groups of optimizer instances with tensor ranks. Collective over all ranks."""
+    global _optimizer_and_tensor_group
+    _optimizer_and_tensor_group = None
+    if layout.tensor == 1 or layout.num_optimizer_instances == 1:
+        return
+
+    # the ranks of an instance follow each other
+    size = layout.tensor * layout.num_optimizer_shards
+    for first in range(0, layout.world_size, size):
+        group = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
+        if layout.rank in range(first, first + size):
+            _optimizer_and_tensor_group = group
 
 
 def head_group() -> dist.ProcessGroup:

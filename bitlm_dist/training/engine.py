@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from bitlm_dist.model.loss_terms import num_packed
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizer import Optimizer, lr_multiplier_at
 from bitlm_dist.training.partitioners.base import HeadPartitioner, Partitioner
 from bitlm_dist.training.partitioners.megatron import MegatronPartitioner
@@ -128,22 +126,16 @@ class Engine:
 
     def _wrap_in_ddp_and_partition(self, named: dict[str, nn.Parameter]) -> Partitioner:
         """Wrap the chunks in Megatron's DDP, and partition ``named``."""
-        config = self.config.optimizer
-
         # the distributed optimizer shards flat gradient buffers, so tensors may be split
-        use_distributed_optimizer: bool = (
-            config.sharded
-            and resolve_name(OPTIMIZERS[config.matrix_optimizer]).is_elementwise
-            and self.layout.num_replicas > 1
-        )
+        is_sharded = self.config.optimizer.sharded and self.layout.num_optimizer_shards > 1
         self._ddp_chunks = [
-            _wrap_in_ddp(chunk, number == 0, use_distributed_optimizer)
+            _wrap_in_ddp(chunk, number == 0, self.layout, is_sharded)
             for number, chunk in enumerate(self.chunks)
         ]
 
-        if use_distributed_optimizer:
+        if is_sharded:
             return MegatronPartitioner(self._ddp_chunks, named, self.layout)
-        return ReplicatedPartitioner(named, self.layout, config.sharded)
+        return ReplicatedPartitioner(named, self.layout)
 
     def target_finder(self, max_targets_per_sequence: int | None = None) -> TargetFinder:
         """What finds the blocks and states of this rank that carry loss, before a step.
@@ -327,15 +319,15 @@ class Engine:
             *(() if self.sharded_head else (HEAD_PREFIX,)),
             *(("embedding.",) if self.layout.sequence else ()),
         )
-        for chunk in self.chunks:
-            partial_parameters = [
-                p
+        mesh.all_reduce_coalesced(
+            [
+                p.main_grad  # type: ignore[attr-defined]
+                for chunk in self.chunks
                 for n, p in chunk.named_parameters()
                 if n.startswith(partial_names) and shard_dim(n) is None
-            ]
-            grads = [p.main_grad for p in partial_parameters]  # type: ignore[attr-defined]
-            for grad in grads:
-                torch.distributed.all_reduce(grad, group=mesh.tensor_group())
+            ],
+            mesh.tensor_group(),
+        )
 
 
 def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
@@ -344,13 +336,16 @@ def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
 
 
 def _wrap_in_ddp(
-    chunk: LanguageModel, is_first: bool, use_distributed_optimizer: bool
+    chunk: LanguageModel, is_first: bool, layout: ParallelLayout, is_optimizer_sharded: bool
 ) -> nn.Module:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
+        use_distributed_optimizer=is_optimizer_sharded,
+        num_distributed_optimizer_instances=(
+            layout.num_optimizer_instances if is_optimizer_sharded else 1
+        ),
         overlap_grad_reduce=mesh.device().type == "cuda",
     )
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _coalescing_manager
 
 from bitlm_dist.parallel.cpu import enable_megatron_on_cpu
@@ -20,6 +21,8 @@ TIMEOUT = timedelta(minutes=30)
 
 # Megatron has no group of the last stage's ranks, nor of an optimizer instance with tensor ranks
 _head_group: dist.ProcessGroup | None = None
+_head_shard_group: dist.ProcessGroup | None = None
+_head_replica_group: dist.ProcessGroup | None = None
 _optimizer_and_tensor_group: dist.ProcessGroup | None = None
 
 
@@ -83,7 +86,7 @@ def init_process_groups(layout: ParallelLayout) -> None:
             distributed_timeout_minutes=TIMEOUT // timedelta(minutes=1),
             create_gloo_process_groups=False,
         )
-        _build_head_group(layout)
+        _build_head_groups(layout)
         _build_optimizer_and_tensor_group(layout)
 
         # Megatron's generators must be seeded, though dropout is off everywhere and none is used.
@@ -221,6 +224,8 @@ def group_names() -> dict[str, str]:
         "pipeline": parallel_state.get_pipeline_model_parallel_group(),
         "model": model_group(),
         "head": _head_group,
+        "head shards": _head_shard_group,
+        "copies of the head": _head_replica_group,
         "all": dist.group.WORLD,
     }
 
@@ -232,12 +237,27 @@ def group_names() -> dict[str, str]:
     }
 
 
-def _build_head_group(layout: ParallelLayout) -> None:
-    """Build the group of the last stage's ranks. Collective over all ranks, members or not."""
-    global _head_group
-    _head_group = (
-        dist.new_group(layout.head_ranks(), timeout=TIMEOUT) if layout.world_size > 1 else None
-    )
+def _build_head_groups(layout: ParallelLayout) -> None:
+    """Build the groups of the last stage's ranks. Collective over all ranks, members or not."""
+    global _head_group, _head_shard_group, _head_replica_group
+    ranks = layout.head_ranks()
+    num_shards = len(ranks) // layout.num_head_instances
+    _head_group = _head_shard_group = _head_replica_group = None
+
+    if layout.world_size > 1:
+        _head_group = _head_shard_group = dist.new_group(ranks, timeout=TIMEOUT)
+    if layout.num_head_instances > 1:
+        _head_shard_group = _new_groups(
+            [ranks[i : i + num_shards] for i in range(0, len(ranks), num_shards)]
+        )
+        _head_replica_group = _new_groups([ranks[i::num_shards] for i in range(num_shards)])
+
+
+def _new_groups(rank_lists: Sequence[list[int]]) -> dist.ProcessGroup | None:
+    """Build disjoint groups, and return that of this rank. Collective over all ranks."""
+    groups = [dist.new_group(ranks, timeout=TIMEOUT) for ranks in rank_lists]
+    members = zip(rank_lists, groups, strict=True)
+    return next((group for ranks, group in members if dist.get_rank() in ranks), None)
 
 
 def _build_optimizer_and_tensor_group(layout: ParallelLayout) -> None:
@@ -249,13 +269,27 @@ def _build_optimizer_and_tensor_group(layout: ParallelLayout) -> None:
 
     # the ranks of an instance follow each other
     size = layout.tensor * layout.num_optimizer_shards
-    for first in range(0, layout.world_size, size):
-        group = dist.new_group(list(range(first, first + size)), timeout=TIMEOUT)
-        if layout.rank in range(first, first + size):
-            _optimizer_and_tensor_group = group
+    _optimizer_and_tensor_group = _new_groups(
+        [list(range(first, first + size)) for first in range(0, layout.world_size, size)]
+    )
 
 
 def head_group() -> dist.ProcessGroup:
     """Group of the last stage's ranks. Must be called by those ranks only."""
     assert _head_group is not None, "one process needs no group"
     return _head_group
+
+
+def head_device_mesh() -> DeviceMesh:
+    """Mesh of the ranks that shard the head: [shards], or [copies of the head, shards]."""
+    if _head_replica_group is None:
+        return DeviceMesh.from_group(head_group(), device().type)
+
+    assert _head_shard_group is not None
+    ranks = torch.tensor(dist.get_process_group_ranks(head_group()))
+    return DeviceMesh.from_group(
+        [_head_replica_group, _head_shard_group],
+        device().type,
+        mesh=ranks.view(-1, dist.get_world_size(_head_shard_group)),
+        mesh_dim_names=("replicate", "shard"),
+    )

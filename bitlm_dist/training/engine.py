@@ -129,7 +129,7 @@ class Engine:
         # the distributed optimizer shards flat gradient buffers, so tensors may be split
         is_sharded = self.config.optimizer.sharded and self.layout.num_optimizer_shards > 1
         self._ddp_chunks = [
-            _wrap_in_ddp(chunk, number == 0, self.layout, is_sharded)
+            _wrap_in_ddp(chunk, number == 0, _ddp_config(self.layout, is_sharded))
             for number, chunk in enumerate(self.chunks)
         ]
 
@@ -161,6 +161,7 @@ class Engine:
     @contextmanager
     def full_model_in_eval_mode(self) -> Iterator[LanguageModel]:
         """Yield the full model in eval mode, gathering the sharded head. Collective."""
+        self._finish_weight_sync()
         head = self.sharded_head
         full_head = with_full_head(head, self.config, self.chunks[-1]) if head else nullcontext()
         with full_head:
@@ -169,8 +170,17 @@ class Engine:
             finally:
                 self.model.train()
 
+    def _finish_weight_sync(self) -> None:
+        """Wait until all weights of this rank's chunks are those of the last update. Collective."""
+        for partitioner in self.optimizer.partitioners:
+            partitioner.finish_weight_sync()
+
     def model_state_dict(self) -> dict[str, ShardedTensor]:
-        """This rank's shards of the weights by checkpoint name, to save or to load into."""
+        """This rank's shards of the weights by checkpoint name, to save or to load into.
+
+        Collective.
+        """
+        self._finish_weight_sync()
         tensors = model_state_dict(self.chunks)
         if self.sharded_head is not None:
             # the partitioner owns the head's weights; the module's may be empty or sharded
@@ -291,6 +301,8 @@ class Engine:
 
         def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             """Loss of the last chunk's output, and its value for the log."""
+            # some modules of the head use weights outside of their forward
+            self._finish_weight_sync()
             loss, terms = chunk.loss_from_hidden(hidden, batch, seed=seed, step=step)
             loss = loss / valid
             # the schedule changes the loss in place; the count of tokens is not used
@@ -335,22 +347,27 @@ def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
     return torch.from_numpy(np.stack([byte_lengths.inside, byte_lengths.first])).to(mesh.device())
 
 
-def _wrap_in_ddp(
-    chunk: LanguageModel, is_first: bool, layout: ParallelLayout, is_optimizer_sharded: bool
-) -> nn.Module:
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+def _ddp_config(layout: ParallelLayout, is_optimizer_sharded: bool) -> Any:
+    """Config of Megatron's data parallelism; communication overlaps with compute on GPUs."""
+    from megatron.core.distributed import DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(
+    overlaps = mesh.device().type == "cuda"
+    return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=is_optimizer_sharded,
         num_distributed_optimizer_instances=(
             layout.num_optimizer_instances if is_optimizer_sharded else 1
         ),
-        overlap_grad_reduce=mesh.device().type == "cuda",
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps and is_optimizer_sharded,
     )
+
+
+def _wrap_in_ddp(chunk: LanguageModel, is_first: bool, ddp_config: Any) -> nn.Module:
+    from megatron.core.distributed import DistributedDataParallel
 
     # as in Megatron's training loop: reductions of later chunks overlap with compute anyway
     wrapped: nn.Module = DistributedDataParallel(
-        chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not is_first
+        chunk.backbone.megatron_config, ddp_config, chunk, disable_bucketing=not is_first
     )
     return wrapped

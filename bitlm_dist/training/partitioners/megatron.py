@@ -95,4 +95,15 @@ class MegatronPartitioner(Partitioner):
             if partition.weight_dtype != torch.float32:
                 weight.copy_(partition.flat)
         for chunk in self._ddp_chunks:
-            chunk.start_param_sync()
+            if not chunk.ddp_config.overlap_param_gather:
+                chunk.start_param_sync()
+            # Otherwise the next forward pass gathers each bucket while it computes on the one
+            # before, by Megatron's hooks.
+            for group in chunk.bucket_groups:
+                group.param_gather_dispatched = False
+
+    @override
+    def finish_weight_sync(self) -> None:
+        for chunk in self._ddp_chunks:
+            for group in chunk.bucket_groups if chunk.ddp_config.overlap_param_gather else ():
+                group.finish_param_sync(skip_next_bucket_dispatch=True)

@@ -15,7 +15,7 @@ TWO = {
     "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
     "CP2": ["--parallel.context", "2"],
     "DP2": [],
-    "DP2, overlapping": [OVERLAPPING],
+    "DP2, overlapping": [OVERLAPPING, "--parallel.head.engine", "replicated"],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
     "PP2, recomputing attention": [

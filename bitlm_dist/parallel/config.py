@@ -28,6 +28,12 @@ class HeadParallelConfig(Section):
     optimizer needs stage 1, 2 or 3; all needs stage 3.
     """
 
+    shard_ranks: int | None = Field(None, ge=1)
+    """fsdp2: ranks over which the head is sharded; the other ranks hold further copies.
+
+    null: all ranks of the last pipeline stage.
+    """
+
     def problems(self, precision: str) -> Iterator[str]:
         """Settings that the engine does not support."""
         stage = f"parallel.head.zero_stage = {self.zero_stage}"
@@ -41,6 +47,13 @@ class HeadParallelConfig(Section):
             yield (
                 f"{stage} would add up gradients of bf16 weights in bf16: "
                 "use 2 or 3 with training.precision = bf16"
+            )
+
+        # DeepSpeed reduces gradients over the ranks that share the optimizer state, and no others.
+        if self.shard_ranks is not None and self.engine != "fsdp2":
+            yield (
+                f"parallel.head.shard_ranks = {self.shard_ranks} needs "
+                "parallel.head.engine = fsdp2: other engines have no copies of a sharded head"
             )
 
         # Only what is sharded can be offloaded.
@@ -84,6 +97,12 @@ class ParallelConfig(Section):
     """
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass: those of attention, or of whole layers."""
+    optimizer_shard_ranks: int | None = Field(None, ge=1)
+    """Replicas over which the backbone's optimizer is sharded; the others hold further copies.
+
+    A divisor of the number of replicas, which are the data- and context-parallel ranks. null: all
+    of them.
+    """
     head: HeadParallelConfig = HeadParallelConfig()
 
     def problems(self) -> Iterator[str]:

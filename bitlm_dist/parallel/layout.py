@@ -4,7 +4,7 @@ Pure arithmetic, without communication. As in Megatron, the tensor-parallel rank
 then context, data and pipeline.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -26,6 +26,8 @@ class ParallelLayout:
     context: int = 1
     data: int = 1
     rank: int = 0
+    num_optimizer_instances: int = 1  # groups of replicas, of which each has the full optimizer
+    num_head_instances: int = 1  # groups of the last stage's ranks, of which each has the full head
 
     @property
     def world_size(self) -> int:
@@ -66,6 +68,21 @@ class ParallelLayout:
     def replica_rank(self) -> int:
         """Rank among those that hold the same weights."""
         return self.rank // self.tensor % self.num_replicas
+
+    @property
+    def num_optimizer_shards(self) -> int:
+        """Number of replicas over which the optimizer is sharded."""
+        return self.num_replicas // self.num_optimizer_instances
+
+    @property
+    def optimizer_shard_rank(self) -> int:
+        """Rank among the replicas of this optimizer instance."""
+        return self.replica_rank % self.num_optimizer_shards
+
+    @property
+    def is_first_instance(self) -> bool:
+        """True if this rank belongs to the first instance of the optimizer."""
+        return self.replica_rank < self.num_optimizer_shards
 
     def head_ranks(self) -> list[int]:
         """The ranks of the last pipeline stage, in all other groups."""
@@ -175,7 +192,7 @@ def build_layout(parallel: ParallelConfig, world_size: int, rank: int) -> Parall
             f"start {' or '.join(map(str, valid_world_sizes))}, or change a key"
         )
 
-    return ParallelLayout(
+    layout = ParallelLayout(
         parallel.tensor,
         parallel.sequence,
         parallel.pipeline,
@@ -184,6 +201,35 @@ def build_layout(parallel: ParallelConfig, world_size: int, rank: int) -> Parall
         world_size // model_parallel_size,
         rank,
     )
+    num_instances = _num_instances(
+        "parallel.optimizer_shard_ranks",
+        parallel.optimizer_shard_ranks,
+        layout.num_replicas,
+        "replicas (data x context ranks)",
+    )
+    num_head_instances = _num_instances(
+        "parallel.head.shard_ranks",
+        parallel.head.shard_ranks,
+        len(layout.head_ranks()),
+        "ranks of the last pipeline stage",
+    )
+    return replace(
+        layout, num_optimizer_instances=num_instances, num_head_instances=num_head_instances
+    )
+
+
+def _num_instances(key: str, shard_ranks: int | None, num_ranks: int, ranks: str) -> int:
+    """Number of groups of ``shard_ranks``; fewer ranks than that are one group.
+
+    Raises:
+        UserError: the groups would not be equal.
+    """
+    size = min(shard_ranks or num_ranks, num_ranks)
+    if num_ranks % size:
+        fits = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+        nearest = min(fits, key=lambda n: abs(n - size))
+        raise UserError(f"{key} = {size} does not divide the {num_ranks} {ranks}: try {nearest}")
+    return num_ranks // size
 
 
 @dataclass(frozen=True)

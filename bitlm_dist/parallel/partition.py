@@ -6,8 +6,11 @@ The ranks of a group each hold a partition, called a row; the rows of all ranks 
 Legend: G ranks of the group, L elements per row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import heapq
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +18,10 @@ from torch import Tensor
 
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
+
+# Elements of full tensors that an owner maps at once: 256 MiB in bf16, 512 MiB in fp32. One tensor
+# more may begin in a round, as tensors are not split.
+ROUND_NUMEL = 2**27
 
 
 @dataclass(frozen=True)
@@ -53,21 +60,23 @@ class ParamRange:
         shards = cls.contiguous(name, shape, 0, num_rows, shard_numel).row_slices
         return cls(name, shape, [slice(offset, offset + part.stop) for part in shards])
 
+    def numel_in_row(self, rank: int) -> int:
+        """Elements of the parameter in a rank's row."""
+        part = self.row_slices[rank]
+        return part.stop - part.start
+
     @property
     def numel_per_row(self) -> list[int]:
         """Elements of the parameter in every row."""
         return [part.stop - part.start for part in self.row_slices]
 
-    def extract_full(self, buffer: Tensor) -> Tensor:
-        """Return a copy of the full parameter."""
-        parts = [row[part] for row, part in zip(buffer, self.row_slices, strict=True)]
-        return torch.cat(parts).view(self.shape)
+    def join_shards(self, shards: Sequence[Tensor]) -> Tensor:
+        """Assemble a copy of the full parameter from every rank's shard, flat tensors."""
+        return torch.cat([*shards]).view(self.shape)
 
-    def insert_full(self, buffer: Tensor, full: Tensor) -> None:
-        """Write the full parameter into the buffer."""
-        values = full.flatten().split(self.numel_per_row)
-        for row, part, value in zip(buffer, self.row_slices, values, strict=True):
-            row[part] = value
+    def split_full(self, full: Tensor) -> Sequence[Tensor]:
+        """Every rank's shard of the full parameter, flat: the inverse of :meth:`join_shards`."""
+        return full.flatten().split(self.numel_per_row)
 
     def to_sharded_tensor(self, row: Tensor, rank: int) -> ShardedTensor:
         """Wrap a rank's shard of the parameter, a view of its row."""
@@ -125,89 +134,145 @@ class Partition:
         return {p.name: p.to_sharded_tensor(row, self.group_rank) for p in self.param_ranges}
 
     def full_tensors(self) -> dict[str, Tensor]:
-        """Copies of the full parameters by name. Collective."""
-        buffer = _gather([self], [self.flat])
-        return {p.name: p.extract_full(buffer) for p in self.param_ranges}
+        """Copies of the full parameters by name, on this rank's device. Collective."""
+        row = self.flat.new_zeros(self.padded_numel)
+        row[: self.flat.numel()] = self.flat.detach().flatten()
+        row = row.to(mesh.device())
+
+        buffer = row.new_empty(self.group_size * self.padded_numel)
+        if self.group is None:
+            buffer = row
+        else:
+            dist.all_gather_into_tensor(buffer, row, group=self.group)
+        rows = buffer.view(self.group_size, -1)
+        return {
+            p.name: p.join_shards([row[part] for row, part in zip(rows, p.row_slices, strict=True)])
+            for p in self.param_ranges
+        }
 
 
-def assign_owners(numel_by_name: Mapping[str, int], num_ranks: int) -> dict[str, int]:
-    """The rank, out of ``num_ranks``, that gets each tensor.
+def assign_owners(costs: Sequence[int], num_ranks: int) -> list[int]:
+    """The rank, out of ``num_ranks``, that gets each item, so that costs are balanced.
 
-    The largest tensors are assigned first, each to the rank with the fewest elements so far.
+    The most expensive items are assigned first, each to the rank with the lowest cost so far.
     """
-    numel_per_rank = [0] * num_ranks
-    owners = {}
-    # Ties are broken by name, as all ranks must arrive at the same assignment.
-    for name, numel in sorted(numel_by_name.items(), key=lambda item: (-item[1], item[0])):
-        owners[name] = numel_per_rank.index(min(numel_per_rank))
-        numel_per_rank[owners[name]] += numel
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap
+    owners = [0] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], owners[index]))
     return owners
+
+
+class LocalShard(NamedTuple):
+    """This rank's shard of a parameter, and the rank of the group that maps the full parameter."""
+
+    param_range: ParamRange
+    flat: Tensor  # a view of this rank's row
+    owner: int = 0
 
 
 def map_full_tensors(
     partitions: Sequence[Partition],
     local_tensors: Sequence[Tensor],
     function: Callable[[list[Tensor]], list[Tensor]],
-) -> list[Tensor]:
-    """Apply a function to full tensors; of sharded ones, each rank takes some. Collective.
+    cost: Callable[[torch.Size], int],
+    dtype: torch.dtype,
+) -> None:
+    """Replace tensors by a function of them, which needs them in full. Collective.
+
+    Of tensors that are sharded over a group, each rank maps some. They go to it and come back in
+    rounds, so memory is bounded by :data:`ROUND_NUMEL`.
 
     Args:
-        partitions: what ``local_tensors`` are laid out like; one group shards all that are sharded.
-        local_tensors: this rank's shards of the tensors.
-        function: maps full tensors to tensors of the same shapes.
-
-    Returns:
-        This rank's shards of the results.
+        partitions: what ``local_tensors`` are laid out like.
+        local_tensors: this rank's shards of the tensors. The results overwrite them.
+        function: maps full tensors to tensors of the same shapes and dtype.
+        cost: cost of mapping a tensor by its shape; the sum is balanced over the ranks of a group.
+        dtype: dtype in which tensors are sent and mapped.
     """
-    results = list(local_tensors)
-    full = [i for i, partition in enumerate(partitions) if partition.group is None]
-    for i, result in zip(full, function([results[i] for i in full]), strict=True):
-        results[i] = result
-
-    sharded = [i for i, partition in enumerate(partitions) if partition.group is not None]
-    if not sharded:
-        return results
-
-    members = [partitions[i] for i in sharded]
-    buffer = _gather(members, [results[i] for i in sharded])
-    tables = buffer.split([partition.padded_numel for partition in members], dim=1)
-    located = [
-        (param_range, table)
-        for partition, table in zip(members, tables, strict=True)
-        for param_range in partition.param_ranges
-    ]
-    owners = assign_owners({p.name: p.shape.numel() for p, _ in located}, members[0].group_size)
-    owned = [(p, table) for p, table in located if owners[p.name] == members[0].group_rank]
-    mapped = function([p.extract_full(table) for p, table in owned])
-
-    # What other ranks own stays zero here, so that the sum over ranks collects all results.
-    buffer.zero_()
-    for (param_range, table), result in zip(owned, mapped, strict=True):
-        param_range.insert_full(table, result)
-    dist.all_reduce(buffer, group=members[0].group)
-
-    for i, partition, table in zip(sharded, members, tables, strict=True):
-        flat = partition.flat
-        results[i] = table[partition.group_rank, : flat.numel()].view_as(flat).to(flat.device)
-    return results
-
-
-def _gather(partitions: Sequence[Partition], local_tensors: Sequence[Tensor]) -> Tensor:
-    """Gather the buffers of partitions with one group, side by side. Collective.
-
-    Returns:
-        [G, sum of L] on this rank's device, even if the partitions are in host memory.
-    """
-    parts = []
+    by_group: dict[dist.ProcessGroup | None, list[LocalShard]] = defaultdict(list)
     for partition, local in zip(partitions, local_tensors, strict=True):
-        padding = local.new_zeros(partition.padded_numel - local.numel())
-        parts += [local.detach().flatten(), padding]
+        row = local.detach().view(-1)
+        by_group[partition.group] += [
+            LocalShard(p, row[p.row_slices[partition.group_rank]]) for p in partition.param_ranges
+        ]
 
-    row = torch.cat(parts).to(mesh.device())
-    group = partitions[0].group
+    for group, shards in by_group.items():
+        num_ranks = 1 if group is None else dist.get_world_size(group)
+        owners = assign_owners([cost(shard.param_range.shape) for shard in shards], num_ranks)
+        owned = [shard._replace(owner=o) for shard, o in zip(shards, owners, strict=True)]
+        for members in _rounds(owned):
+            _map_round(group, members, function, dtype)
+
+
+def _rounds(shards: Sequence[LocalShard]) -> Iterator[list[LocalShard]]:
+    """Split shards into rounds in which every owner gets about :data:`ROUND_NUMEL` elements.
+
+    The largest tensors come first, so that the owners have tensors of similar sizes at a time.
+    """
+    numels = [shard.param_range.shape.numel() for shard in shards]
+    numel_per_owner: dict[int, int] = defaultdict(int)
+    rounds: dict[int, list[int]] = defaultdict(list)
+    for index in sorted(range(len(shards)), key=lambda i: (-numels[i], i)):
+        owner = shards[index].owner
+        rounds[numel_per_owner[owner] // ROUND_NUMEL].append(index)
+        numel_per_owner[owner] += numels[index]
+
+    for number in sorted(rounds):
+        yield [shards[i] for i in sorted(rounds[number])]
+
+
+def _map_round(
+    group: dist.ProcessGroup | None,
+    shards: Sequence[LocalShard],
+    function: Callable[[list[Tensor]], list[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Send shards to their owners, map the full tensors, and take the results back."""
+    rank = 0 if group is None else dist.get_rank(group)
+    num_ranks = 1 if group is None else dist.get_world_size(group)
+
+    # Messages are in the order of ranks, and for one rank in the order of parameters.
+    by_owner = sorted(shards, key=lambda shard: shard.owner)
+    owned = [shard.param_range for shard in by_owner if shard.owner == rank]
+    numel_to_owner = [0] * num_ranks
+    for shard in by_owner:
+        numel_to_owner[shard.owner] += shard.flat.numel()
+    numel_of_owned = [[p.numel_in_row(row) for p in owned] for row in range(num_ranks)]
+    numel_from_row = [sum(sizes) for sizes in numel_of_owned]
+
+    local = torch.cat([shard.flat.to(dtype) for shard in by_owner]).to(mesh.device())
+    received = _all_to_all(local, numel_to_owner, numel_from_row, group)
+    del local
+
+    rows = [
+        row.split(sizes)
+        for row, sizes in zip(received.split(numel_from_row), numel_of_owned, strict=True)
+    ]
+    full = [p.join_shards([row[i] for row in rows]) for i, p in enumerate(owned)]
+    del rows, received
+
+    mapped = [p.split_full(x) for p, x in zip(owned, function(full), strict=True)]
+    del full
+    results = [parts[row] for row in range(num_ranks) for parts in mapped]
+    sent = torch.cat(results) if results else torch.empty(0, dtype=dtype, device=mesh.device())
+    del mapped, results
+
+    # all_to_all needs as many sizes as there are ranks; what it returns may go to the host at once
+    back = _all_to_all(sent, numel_from_row, numel_to_owner, group).to(by_owner[0].flat.device)
+    for shard, result in zip(
+        by_owner, back.split([shard.flat.numel() for shard in by_owner]), strict=True
+    ):
+        shard.flat.copy_(result)
+
+
+def _all_to_all(
+    x: Tensor, send_numels: list[int], receive_numels: list[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Exchange consecutive pieces of a flat tensor with all ranks of a group."""
     if group is None:
-        return row.unsqueeze(0)
-
-    buffer = row.new_empty(partitions[0].group_size, len(row))
-    dist.all_gather(list(buffer.unbind()), row, group=group)
-    return buffer
+        return x
+    received = x.new_empty(sum(receive_numels))
+    dist.all_to_all_single(received, x, receive_numels, send_numels, group=group)
+    return received

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from pkgutil import resolve_name
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from bitlm_dist.model.loss_terms import num_packed
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout, resolve_micro_batch_size
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
-from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizer import Optimizer, lr_multiplier_at
 from bitlm_dist.training.partitioners.base import HeadPartitioner, Partitioner
 from bitlm_dist.training.partitioners.megatron import MegatronPartitioner
@@ -129,22 +127,16 @@ class Engine:
 
     def _wrap_in_ddp_and_partition(self, named: dict[str, nn.Parameter]) -> Partitioner:
         """Wrap the chunks in Megatron's DDP, and partition ``named``."""
-        config = self.config.optimizer
-
         # the distributed optimizer shards flat gradient buffers, so tensors may be split
-        use_distributed_optimizer: bool = (
-            config.sharded
-            and resolve_name(OPTIMIZERS[config.matrix_optimizer]).is_elementwise
-            and self.layout.num_replicas > 1
-        )
+        is_sharded = self.config.optimizer.sharded and self.layout.num_optimizer_shards > 1
         self._ddp_chunks = [
-            _wrap_in_ddp(chunk, number == 0, use_distributed_optimizer)
+            _wrap_in_ddp(chunk, number == 0, _ddp_config(self.layout, is_sharded))
             for number, chunk in enumerate(self.chunks)
         ]
 
-        if use_distributed_optimizer:
+        if is_sharded:
             return MegatronPartitioner(self._ddp_chunks, named, self.layout)
-        return ReplicatedPartitioner(named, self.layout, config.sharded)
+        return ReplicatedPartitioner(named, self.layout)
 
     def target_finder(self, max_targets_per_sequence: int | None = None) -> TargetFinder:
         """What finds the blocks and states of this rank that carry loss, before a step.
@@ -170,6 +162,7 @@ class Engine:
     @contextmanager
     def full_model_in_eval_mode(self) -> Iterator[LanguageModel]:
         """Yield the full model in eval mode, gathering the sharded head. Collective."""
+        self._finish_weight_sync()
         head = self.sharded_head
         full_head = with_full_head(head, self.config, self.chunks[-1]) if head else nullcontext()
         with full_head:
@@ -178,8 +171,17 @@ class Engine:
             finally:
                 self.model.train()
 
+    def _finish_weight_sync(self) -> None:
+        """Wait until all weights of this rank's chunks are those of the last update. Collective."""
+        for partitioner in self.optimizer.partitioners:
+            partitioner.finish_weight_sync()
+
     def model_state_dict(self) -> dict[str, ShardedTensor]:
-        """This rank's shards of the weights by checkpoint name, to save or to load into."""
+        """This rank's shards of the weights by checkpoint name, to save or to load into.
+
+        Collective.
+        """
+        self._finish_weight_sync()
         tensors = model_state_dict(self.chunks)
         if self.sharded_head is not None:
             # the partitioner owns the head's weights; the module's may be empty or sharded
@@ -300,6 +302,8 @@ class Engine:
 
         def compute_loss(hidden: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             """Loss of the last chunk's output, and its value for the log."""
+            # some modules of the head use weights outside of their forward
+            self._finish_weight_sync()
             loss, terms = chunk.loss_from_hidden(hidden, batch, seed=seed, step=step)
             loss = loss / valid
             # the schedule changes the loss in place; the count of tokens is not used
@@ -328,15 +332,15 @@ class Engine:
             *(() if self.sharded_head else (HEAD_PREFIX,)),
             *(("embedding.",) if self.layout.sequence else ()),
         )
-        for chunk in self.chunks:
-            partial_parameters = [
-                p
+        mesh.all_reduce_coalesced(
+            [
+                p.main_grad  # type: ignore[attr-defined]
+                for chunk in self.chunks
                 for n, p in chunk.named_parameters()
                 if n.startswith(partial_names) and shard_dim(n) is None
-            ]
-            grads = [p.main_grad for p in partial_parameters]  # type: ignore[attr-defined]
-            for grad in grads:
-                torch.distributed.all_reduce(grad, group=mesh.tensor_group())
+            ],
+            mesh.tensor_group(),
+        )
 
 
 def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
@@ -344,19 +348,27 @@ def _byte_length_table(byte_lengths: ByteLengths) -> Tensor:
     return torch.from_numpy(np.stack([byte_lengths.inside, byte_lengths.first])).to(mesh.device())
 
 
-def _wrap_in_ddp(
-    chunk: LanguageModel, is_first: bool, use_distributed_optimizer: bool
-) -> nn.Module:
-    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+def _ddp_config(layout: ParallelLayout, is_optimizer_sharded: bool) -> Any:
+    """Config of Megatron's data parallelism; communication overlaps with compute on GPUs."""
+    from megatron.core.distributed import DistributedDataParallelConfig
 
-    settings = DistributedDataParallelConfig(
+    overlaps = mesh.device().type == "cuda"
+    return DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        use_distributed_optimizer=use_distributed_optimizer,
-        overlap_grad_reduce=mesh.device().type == "cuda",
+        use_distributed_optimizer=is_optimizer_sharded,
+        num_distributed_optimizer_instances=(
+            layout.num_optimizer_instances if is_optimizer_sharded else 1
+        ),
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=overlaps and is_optimizer_sharded,
     )
+
+
+def _wrap_in_ddp(chunk: LanguageModel, is_first: bool, ddp_config: Any) -> nn.Module:
+    from megatron.core.distributed import DistributedDataParallel
 
     # as in Megatron's training loop: reductions of later chunks overlap with compute anyway
     wrapped: nn.Module = DistributedDataParallel(
-        chunk.backbone.megatron_config, settings, chunk, disable_bucketing=not is_first
+        chunk.backbone.megatron_config, ddp_config, chunk, disable_bucketing=not is_first
     )
     return wrapped

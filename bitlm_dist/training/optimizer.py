@@ -17,7 +17,7 @@ from bitlm_dist.parallel.partition import Partition
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
 from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.config import OptimizerConfig
-from bitlm_dist.training.optimizers.base import UpdateRule, assign_if
+from bitlm_dist.training.optimizers.base import UpdateRule
 from bitlm_dist.training.partitioners.base import Partitioner
 
 DEFAULT_OPTIMIZER = "adamw"  # of all that `optimizer.matrix_optimizer` does not update
@@ -79,11 +79,12 @@ class Optimizer:
     def __init__(self, config: OptimizerConfig, partitioners: Sequence[Partitioner]) -> None:
         self._config = config
         self.partitioners = partitioners
-        self.partitions = [p for partitioner in partitioners for p in partitioner.partitions]
+        partitions = [p for partitioner in partitioners for p in partitioner.partitions]
+        self.partitions = [p for p in partitions if p.flat.numel()]
         self._rules = load_update_rules(config)
         self._groups: dict[str, ParamGroup] = {}
 
-        for partition in self.partitions:
+        for partition in partitions:
             first = partition.param_ranges[0]
             group = param_group(config, first.name, torch.empty(first.shape, device="meta"))
             self._groups[partition.name] = group
@@ -117,8 +118,12 @@ class Optimizer:
         def update(partitions: Sequence[Partition]) -> None:
             members: dict[ParamGroup, list[Partition]] = defaultdict(list)
             for partition in partitions:
-                if partition.flat.grad is not None:
-                    members[self._groups[partition.name]].append(partition)
+                group = self._groups[partition.name]
+                # An empty partition matters only if this rank may map its full tensor for others.
+                is_elementwise = self._rules[group.optimizer].is_elementwise
+                is_needed = not is_elementwise or partition.flat.numel() > 0
+                if is_needed and partition.flat.grad is not None:
+                    members[group].append(partition)
 
             for group, in_group in members.items():
                 # Only offloaded partitions are on another device.
@@ -131,10 +136,9 @@ class Optimizer:
                 rule.update(in_group, lr, group.weight_decay, local_applied)
 
                 # The averages take the fp32 weights, before these are rounded for the model.
+                ema_weight = (1 - self._config.ema) * local_applied.float()
                 for partition in in_group if self._config.ema else ():
-                    average = partition.state[EMA_SLOT]
-                    new = average.lerp(partition.flat, 1 - self._config.ema)
-                    assign_if(local_applied, average, new)
+                    partition.state[EMA_SLOT].lerp_(partition.flat, ema_weight)
 
         for partitioner in self.partitioners:
             partitioner.step(update)

@@ -3,8 +3,12 @@
 import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from ranks import run_command_line
@@ -15,13 +19,16 @@ from bitlm_dist.config_loading import load_config
 from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.initialization import global_named_parameters, unshard
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import build_layout
+from bitlm_dist.parallel.layout import ParallelLayout, build_layout
+from bitlm_dist.training import engine as engine_module
 from bitlm_dist.training.engine import Engine
 
 V = 300
 LENGTH = 64
 NUM_SEQUENCES = 8
 NUM_STEPS = 6
+OVERLAPPING = "overlapping"  # a word of a case's overrides, see overlapped_communication
+SMALL_BUCKET = 20_000  # elements
 TINY = [
     *(
         "--data.sequence_length",
@@ -64,6 +71,25 @@ def make_batch(step: int, first: int, num_sequences: int) -> Batch:
     return Batch(tokens[rows], ids[rows], torch.arange(NUM_SEQUENCES)[rows] + NUM_SEQUENCES * step)
 
 
+@contextmanager
+def overlapped_communication() -> Iterator[None]:
+    """Build engines whose communication overlaps with compute, as on GPUs, in small buckets."""
+    plain = engine_module._ddp_config
+
+    def overlapping(layout: ParallelLayout, is_optimizer_sharded: bool) -> Any:
+        config = plain(layout, is_optimizer_sharded)
+        assert not config.overlap_grad_reduce
+        return replace(
+            config,
+            overlap_grad_reduce=True,
+            overlap_param_gather=is_optimizer_sharded,
+            bucket_size=SMALL_BUCKET,
+        )
+
+    with mock.patch.object(engine_module, "_ddp_config", overlapping):
+        yield
+
+
 def train(
     overrides: list[str],
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor], tuple[int, ...]]:
@@ -73,11 +99,14 @@ def train(
         Loss and gradient norm of each step; the full parameters after the last one, on rank 0
         only; the largest numbers of bytes that a rank holds, see :func:`_memory_bytes`.
     """
+    overlapping = OVERLAPPING in overrides
+    overrides = [word for word in overrides if word != OVERLAPPING]
     config = load_config(None, [*TINY, *overrides]).config
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0))
     layout = build_layout(config.parallel, world_size, rank)
-    engine = Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout)
+    with overlapped_communication() if overlapping else nullcontext():
+        engine = Engine(config, BitCodes(natural_codes(V), 9), eos=1, layout=layout)
     num_local_sequences = NUM_SEQUENCES // layout.data
     finder = engine.target_finder()
     found = []
@@ -87,6 +116,7 @@ def train(
         update = engine.train_step(finder.find_all(batch).to(mesh.device()), step)
         found.append((float(update.loss), float(update.grad_norm)))
 
+    engine.model_state_dict()  # weights that are still on their way arrive
     local_params = {
         n: p.detach().cpu().clone()
         for c in engine.chunks

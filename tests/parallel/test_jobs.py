@@ -30,6 +30,7 @@ FSDP_2, FSDP_3 = (
     ["--parallel.head.engine", "fsdp2", "--parallel.head.zero_stage", stage] for stage in "23"
 )
 PIECES = ["--optimizer.sharded", "false", "--parallel.micro_batch_size", "2"]
+AS_TWO_BY_TWO = ["--parallel.head.shard_ranks", "2", "--parallel.optimizer_shard_ranks", "2"]
 MUON = ["--optimizer.matrix_optimizer", "muon"]
 ADAMW = ["--optimizer.matrix_optimizer", "adamw"]
 BF16 = ["--training.precision", "bf16"]
@@ -48,6 +49,8 @@ CHANGES = {
     "ZeRO 3 to FSDP2": (MUON, (2, ZERO_3), (2, FSDP_2)),
     "PP2 DP2, ZeRO 3 to one": (ADAMW, (4, [*PP, *ZERO_3]), (1, ONE)),
     "one to PP2 DP2, ZeRO 1": (ADAMW, (1, ONE), (4, [*PP, *ZERO_1])),
+    "DP4 as 2x2 to TP2": (MUON, (4, [*AS_TWO_BY_TWO, *FSDP_3]), (2, TP)),
+    "TP2 to DP4 as 2x2": (MUON, (2, TP), (4, [*AS_TWO_BY_TWO, *FSDP_3])),
     "DP2, Megatron's AdamW, to CP2": (ADAMW, (2, DP), (2, CP)),
     "whole AdamW, microbatches, to DP2": (ADAMW, (2, PIECES), (2, DP)),
     "bf16, CP2 to TP2 SP": ([*ADAMW, *BF16], (2, CP), (2, SP)),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parity import OVERLAPPING
 from ranks import mark_by_duration, run_ranks, selected_cases
 
 pytestmark = pytest.mark.distributed
@@ -14,6 +15,7 @@ TWO = {
     "PP2 VPP2": ["--parallel.pipeline", "2", "--parallel.virtual_pipeline", "2"],
     "CP2": ["--parallel.context", "2"],
     "DP2": [],
+    "DP2, overlapping": [OVERLAPPING, "--parallel.head.engine", "replicated"],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
     "PP2, recomputing attention": [
@@ -26,6 +28,7 @@ TWO = {
 EIGHT = {
     "TP2 PP2 DP2": ["--parallel.tensor", "2", "--parallel.pipeline", "2"],
     "CP2 TP2+SP DP2": [*SP, "--parallel.context", "2"],
+    "TP2 DP4 as 2x2": ["--parallel.tensor", "2", "--parallel.optimizer_shard_ranks", "2"],
 }
 
 
@@ -72,7 +75,10 @@ TWO_CASES = {
 
 EIGHT_CASES = cases_of(EIGHT)
 # Each axis of parallelism, each optimizer and each output of the model once.
-QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, softmax"}
+QUICK = {
+    *("TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, softmax"),
+    "DP2, overlapping, Muon",
+}
 # With the quick ones, every layout once, and with each optimizer the layouts that shard its state:
 # data-parallel ranks and pipeline stages.
 SLOW = {
@@ -81,7 +87,8 @@ SLOW = {
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
     *("TP2+SP, tied", "PP2, softmax", "CP2, softmax", "PP2, all losses detached"),
-    *("TP2 PP2 DP2, Muon", "CP2 TP2+SP DP2, AdamW"),
+    *("TP2 PP2 DP2, Muon", "CP2 TP2+SP DP2, AdamW", "DP2, overlapping, AdamW"),
+    *(f"TP2 DP4 as 2x2, {kind}" for kind in KINDS),
 }
 
 

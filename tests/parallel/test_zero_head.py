@@ -78,8 +78,12 @@ STAGES_CASES = {
 STAGES_CASES |= cases_of(
     {"PP2 VPP2 DP2": INTERLEAVED}, {"ZeRO 3": ZERO["ZeRO 3"]}, {"AdamW": KINDS["AdamW"]}
 )
+AS_TWO_BY_TWO = ["--parallel.head.shard_ranks", "2", "--parallel.optimizer_shard_ranks", "2"]
 FOUR_CASES = cases_of(
     {"DP4": []}, {name: ENGINES[name] for name in ("ZeRO 3", "FSDP2 3")}, {"Muon": KINDS["Muon"]}
+)
+FOUR_CASES |= cases_of(
+    {"DP4 as 2x2": AS_TWO_BY_TWO}, {name: ENGINES[name] for name in ("FSDP2 2", "FSDP2 3")}
 )
 
 
@@ -126,6 +130,7 @@ SLOW = {
         "TP2 PP2, ZeRO 3, Muon",
     ),
     *("PP2 VPP2 DP2, ZeRO 3, AdamW", "DP4, FSDP2 3, Muon"),
+    *("DP4 as 2x2, FSDP2 2, AdamW", "DP4 as 2x2, FSDP2 3, Muon"),
 }
 # With the quick ones, in each precision every engine, both numbers of ranks, and pipeline stages.
 SLOW_LOOKS = {

@@ -43,6 +43,9 @@ class Partitioner:
     def sync_model_weights(self) -> None:
         """Copy the partitions to the model's own weights, where these are others."""
 
+    def finish_weight_sync(self) -> None:
+        """Wait for weights of other ranks that :meth:`sync_model_weights` left on their way."""
+
     def zero_grad(self) -> None:
         """Drop the gradients."""
         for partition in self.partitions:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from typing_extensions import override
 
@@ -42,9 +41,10 @@ class FSDP2Partitioner(HeadPartitioner):
         group_key: Callable[[str, Tensor], Hashable],
     ) -> None:
         super().__init__(layout)
-        self._group = mesh.head_group()
+        device_mesh = mesh.head_device_mesh()
+        self._group = device_mesh.get_group(-1)  # of the shards; other copies have the same
         settings: dict[str, Any] = {
-            "mesh": DeviceMesh.from_group(self._group, mesh.device().type),
+            "mesh": device_mesh,
             "reshard_after_forward": config.parallel.head.zero_stage == 3,
         }
         if config.training.precision == "bf16":

@@ -1,40 +1,17 @@
-"""Full tensors: all replicas have all gradients, and each updates all tensors or some of them."""
+"""Full tensors: every replica has all gradients and updates all tensors."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bitlm_dist.model.initialization import shard, shard_dim, unshard
+from bitlm_dist.model.initialization import shard_dim
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout
-from bitlm_dist.parallel.partition import ParamRange, Partition, assign_owners
-from bitlm_dist.parallel.sharded_tensor import ShardedTensor
+from bitlm_dist.parallel.partition import ParamRange, Partition
 from bitlm_dist.training.partitioners.base import Partitioner, local_grad_norm_squared
-
-
-@dataclass(frozen=True)
-class TensorParallelRange(ParamRange):
-    """A parameter of which every row is the shard of a tensor-parallel rank."""
-
-    local_shape: torch.Size
-
-    @override
-    def extract_full(self, buffer: Tensor) -> Tensor:
-        return unshard(self.name, [row.view(self.local_shape) for row in buffer])
-
-    @override
-    def insert_full(self, buffer: Tensor, full: Tensor) -> None:
-        for rank, row in enumerate(buffer):
-            row.copy_(shard(self.name, full, rank, len(buffer)).flatten())
-
-    @override
-    def to_sharded_tensor(self, row: Tensor, rank: int) -> ShardedTensor:
-        # Checkpoints turn the shards of all weights into those of full tensors in one place.
-        return ShardedTensor.from_full(row.view(self.local_shape))
+from bitlm_dist.training.partitioners.tensor_parallel import TensorParallelRange
 
 
 class ReplicatedPartitioner(Partitioner):
@@ -44,24 +21,14 @@ class ReplicatedPartitioner(Partitioner):
         named: this rank's trainable tensors by their names in the full model. Gradients are read
             from ``main_grad``, where Megatron's data parallelism puts them, else from ``grad``.
         layout: the job's parallel layout.
-        sharded: every replica updates some of the tensors, and broadcasts them to the others (as in
-            ZeRO-1, but with full tensors); False: every replica updates all.
     """
 
     def __init__(
-        self,
-        named: Mapping[str, nn.Parameter],
-        layout: ParallelLayout = SINGLE_PROCESS,
-        sharded: bool = False,
+        self, named: Mapping[str, nn.Parameter], layout: ParallelLayout = SINGLE_PROCESS
     ) -> None:
         super().__init__(layout)
         self._named = dict(named)
-        self._num_owners = layout.num_replicas if sharded else 1
-        self._owners = assign_owners({n: p.numel() for n, p in named.items()}, self._num_owners)
-        rank = layout.replica_rank % self._num_owners
-        self.partitions = [
-            self._build_partition(n, p) for n, p in named.items() if self._owners[n] == rank
-        ]
+        self.partitions = [self._build_partition(n, p) for n, p in named.items()]
 
     def _build_partition(self, name: str, parameter: nn.Parameter) -> Partition:
         # Weights in bf16 are updated in an fp32 copy: small updates would be rounded away.
@@ -71,8 +38,7 @@ class ReplicatedPartitioner(Partitioner):
         if num_shards == 1 or shard_dim(name) is None:
             return Partition(flat, [ParamRange(name, flat.shape, [numel])], parameter.dtype)
 
-        full_shape = unshard(name, [torch.empty_like(flat, device="meta")] * num_shards).shape
-        param_range = TensorParallelRange(name, full_shape, [numel] * num_shards, flat.shape)
+        param_range = TensorParallelRange.of_shard(name, flat.shape, num_shards, [flat.numel()])
         return Partition(flat, [param_range], parameter.dtype, mesh.tensor_group())
 
     @override
@@ -94,18 +60,6 @@ class ReplicatedPartitioner(Partitioner):
         for partition in self.partitions:
             if partition.weight_dtype != torch.float32:
                 self._named[partition.name].copy_(partition.flat)
-        if self._num_owners == 1:
-            return
-
-        for owner in range(self._num_owners):
-            tensors = [p for n, p in self._named.items() if self._owners[n] == owner]
-            if tensors:
-                # One broadcast per owner instead of one per tensor.
-                flat = torch.cat([tensor.flatten() for tensor in tensors])
-                dist.broadcast(flat, group=mesh.replica_group(), group_src=owner)
-                parts = flat.split([tensor.numel() for tensor in tensors])
-                for tensor, part in zip(tensors, parts, strict=True):
-                    tensor.copy_(part.view_as(tensor))
 
     @override
     def zero_grad(self) -> None:

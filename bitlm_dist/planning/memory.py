@@ -11,15 +11,9 @@ from bitlm_dist.codes import num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel import mesh
-from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout, resolve_micro_batch_size
-from bitlm_dist.planning.activation_memory import (
-    MUON_BYTES,
-    StepSizes,
-    backbone_bytes,
-    head_bytes,
-    head_engine_bytes,
-    layer_backward_bytes,
-)
+from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout
+from bitlm_dist.planning.activation_memory import backbone_bytes, layer_backward_bytes
+from bitlm_dist.planning.head_memory import head_bytes, head_engine_bytes
 from bitlm_dist.planning.rank_parameters import RankParameters, rank_parameters
 from bitlm_dist.planning.state_memory import (
     CODE_BYTES,
@@ -28,14 +22,18 @@ from bitlm_dist.planning.state_memory import (
     state_bytes,
     weight_bytes,
 )
+from bitlm_dist.planning.step_sizes import StepSizes
 
 GIB = 2**30
 
-# What torch does not allocate: CUDA context and kernels (about 1 GiB), NCCL's buffers for some ten
-# groups (2 to 3 GiB), workspaces of cuBLAS and of attention (under 1 GiB), and the display of what
-# else runs on the card. And what the allocator cannot use: free blocks between others.
+# What tensors do not show: the CUDA context and loaded kernels (about 1 GiB), NCCL's buffers of
+# some ten groups (2 to 4 GiB), workspaces of cuBLAS (under 1 GiB). Assumed, not measured.
 FIXED_MARGIN_BYTES = 6 * GIB
-FRAGMENTATION = 0.05  # of the peak
+# Free blocks of the allocator that are too small for what is asked, as a share of the peak.
+FRAGMENTATION = 0.05
+
+# What Muon's update needs besides its state: full matrices, of which it maps some at a time.
+MUON_BYTES = 4 * GIB
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,12 @@ class MemoryEstimate:
     @property
     def needed_bytes(self) -> int:
         """The peak with the margin."""
-        return FIXED_MARGIN_BYTES + round((1 + FRAGMENTATION) * self.peak_bytes)
+        return with_margin(self.peak_bytes)
+
+
+def with_margin(peak_bytes: int) -> int:
+    """Bytes that a GPU must have for tensors of ``peak_bytes``."""
+    return FIXED_MARGIN_BYTES + round((1 + FRAGMENTATION) * peak_bytes)
 
 
 def estimate_training(config: Config, layout: ParallelLayout, vocab_size: int) -> MemoryEstimate:
@@ -80,7 +83,7 @@ def estimate_training(config: Config, layout: ParallelLayout, vocab_size: int) -
         UserError: the global batch cannot be split over the layout.
     """
     parameters = rank_parameters(config, layout, vocab_size)
-    sizes = StepSizes.of(config, layout, resolve_micro_batch_size(config, layout))
+    sizes = StepSizes.of(config, layout)
     state = state_bytes(config, layout, parameters)
     activations = backbone_bytes(config, layout, parameters, sizes)
     saved = sum(activations.values())
@@ -127,14 +130,20 @@ def estimate_worst_rank(
 
 def training_bytes(config: Config, vocab_size: int) -> int:
     """Bytes that training takes at its peak on a single process."""
-    return estimate_training(config, SINGLE_PROCESS, vocab_size).peak_bytes
+    return estimate_training(_unsplit(config), SINGLE_PROCESS, vocab_size).peak_bytes
 
 
 def generation_bytes(config: Config, vocab_size: int) -> int:
     """Bytes of weights and codes; caches and activations are small compared with them."""
-    parameters = rank_parameters(config, SINGLE_PROCESS, vocab_size)
+    parameters = rank_parameters(_unsplit(config), SINGLE_PROCESS, vocab_size)
     num_codes = vocab_size + 2 ** num_bits_needed(vocab_size)
     return weight_bytes(config) * num_elements(parameters.shapes) + CODE_BYTES * num_codes
+
+
+def _unsplit(config: Config) -> Config:
+    """The config of a single process, whatever layout it names."""
+    stages = {"pipeline": 1, "virtual_pipeline": 1, "layers_per_stage": None}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=stages)})
 
 
 def check_memory(bytes_by_model: Mapping[str, int]) -> None:

@@ -61,7 +61,8 @@ def rank_parameters(config: Config, layout: ParallelLayout, vocab_size: int) -> 
         vocab_size: number of tokens.
     """
     num_bits = config.model.bits or num_bits_needed(vocab_size)
-    codes = BitCodes(natural_codes(vocab_size), num_bits)
+    with torch.device("meta"):
+        codes = BitCodes(natural_codes(vocab_size), num_bits)
     chunks = local_model_chunks(layers_per_stage(config, codes), layout)
 
     full: Shapes = {}

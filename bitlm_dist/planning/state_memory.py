@@ -15,7 +15,7 @@ from bitlm_dist.parallel.partition import assign_owners
 from bitlm_dist.planning.rank_parameters import RankParameters, Shapes
 from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizer import param_group
-from bitlm_dist.training.partitioners.deepspeed import PARAM_PERSISTENCE_THRESHOLD as MIN_SHARDED_NUMEL
+from bitlm_dist.training.partitioners.deepspeed import PARAM_PERSISTENCE_THRESHOLD
 from bitlm_dist.training.sharded_head import is_head_sharded
 
 FP32_BYTES = 4
@@ -43,9 +43,7 @@ def num_elements(shapes: Shapes) -> int:
     return sum(shape.numel() for shape in shapes.values())
 
 
-def state_bytes(
-    config: Config, layout: ParallelLayout, parameters: RankParameters
-) -> Counter[str]:
+def state_bytes(config: Config, layout: ParallelLayout, parameters: RankParameters) -> Counter[str]:
     """Bytes between steps by item."""
     dense, head = split_head(config, layout, parameters.shapes)
     items = _dense_bytes(config, layout, dense)
@@ -109,7 +107,8 @@ def _sharded_head_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) 
 
     if stage == 3:
         # Shards for gradients and for gathering; tensors that are too small to be sharded.
-        small = sum(n for n in map(torch.Size.numel, shapes.values()) if n <= MIN_SHARDED_NUMEL)
+        numels = [shape.numel() for shape in shapes.values()]
+        small = sum(n for n in numels if n <= PARAM_PERSISTENCE_THRESHOLD)
         items["weights"] += weight_bytes(config) * small
         items["DeepSpeed's shards"] += (2 if parallel.offload == "all" else 3) * shard_bytes
     if parallel.offload != "all":

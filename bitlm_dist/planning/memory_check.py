@@ -19,6 +19,7 @@ from bitlm_dist.training.sharded_head import is_head_sharded
 
 MAX_TENSOR = 8  # tensor ranks talk in every layer, so they should share a node
 MAX_PIPELINE = 16
+MORE_GPUS = (1, 2, 4, 8)  # times those of the job
 
 Changes = dict[str, Any]  # values by dotted key
 
@@ -53,21 +54,28 @@ def check_training_memory(config: Config, layout: ParallelLayout) -> None:
 
 
 def _remedy(config: Config, layout: ParallelLayout, vocab_size: int, total: int) -> str:
-    changes = find_fit(config, layout, vocab_size, total)
-    if changes is None:
-        return f"no layout of {layout.world_size} GPUs fits, use more, or a smaller model"
-    words = (f"--{key} {str(value).lower()}" for key, value in changes.items())
-    return f"what fits is {' '.join(words)}"
+    """Tell what fits: another layout of these GPUs, or more GPUs."""
+    for factor in MORE_GPUS:
+        num_gpus = factor * layout.world_size
+        changes = find_fit(config, layout, vocab_size, total, num_gpus)
+        if changes is not None:
+            words = [f"--{key} {str(value).lower()}" for key, value in changes.items()]
+            gpus = [f"on {num_gpus} GPUs"] if factor > 1 else []
+            return f"what fits is {' '.join([*words, *gpus])}"
+    return f"no layout of {num_gpus} GPUs fits, use more, or a smaller model"
 
 
-def find_fit(config: Config, layout: ParallelLayout, vocab_size: int, total: int) -> Changes | None:
+def find_fit(
+    config: Config, layout: ParallelLayout, vocab_size: int, total: int, num_gpus: int
+) -> Changes | None:
     """Find the cheapest change of the layout that fits.
 
     Args:
         config: a checked config.
-        layout: the job's layout; the number of ranks stays.
+        layout: the job's layout.
         vocab_size: number of tokens.
         total: bytes of a GPU.
+        num_gpus: number of GPUs to fit.
 
     Returns:
         The keys to change; None if nothing that is tried fits.
@@ -77,7 +85,7 @@ def find_fit(config: Config, layout: ParallelLayout, vocab_size: int, total: int
         if any(changed.problems()):
             continue
         try:
-            new_layout = build_layout(changed.parallel, layout.world_size, layout.rank)
+            new_layout = build_layout(changed.parallel, num_gpus, rank=0)
             estimate, _ = estimate_worst_rank(changed, new_layout, vocab_size)
         except UserError:
             continue  # this layout cannot split the batch or the ranks

@@ -47,7 +47,7 @@ def needed(config, num_gpus):
 def test_what_fits_is_found_and_fits(config, num_gpus, total, keys):
     layout = build_layout(config.parallel, num_gpus, 0)
     assert needed(config, num_gpus) > total * GIB
-    changes = find_fit(config, layout, VOCABULARY, total * GIB)
+    changes = find_fit(config, layout, VOCABULARY, total * GIB, num_gpus)
     assert keys <= {key.rsplit(".", 1)[-1] for key in changes}, changes
     assert needed(with_changes(config, changes), num_gpus) <= total * GIB
     assert with_changes(config, {}) == config
@@ -56,7 +56,8 @@ def test_what_fits_is_found_and_fits(config, num_gpus, total, keys):
 def test_nothing_is_said_to_fit_where_nothing_does():
     config = load("bitlm-8b", *UNSPLIT)
     layout = build_layout(config.parallel, 1, 0)
-    assert find_fit(config, layout, VOCABULARY, 80 * GIB) is None
+    assert find_fit(config, layout, VOCABULARY, 80 * GIB, 1) is None
+    assert find_fit(config, layout, VOCABULARY, 80 * GIB, 8) is not None
 
 
 @pytest.fixture

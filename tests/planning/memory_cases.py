@@ -143,26 +143,37 @@ def load_records() -> dict[str, dict[str, float]]:
 
 
 def at_full_depth(config: str, recipe: str) -> dict[str, float]:
-    """Record of a preset with all its layers, from those of two depths."""
+    """Record of a preset with all its layers: its state, and what two depths tell of a step."""
     records = load_records()
     first, second = (records[preset_name(config, recipe, depth)] for depth in DEPTHS)
-    num_layers = load_config(Path(config), []).config.model.backbone.num_layers
-    steps = (num_layers - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0])
-    return {key: first[key] + steps * (second[key] - first[key]) for key in first}
+    loaded = load_config(Path(config), ["--preset", recipe]).config
+    layout = build_layout(loaded.parallel, PRESET_GPUS, 0)
+    state = estimate_training(loaded, layout, VOCABULARY).state_bytes
+
+    def extrapolate(one: float, two: float) -> float:
+        """Extend the line through both depths."""
+        num_more = loaded.model.backbone.num_layers - DEPTHS[0]
+        return one + num_more * (two - one) / (DEPTHS[1] - DEPTHS[0])
+
+    # which tensors of an optimizer are this rank's is not linear in their number
+    step = extrapolate(*(record["peak"] - record["state"] for record in (first, second)))
+    costs = {key: extrapolate(first[key], second[key]) for key in ("TFLOP", "GB")}
+    return {"state": state, "peak": state + step, **costs}
 
 
 def preset_table() -> list[str]:
     """The table of docs/gpu.md: the shipped configs on a node, per rank."""
     lines = []
     for config, recipe in PRESETS:
-        parallel = load_config(Path(config), []).config.parallel
+        loaded = load_config(Path(config), ["--preset", recipe]).config
+        layout = build_layout(loaded.parallel, PRESET_GPUS, 0)
         found = at_full_depth(config, recipe)
-        needed = with_margin(round(found["peak"]))
+        sizes = (found["state"], found["peak"], with_margin(round(found["peak"])))
         cells = [
             f"`{config}`",
             recipe,
-            f"TP {parallel.tensor}, DP {PRESET_GPUS // parallel.tensor}",
-            *(f"{size / GIB:.1f}" for size in (found["state"], found["peak"], needed)),
+            f"TP {layout.tensor}, DP {layout.data}",
+            *(f"{size / GIB:.1f}" for size in sizes),
             f"{found['TFLOP']:,.0f}",
             f"{found['GB']:.0f}",
         ]

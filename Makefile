@@ -94,6 +94,7 @@ golden: $(STAMP)
 # What a training step waits for, sends and holds on fake GPUs, on file
 traces: $(STAMP)
 	$(BIN)/python tests/planning/traces.py
+	$(BIN)/python tests/planning/memory_cases.py
 
 # On a machine with GPUs
 test-gpu: $(STAMP)

@@ -125,9 +125,11 @@ def _train(
         True if the run was stopped on request before its end.
     """
     from bitlm_dist.launch import attempts
+    from bitlm_dist.planning.memory_check import check_training_memory
     from bitlm_dist.training.trainer import Trainer
 
     is_rank_zero = layout.rank == 0
+    check_training_memory(config, layout)
     with Trainer.build(config, layout).open(resume) as trainer:
         heartbeat.track_steps(lambda: trainer.state.step)
         # Starting a finished run again is no error: a launcher may do so.

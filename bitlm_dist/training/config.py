@@ -46,6 +46,8 @@ class TrainingConfig(Section):
 
     torch warns of an operator that has no such kernel.
     """
+    check_memory: Annotated[bool, Resume.FREE] = True
+    """GPU: refuse to start a run that by estimate does not fit into memory, and tell what would."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]

@@ -6,12 +6,14 @@ imported everything.
 """
 
 import gc
+import io
 import json
 import os
 import pickle
 import sys
 import traceback
 from collections import Counter
+from contextlib import redirect_stderr
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,23 @@ def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:
         assert not dist.is_initialized(), "the process group was left to itself"
     assert not ended.value.code, f"exit code {ended.value.code}"
     return summary(tracer.trace)
+
+
+def refusal(words: list[str], world: int, memory_bytes: int) -> str:
+    """What `bitlm` says on a GPU with so much memory that it does not begin."""
+    from bitlm_dist.__main__ import main
+
+    sys.argv = ["bitlm", *words]
+    os.environ.update(RANK="0", WORLD_SIZE=str(world))
+    message = io.StringIO()
+    with (
+        fake_gpu(world, 0, memory_bytes=memory_bytes),
+        redirect_stderr(message),
+        pytest.raises(SystemExit) as ended,
+    ):
+        main()
+    assert ended.value.code == 2, message.getvalue()
+    return message.getvalue()
 
 
 def summary(trace: StepTrace) -> dict[str, Any]:

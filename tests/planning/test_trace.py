@@ -116,6 +116,11 @@ COMMANDS = {
     "generate, a softmax": ["generate", "{softmax}", "--blocks", "2"],
     "checkpoint export": ["checkpoint", "export", "{bits}", "{new}/exported"],
 }
+REFUSED = "train, too large for the GPU"
+LARGE_MODEL = [
+    *("--model.backbone.hidden_size", "8192", "--data.sequence_length", "512"),
+    *("--training.global_batch_tokens", "4096"),
+]
 QUICK_COMMANDS = ("train, with a teacher and evaluations", "eval", "generate")
 
 
@@ -140,6 +145,11 @@ def traced(request, tmp_path_factory):
         for name in commands:
             words = [word.format(**folders) for word in COMMANDS[name]]
             cases[name] = {"function": "command", "arguments": [words]}
+    if REFUSED in names:
+        folders = request.getfixturevalue("folders")
+        words = [word.format(**folders) for word in (*TRAIN, "--run.dir", "{new}/none")]
+        arguments = [[*words, *LARGE_MODEL], 1, 7 * 2**30]
+        cases[REFUSED] = {"function": "refusal", "arguments": arguments}
     return run_cases(cases, tmp_path_factory.mktemp("traces"))
 
 
@@ -176,7 +186,7 @@ def folders(prepared, tiny_file, tmp_path_factory):
 
 @pytest.fixture
 def found(traced, case):
-    assert not isinstance(traced[case], str), traced[case]
+    assert case == REFUSED or not isinstance(traced[case], str), traced[case]
     return traced[case]
 
 
@@ -216,6 +226,13 @@ def test_commands_run_on_a_gpu(case, found):
     waits = {place for phase in found["waits"].values() for place in phase}
     own = {place for place in waits if place.split(" ")[0] in TRAINER_FILES}
     assert own == ({READ} if case.startswith("train") else set())
+
+
+@pytest.mark.parametrize("case", [REFUSED])
+def test_a_run_that_does_not_fit_is_refused(case, found, folders):
+    assert "training does not fit into the GPU's 7.0 GiB: a rank needs about" in found
+    assert found.count("\n") == 1
+    assert not (folders["new"] / "none").exists()
 
 
 def rounded(numbers, width):

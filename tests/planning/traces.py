@@ -146,11 +146,14 @@ SLOW_ROWS = [
     ("PP2", 1, "replicated", "Muon", "fp32", "softmax"),
 ]
 
-# the paper's shapes at cluster scale, two microbatches per step: config, GPUs, rank, options that
-# make a step fit into memory
+# the paper's shapes at cluster scale, two microbatches per step: config, GPUs, rank, layout
+UNSPLIT = ["--parallel.tensor", "1", "--parallel.sequence", "false"]
 LARGE = {
     "0.6B on 8 GPUs": ("bitlm-0.6b", 8, 0, []),
-    "8B on 64 GPUs": ("bitlm-8b", 64, 63, ["--parallel.activation_checkpointing", "full"]),
+    "8B on 64 GPUs": (
+        *("bitlm-8b", 64, 63),
+        [*UNSPLIT, "--parallel.activation_checkpointing", "full"],
+    ),
 }
 LARGE_SEQUENCE = 16384
 

@@ -6,11 +6,12 @@ caches held all that it reads again.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 from typing_extensions import override
@@ -121,7 +122,7 @@ class _FusedKernel(torch.autograd.Function):
     def forward(ctx: Any, name: str, function: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.name = name
         ctx.save_for_backward(*tensors)
-        fake = next(x.fake_mode for x in tensors if isinstance(x, FakeTensor))
+        fake = detect_fake_mode(tensors) or nullcontext()
 
         # without the tracer, which would count each operator
         _FusedKernel.is_running = True
@@ -159,4 +160,4 @@ def _notify(name: str, read: Iterable[Tensor], written: list[Tensor]) -> None:
 
 
 def _gpu_tensors(values: Any) -> list[Tensor]:
-    return [x for x in tree_iter(values) if isinstance(x, Tensor) and x.device.type == "cuda"]
+    return [x for x in tree_iter(values) if isinstance(x, Tensor) and x.device.type != "cpu"]

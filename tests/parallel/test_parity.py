@@ -16,7 +16,7 @@ TWO = {
     "DP2": [],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
-    "PP2, recomputing attention": [
+    "PP2, recomputing steps": [
         "--parallel.pipeline",
         "2",
         "--parallel.activation_checkpointing",
@@ -75,7 +75,7 @@ QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, sof
 # data-parallel ranks and pipeline stages.
 SLOW = {
     *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, AdamW"),
-    *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
+    *("PP2, Muon", "PP2, AdamW", "PP2, recomputing steps, Muon", "DP2, Muon"),
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
     *("TP2+SP, tied", "PP2, softmax", "CP2, softmax", "PP2, all losses detached"),

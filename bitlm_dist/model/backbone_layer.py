@@ -72,8 +72,10 @@ class BackboneLayer(TransformerLayer):  # type: ignore[misc]
         Returns:
             Hidden states [S, B, D], and None in place of Megatron's cross-attention context.
         """
+        assert rotary_pos_emb is not None
         attention = self.self_attention
 
+        # attention
         with self._step("layernorm", self.input_layernorm, hidden_states) as normed:
             qkv, _ = attention.linear_qkv(normed)
 
@@ -88,6 +90,7 @@ class BackboneLayer(TransformerLayer):  # type: ignore[misc]
             )
         branch, _ = attention.linear_proj(attended)
 
+        # SwiGLU
         with self._step("layernorm", self._add_and_norm, hidden_states, branch) as (
             hidden_states,
             normed,
@@ -103,7 +106,7 @@ class BackboneLayer(TransformerLayer):  # type: ignore[misc]
         return hidden_states + branch, None
 
     def _step(
-        self, name: str, function: Callable[..., Outputs], *inputs: Tensor | None
+        self, name: str, function: Callable[..., Outputs], *inputs: Tensor
     ) -> AbstractContextManager[Any]:
         """Run a step of the layer.
 
@@ -137,29 +140,30 @@ class BackboneLayer(TransformerLayer):  # type: ignore[misc]
 
 def layer_spec() -> Any:
     """Return Megatron's spec of the layer, with block-causal core attention."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=BlockCausalAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=FusedRMSNorm,
+            k_layernorm=FusedRMSNorm,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+
     return ModuleSpec(
         module=BackboneLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=BlockCausalAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=FusedRMSNorm,
-                    k_layernorm=FusedRMSNorm,
-                ),
-            ),
+            self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=FusedRMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -44,7 +44,7 @@ def recomputed(function: Callable[..., Outputs], *inputs: Tensor) -> Iterator[Ou
         index = indices.get(_storage_key(x))
         if index is None:
             return x
-        return _Reference(node, index, x.size(), x.stride(), x.storage_offset())
+        return _Reference(node, index, x.size(), x.stride(), int(x.storage_offset()))
 
     with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
         yield outputs
@@ -55,11 +55,11 @@ class _Reference(NamedTuple):
 
     Attributes:
         node: autograd node of the function.
-        index: which of its outputs.
+        output_index: which of its outputs.
     """
 
     node: Any
-    index: int
+    output_index: int
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
@@ -74,7 +74,7 @@ def _unpack(saved: Tensor | _Reference) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
 
-    output = _run_again(saved.node)[1][saved.index].detach()
+    output = _run_again(saved.node)[1][saved.output_index].detach()
     return output.as_strided(saved.size, saved.stride, saved.offset)
 
 

@@ -51,7 +51,8 @@ def rotary_cos_sin(
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
     half = positions[..., None] * frequencies
-    cos, sin = half.cos(), half.sin()
+    cos = half.cos()
+    sin = half.sin()
 
     # Both halves of E turn by the same angles; the sign of rotate_half is folded into the sines.
     return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)

@@ -22,6 +22,13 @@ TWO = {
         "--parallel.activation_checkpointing",
         "selective",
     ],
+    "TP2+SP, recomputing the MLP": [
+        *SP,
+        "--parallel.activation_checkpointing",
+        "selective",
+        "--parallel.recompute_modules",
+        "[layernorm, qk_layernorm, mlp]",
+    ],
 }
 EIGHT = {
     "TP2 PP2 DP2": ["--parallel.tensor", "2", "--parallel.pipeline", "2"],
@@ -76,6 +83,7 @@ QUICK = {"TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, sof
 SLOW = {
     *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, AdamW"),
     *("PP2, Muon", "PP2, AdamW", "PP2, recomputing steps, Muon", "DP2, Muon"),
+    "TP2+SP, recomputing the MLP, AdamW",
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
     *("TP2+SP, tied", "PP2, softmax", "CP2, softmax", "PP2, all losses detached"),

@@ -29,15 +29,6 @@ _backend: str | None = None  # torch.compile's backend; None: regions run eagerl
 def compiled_region(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Decorator: compile ``function`` while :func:`enable_compiled_regions` is active."""
 
-    @functools.cache
-    def compiled(backend: str) -> Callable[Arguments, Result]:
-        """Compile once per backend."""
-        # torch's default allows fewer variants of a function than a region needs
-        torch._dynamo.config.recompile_limit = max(
-            RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit
-        )
-        return torch.compile(function, fullgraph=True, backend=backend)
-
     @functools.wraps(function)
     def run(*arguments: Arguments.args, **names: Arguments.kwargs) -> Result:
         if _backend is None or torch.compiler.is_compiling():
@@ -49,9 +40,19 @@ def compiled_region(function: Callable[Arguments, Result]) -> Callable[Arguments
         for x in (*arguments, *names.values()):
             if isinstance(x, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(x, tuple(range(x.dim() - 1)))
-        return compiled(_backend)(*arguments, **names)
+        return _compiled(function, _backend)(*arguments, **names)
 
     return run
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Compile a region once per backend. On fake GPUs, ``planning/`` replaces this."""
+    # torch's default allows fewer variants of a function than a region needs
+    torch._dynamo.config.recompile_limit = max(
+        RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit
+    )
+    return torch.compile(function, fullgraph=True, backend=backend)
 
 
 def should_compile(choice: str, device: torch.device) -> bool:

@@ -91,7 +91,8 @@ class PlainBackbone(nn.Module):
                 q, k, v, attn_mask=mask, enable_gqa=config.num_heads != config.num_kv_heads
             )
 
-        cos, sin = rotary_cos_sin(0, x.shape[1], config.rope_theta, config.head_dim, x)
+        positions = torch.arange(x.shape[1], device=x.device)[:, None, None]
+        cos, sin = rotary_cos_sin(positions, config.rope_theta, config.head_dim, x.dtype)
         for plain in self.layers:
             assert isinstance(plain, PlainLayer)
             x = transformer_layer(x, plain.weights(), cos, sin, attend, config.num_kv_heads)

@@ -3,6 +3,8 @@
 Legend: B batch, S tokens on this rank, L tokens per sequence, D hidden size.
 """
 
+import functools
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.kernels import bounds_of_documents
-from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.cached_backbone import CachedBackbone
 from bitlm_dist.model.initialization import set_layer_distributions
-from bitlm_dist.model.torch_layer import rotary_angles
+from bitlm_dist.model.torch_layer import rotary_cos_sin
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
 if TYPE_CHECKING:
     from bitlm_dist.config import Config
     from bitlm_dist.model.config import ModelConfig
+    from bitlm_dist.parallel.config import ParallelConfig
 
 # training.precision -> dtype of the weights and activations
 DTYPES = {
@@ -31,67 +33,19 @@ DTYPES = {
 }
 
 
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm with Megatron's constructor; Megatron's own wrapper rejects sequence parallelism."""
-
-    def __init__(self, hidden_size: int, config: Any, eps: float = 1e-6, **unused: Any) -> None:
-        super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def _layer_spec() -> Any:
-    """Return Megatron's spec of one Qwen-3 layer, with block-causal core attention."""
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.mlp import MLP, MLPSubmodules
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import (
-        TransformerLayer,
-        TransformerLayerSubmodules,
-    )
-
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
-                    core_attention=BlockCausalAttention,
-                    linear_proj=RowParallelLinear,
-                    q_layernorm=RMSNorm,
-                    k_layernorm=RMSNorm,
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
-            ),
-            mlp_bda=get_bias_dropout_add,
-        ),
-    )
-
-
 def _transformer_config(
     config: "Config", layout: ParallelLayout, layers_per_stage: list[int]
 ) -> Any:
-    """Translate the config into Megatron's, with the extra fields that the core attention reads."""
+    """Translate the config into Megatron's, with the extra fields that our layer reads."""
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     @dataclass
     class BackboneConfig(TransformerConfig):  # type: ignore[misc]
-        """Megatron's configuration, extended by the fields of the core attention."""
+        """Megatron's configuration, extended by the fields of our layer."""
 
         block_size: int = 1
         attention_backend: str = "auto"
+        steps_to_recompute: tuple[str, ...] = ()
         layout: ParallelLayout = SINGLE_PROCESS
 
     dtype = DTYPES[config.training.precision]
@@ -99,16 +53,16 @@ def _transformer_config(
     return BackboneConfig(
         **_architecture_options(config.model),
         **_parallel_options(layout, layers_per_stage),
-        **_recompute_options(config.parallel.activation_checkpointing),
+        **_recompute_options(config.parallel),
         # initialization.py draws the weights; Megatron allocates them on torch's default device
         use_cpu_initialization=True,
         perform_initialization=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_has_weight_gradient_kernel(),
+        # our layer fuses these itself (fused_regions.py)
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
-        persist_layer_norm=mesh.device().type != "cpu",
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -166,17 +120,30 @@ def _parallel_options(layout: ParallelLayout, layers_per_stage: list[int]) -> di
     }
 
 
-def _recompute_options(activation_checkpointing: str) -> dict[str, Any]:
-    """Megatron's options for activation checkpointing: ``none``, ``selective`` or ``full``."""
-    is_full = activation_checkpointing == "full"
+def _recompute_options(parallel: "ParallelConfig") -> dict[str, Any]:
+    """Options for activation checkpointing: Megatron's for whole layers, our layer's for steps."""
+    if parallel.activation_checkpointing == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
 
-    return {
-        "recompute_granularity": (
-            None if activation_checkpointing == "none" else activation_checkpointing
-        ),
-        "recompute_method": "uniform" if is_full else None,
-        "recompute_num_layers": 1 if is_full else None,
-    }
+    is_selective = parallel.activation_checkpointing == "selective"
+    return {"steps_to_recompute": parallel.recompute_modules if is_selective else ()}
+
+
+@functools.cache
+def _has_weight_gradient_kernel() -> bool:
+    """True if apex's kernel can add weight gradients to the fp32 gradients as it computes them."""
+    if mesh.device().type != "cuda":
+        return False
+
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except Exception:  # a build for another CUDA version raises errors of many kinds
+        return False
+    return True
 
 
 def _megatron_pipeline_layout(layers_per_stage: list[int]) -> list[list[str]]:
@@ -209,11 +176,13 @@ class Backbone(nn.Module):
             TransformerBlockSubmodules,
         )
 
+        from bitlm_dist.model.backbone_layer import RMSNorm, layer_spec
+
         self.megatron_config = _transformer_config(config, layout, layers_per_stage)
         self.block = TransformerBlock(
             self.megatron_config,
             TransformerBlockSubmodules(
-                layer_specs=[_layer_spec() for _ in model_chunk.layer_range], layer_norm=RMSNorm
+                layer_specs=[layer_spec() for _ in model_chunk.layer_range], layer_norm=RMSNorm
             ),
             pre_process=model_chunk.is_first,
             post_process=model_chunk.is_last,
@@ -254,10 +223,13 @@ class Backbone(nn.Module):
         # Computed once and shared by all layers. Documents need no positions of their own: rotary
         # positions are relative, and documents do not see each other.
         bounds = None if document_ids is None else bounds_of_documents(document_ids)
-        angles = rotary_angles(local_positions, b.rope_theta, b.head_dim)[:, None, None]
+        positions = local_positions[:, None, None, None]
+        rotary = torch.stack(
+            rotary_cos_sin(positions, b.rope_theta, b.head_dim, self.megatron_config.params_dtype)
+        )
 
         # Megatron passes the bounds to the core attention through its attention mask.
-        hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=angles)
+        hidden: Tensor = self.block(embedded, bounds, rotary_pos_emb=rotary)
         return hidden
 
     @contextmanager

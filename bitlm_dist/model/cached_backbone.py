@@ -69,8 +69,9 @@ class CachedBackbone:
         block_size = self._model_config.block_size if self._model_config.attention == "block" else 1
 
         num_cached = self._caches[0].length
+        positions = torch.arange(num_cached, num_cached + embedded.shape[1], device=embedded.device)
         cos, sin = rotary_cos_sin(
-            num_cached, num_cached + embedded.shape[1], b.rope_theta, b.head_dim, embedded
+            positions[:, None, None], b.rope_theta, b.head_dim, embedded.dtype
         )
 
         x = embedded

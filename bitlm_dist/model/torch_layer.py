@@ -41,30 +41,21 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     )
 
 
-def rotary_angles(positions: Tensor, theta: float, head_dim: int) -> Tensor:
-    """Rotary angles [..., E] at positions [...], the same for both halves of E."""
-    half = positions[..., None] * theta ** (
-        -torch.arange(0, head_dim, 2, device=positions.device) / head_dim
-    )
-    return torch.cat((half, half), -1)
-
-
 def rotary_cos_sin(
-    first: int, last: int, theta: float, head_dim: int, like: Tensor
+    positions: Tensor, theta: float, head_dim: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Rotary factors of the positions first..last-1, for :func:`transformer_layer`.
+    """Rotary factors at positions [...].
 
     Returns:
-        Cosines and signed sines [S, 1, 1, E], in the device and dtype of ``like``.
+        Cosines and signed sines [..., E], so that x · cos + roll(x, E / 2) · sin rotates x.
     """
-    angles = rotary_angles(torch.arange(first, last, device=like.device), theta, head_dim)[
-        :, None, None
-    ]
+    frequencies = theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    half = positions[..., None] * frequencies
+    cos = half.cos()
+    sin = half.sin()
 
-    # The sign of rotate_half is folded into the sines, so that a plain roll replaces it.
-    sign = torch.ones(head_dim, device=like.device)
-    sign[: head_dim // 2] = -1
-    return angles.cos().to(like.dtype), (angles.sin() * sign).to(like.dtype)
+    # Both halves of E turn by the same angles; the sign of rotate_half is folded into the sines.
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def transformer_layer(
@@ -80,7 +71,7 @@ def transformer_layer(
     Args:
         x: [B, S, D].
         w: weights of the layer.
-        cos, sin: from :func:`rotary_cos_sin`.
+        cos, sin: [S, 1, 1, E], from :func:`rotary_cos_sin`.
         attend: maps q [B, G·R, S, E], k and v [B, G, S, E] to [B, G·R, S, E].
         num_kv_heads: G.
 

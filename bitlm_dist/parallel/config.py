@@ -9,6 +9,8 @@ from bitlm_dist.config_section import Resume, Section, Trained
 from bitlm_dist.model.config import ModelConfig
 from bitlm_dist.registry import HEAD_PARTITIONERS
 
+RecomputedStep = Literal["layernorm", "qk_layernorm", "mlp_act", "mlp"]
+
 
 class HeadParallelConfig(Section):
     """Sharding of the head over the ranks of the last pipeline stage."""
@@ -96,7 +98,14 @@ class ParallelConfig(Section):
     0: all of its sequences at once, or one with a pipeline.
     """
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Recompute activations in the backward pass: those of attention, or of whole layers."""
+    """Recompute activations in the backward pass: those of some steps, or of whole layers."""
+    recompute_modules: tuple[RecomputedStep, ...] = ("layernorm", "qk_layernorm", "mlp_act")
+    """With selective checkpointing: the steps of each layer that are recomputed.
+
+    layernorm is the two norms, qk_layernorm the norm and rotation of queries and keys, mlp_act
+    SwiGLU: they cost no matrix product. mlp is SwiGLU and the projection before it. The core
+    attention recomputes its weights in any case.
+    """
     optimizer_shard_ranks: int | None = Field(None, ge=1)
     """Replicas over which the backbone's optimizer is sharded; the others hold further copies.
 

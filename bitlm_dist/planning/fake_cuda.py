@@ -12,9 +12,10 @@ These parts are simulated, all of them in this module:
   a tensor copied back holds zeros. ``nonzero`` finds all positions, which is the worst case for
   memory; ``bincount`` finds equal counts.
 - Other ranks: objects they send equal this rank's own.
-- Self-checks of kernels and compilers, which need values: kernels pass, compilers fail.
+- Self-checks of kernels and compilers, which need values: they pass.
 - Prefetching: batches are read by the calling thread.
-- Operators that are a single kernel on CUDA but decompose on fake tensors: RMSNorm.
+- Code that is a single kernel on CUDA: RMSNorm and compiled regions
+  (:mod:`bitlm_dist.planning.gpu_kernels`).
 
 Do not train in a process that has used this: autograd continues to treat CUDA as available.
 """
@@ -37,12 +38,12 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional
-from typing_extensions import override
 
 from bitlm_dist import compilation
 from bitlm_dist.data import prefetch
 from bitlm_dist.errors import UserError
 from bitlm_dist.kernels import self_check
+from bitlm_dist.planning.gpu_kernels import run_fused
 
 GPU = torch.device("cuda", 0)
 GUARD_SOURCE = Path(__file__).parent / "fake_cuda.cpp"
@@ -175,22 +176,6 @@ class _SynchronousThread:
         return False
 
 
-class _FusedRMSNorm(torch.autograd.Function):
-    """RMSNorm that saves its input and one fp32 value per row, as the fused kernel does."""
-
-    @staticmethod
-    @override
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
-        return torch.empty_like(x)
-
-    @staticmethod
-    @override
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:  # type: ignore[override]
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
-
-
 class _Generators:
     """Sequence that holds the same generator at every index."""
 
@@ -222,16 +207,13 @@ def _patches(
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
         yield torch.cuda.nvtx, name, _returns(0)
 
-    yield (
-        functional,
-        "rms_norm",
-        lambda x, shape, weight=None, eps=None: _FusedRMSNorm.apply(x, weight),
-    )
+    yield functional, "rms_norm", partial(run_fused, "rms_norm", functional.rms_norm)
+    yield compilation, "_compiled", _fused_region
     yield fake_tensor, "init_gpu_context", _returns(None)
 
     # self-checks compare values, which fake tensors do not have
     yield self_check, "_failure_reason", _returns(None)
-    yield compilation, "_compile_failure_reason", _returns("nothing compiles on fake tensors")
+    yield compilation, "_compile_failure_reason", _returns(None)
     yield prefetch, "Thread", _SynchronousThread
 
     # the fake process group transfers no data
@@ -290,6 +272,11 @@ def _cuda_values(world_size: int, capability: tuple[int, int], memory_bytes: int
         "reset_peak_memory_stats": None,
         "set_stream": None,
     }
+
+
+def _fused_region(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """Replace the compiler of regions."""
+    return partial(run_fused, function.__name__, function)
 
 
 def _returns(value: Any) -> Callable[..., Any]:

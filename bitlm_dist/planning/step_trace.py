@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from bitlm_dist import kernels
 from bitlm_dist.planning.fake_cuda import GPU, HOST_VALUE_ATTRIBUTE, to_gpu, wait_callbacks
+from bitlm_dist.planning.gpu_kernels import fused_kernel_callbacks, operator_bytes, tensor_bytes
 
 aten = torch.ops.aten
 
@@ -46,6 +47,10 @@ LIBRARIES = {"megatron", "deepspeed"}
 WRAPPERS = {"accelerator", "comm", "utils"}
 PLANNING_FOLDER = Path(__file__).parent
 KERNELS_FOLDER = Path(kernels.__file__).parent
+
+
+def _counters() -> dict[str, Counter[Any]]:
+    return defaultdict(Counter)
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,21 @@ class SourceLine:
     reason: str
 
 
+@dataclass(frozen=True)
+class KernelSource:
+    """Where a kernel was launched.
+
+    Attributes:
+        module: name of the module, without layer numbers.
+        operator: the operator, or the region.
+        is_backward: launched in the backward pass, where activations are recomputed, too.
+    """
+
+    module: str
+    operator: str
+    is_backward: bool
+
+
 @dataclass
 class StepTrace:
     """Recorded trace. The keys of most mappings are the phases: ``build``, ``step 0``, …
@@ -85,6 +105,8 @@ class StepTrace:
         origins: allocated bytes at the peak, by module and operator.
         flops: FLOPs of matrix products and attention.
         num_operators: number of operators on CUDA tensors.
+        num_kernels: number of kernels, by source; see :mod:`bitlm_dist.planning.gpu_kernels`.
+        hbm_bytes: bytes that these kernels read and write, by source.
         collectives: in the order of their calls.
         waits: number of times the host waits for the GPU, by source line.
         transfers: bytes between host and device, by source line; the reason names the direction.
@@ -97,9 +119,11 @@ class StepTrace:
     origins: dict[str, Counter[str]] = field(default_factory=dict)
     flops: Counter[str] = field(default_factory=Counter)
     num_operators: Counter[str] = field(default_factory=Counter)
+    num_kernels: dict[str, Counter[KernelSource]] = field(default_factory=_counters)
+    hbm_bytes: dict[str, Counter[KernelSource]] = field(default_factory=_counters)
     collectives: dict[str, list[Collective]] = field(default_factory=lambda: defaultdict(list))
-    waits: dict[str, Counter[SourceLine]] = field(default_factory=lambda: defaultdict(Counter))
-    transfers: dict[str, Counter[SourceLine]] = field(default_factory=lambda: defaultdict(Counter))
+    waits: dict[str, Counter[SourceLine]] = field(default_factory=_counters)
+    transfers: dict[str, Counter[SourceLine]] = field(default_factory=_counters)
 
 
 class Tracer(TorchDispatchMode):
@@ -160,6 +184,7 @@ class Tracer(TorchDispatchMode):
     def __enter__(self) -> "Tracer":
         self._module_tracker.__enter__()
         wait_callbacks.append(self._record_wait)
+        fused_kernel_callbacks.append(self._record_fused_kernel)
         self._resize_patch = mock.patch.object(
             torch.UntypedStorage, "resize_", self._counting_resize()
         )
@@ -176,6 +201,7 @@ class Tracer(TorchDispatchMode):
         torch._C._set_only_lift_cpu_tensors(self._only_lift_cpu)
         self._resize_patch.stop()
         wait_callbacks.remove(self._record_wait)
+        fused_kernel_callbacks.remove(self._record_fused_kernel)
         self._module_tracker.__exit__(*exc)
 
         # the last phase ends, too
@@ -223,9 +249,29 @@ class Tracer(TorchDispatchMode):
         elif func.namespace == "bitlm":
             self.trace.flops[self.phase] += custom_op_flops(func.__name__, args)
 
+        num_bytes = operator_bytes(func, args, kwargs, out)
+        if num_bytes is not None:
+            self._record_kernel(num_bytes)
+
         for x in tree_iter(out):
             self.track_storage(x)
         return out
+
+    def _record_kernel(self, num_bytes: int) -> None:
+        is_backward = torch._C._current_autograd_node() is not None
+        source = KernelSource(self._origin, self._operator, is_backward)
+        self.trace.num_kernels[self.phase][source] += 1
+        self.trace.hbm_bytes[self.phase][source] += num_bytes
+
+    def _record_fused_kernel(self, name: str, read: list[Tensor], written: list[Tensor]) -> None:
+        """Record a kernel that stands for several operators."""
+        self._origin = self._module_tracker.current_name()
+        self._operator = name
+        self.trace.num_operators[self.phase] += 1
+        self._record_kernel(sum(map(tensor_bytes, (*read, *written))))
+
+        for x in written:
+            self.track_storage(x)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self._fake:

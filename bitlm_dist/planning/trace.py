@@ -46,8 +46,7 @@ def trace_steps(
     As in training, a step is read after the next one was launched.
 
     Args:
-        config: the checked config; ``training.compile`` is treated as ``never``, because
-            torch.compile does not work on fake tensors.
+        config: the checked config; regions that ``training.compile`` compiles are one kernel.
         world_size: number of ranks.
         rank: global rank.
         vocab_size: number of tokens.
@@ -59,10 +58,6 @@ def trace_steps(
     Raises:
         UserError: layout and config do not fit, or no fake GPU can be simulated here.
     """
-    config = config.model_copy(
-        update={"training": config.training.model_copy(update={"compile": "never"})}
-    )
-
     layout = build_layout(config.parallel, world_size, rank)
     resolve_micro_batch_size(config, layout)
     codes = BitCodes(natural_codes(vocab_size), config.model.bits or num_bits_needed(vocab_size))

@@ -18,11 +18,18 @@ TWO = {
     "DP2, overlapping": [OVERLAPPING, "--parallel.head.engine", "replicated"],
     "DP2, whole optimizer on every rank": ["--optimizer.sharded", "false"],
     "TP2+SP, recomputing layers": [*SP, "--parallel.activation_checkpointing", "full"],
-    "PP2, recomputing attention": [
+    "PP2, recomputing steps": [
         "--parallel.pipeline",
         "2",
         "--parallel.activation_checkpointing",
         "selective",
+    ],
+    "TP2+SP, recomputing the MLP": [
+        *SP,
+        "--parallel.activation_checkpointing",
+        "selective",
+        "--parallel.recompute_modules",
+        "[layernorm, qk_layernorm, mlp]",
     ],
 }
 EIGHT = {
@@ -83,7 +90,8 @@ QUICK = {
 # data-parallel ranks and pipeline stages.
 SLOW = {
     *("TP2, AdamW", "TP2+SP, recomputing layers, AdamW", "CP2, AdamW"),
-    *("PP2, Muon", "PP2, AdamW", "PP2, recomputing attention, Muon", "DP2, Muon"),
+    *("PP2, Muon", "PP2, AdamW", "PP2, recomputing steps, Muon", "DP2, Muon"),
+    "TP2+SP, recomputing the MLP, AdamW",
     *(f"DP2, whole optimizer on every rank, {kind}" for kind in KINDS),
     *("TP2+SP, bf16 Muon", "PP2, bf16 AdamW", "CP2, bf16 AdamW", "DP2, bf16 Muon"),
     *("TP2+SP, tied", "PP2, softmax", "CP2, softmax", "PP2, all losses detached"),

@@ -26,12 +26,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from bitlm_dist.compilation import enable_compiled_regions
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.data_prep.token_bytes import ByteLengths
 from bitlm_dist.data_prep.tokenizer import Tokenizer
+from bitlm_dist.model.fused_regions import add_and_norm
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.fake_cuda import fake_gpu
-from bitlm_dist.planning.step_trace import StepTrace
+from bitlm_dist.planning.step_trace import KernelSource, StepTrace
 from bitlm_dist.planning.trace import trace_rank, trace_steps
 
 VOCABULARY = 300
@@ -86,6 +88,33 @@ def refusal(words: list[str], world: int, memory_bytes: int) -> str:
         main()
     assert ended.value.code == 2, message.getvalue()
     return message.getvalue()
+
+
+def region(rows: int, width: int) -> dict[str, Any]:
+    """Trace forward and backward of a compiled region and a matrix product."""
+    with trace_rank(1, 0, build_fake=False) as tracer, enable_compiled_regions():
+        x, branch = (torch.empty(rows, width, device="cuda", requires_grad=True) for _ in range(2))
+        weight, matrix = (
+            torch.empty(*shape, device="cuda", requires_grad=True)
+            for shape in ((width,), (width, width))
+        )
+
+        tracer.start_phase("step 0")
+        total, normed = add_and_norm(x, branch, weight)
+        forward_bytes = tracer.trace.peak_bytes["step 0"]
+        torch.autograd.backward(
+            (total, normed @ matrix), (torch.empty_like(x), torch.empty_like(x))
+        )
+
+    def by_source(counts: Counter[KernelSource]) -> dict[tuple[str, bool], int]:
+        return {(s.operator, s.is_backward): count for s, count in counts.items()}
+
+    return {
+        "kernels": by_source(tracer.trace.num_kernels["step 0"]),
+        "bytes": by_source(tracer.trace.hbm_bytes["step 0"]),
+        "allocated": forward_bytes - tracer.trace.static_bytes["build"],
+        "peak": {},
+    }
 
 
 def summary(trace: StepTrace) -> dict[str, Any]:

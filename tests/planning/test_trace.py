@@ -64,6 +64,7 @@ TRAINER_FILES = {
     for name in ("agreement", "batches", "readback", "step_metrics", "step_pipeline", "trainer")
 }
 TENSOR_BYTES = 512  # smallest allocation
+ROWS, WIDTH = 4096, 256  # of the region
 
 
 # `bitlm` commands, including their command line; a name in braces is a folder
@@ -140,6 +141,8 @@ def traced(request, tmp_path_factory):
     ]
     names = {test.callspec.params.get("case") for test in tests}
     cases = {name: case for name, case in CASES.items() if name in names}
+    if "a region" in names:
+        cases["a region"] = {"function": "region", "arguments": [ROWS, WIDTH]}
     if commands := [name for name in COMMANDS if name in names]:
         folders = request.getfixturevalue("folders")
         for name in commands:
@@ -233,6 +236,25 @@ def test_a_run_that_does_not_fit_is_refused(case, found, folders):
     assert "training does not fit into the GPU's 7.0 GiB: a rank needs about" in found
     assert found.count("\n") == 1
     assert not (folders["new"] / "none").exists()
+
+
+@pytest.mark.parametrize("case", ["a region"])
+def test_a_compiled_region_is_one_kernel_that_keeps_its_inputs(case, found):
+    of_rows, row, matrix = 4 * ROWS * WIDTH, 4 * WIDTH, 4 * WIDTH**2
+    assert found["kernels"] == {
+        ("add_and_norm", False): 1,
+        ("mm.default", False): 1,
+        ("mm.default", True): 2,
+        ("add_and_norm backward", True): 2,
+    }
+    assert found["bytes"] == {
+        ("add_and_norm", False): 4 * of_rows + row,  # two tensors and a weight to two tensors
+        ("mm.default", False): 2 * of_rows + matrix,
+        ("mm.default", True): 4 * of_rows + 2 * matrix,
+        # each reads the inputs and two gradients; one writes two gradients, one the weight's
+        ("add_and_norm backward", True): 2 * (4 * of_rows + row) + 2 * of_rows + row,
+    }
+    assert found["allocated"] == 2 * of_rows, "only the outputs, no intermediate result"
 
 
 def rounded(numbers, width):

@@ -106,6 +106,7 @@ TOPICS = {
     "slurm/test_launch.py": "jobs on a real Slurm",
     "test_architecture.py": "imports and names of files",
     "test_commands.py": "the commands in the docs",
+    "test_constraints.py": "versions for CUDA, and the torch that is kept",
     "test_copy_task.py": "a task that a model must learn",
     "test_docs.py": "links and quotes of the docs",
     "test_mutants.py": "the patches",

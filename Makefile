@@ -5,9 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Arguments for pip, e.g. PIP_ARGS="--index-url …" for a CPU build of torch
 PIP_ARGS ?=
+# CUDA=12 or CUDA=13: the versions of constraints/ for that CUDA, see docs/gpu.md
+CUDA ?=
+PY = $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+CONSTRAINTS = $(if $(CUDA),constraints/$(PY)-cu$(CUDA).txt,constraints.txt)
 DATA := data/kjv
 
-.PHONY: quickstart compare docs test-fast test test-all test-long test-gpu mutants golden traces lint setup clean
+.PHONY: quickstart compare docs test-fast test test-all test-long test-gpu gpu mutants golden traces lint setup clean
 
 setup: $(STAMP)
 
@@ -15,8 +19,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "bitlm: Python 3.11 or newer is needed: set PYTHON=…" >&2; exit 2; }
 	@echo "setting up $(VENV): a few minutes; 3 GB with a CPU build of torch, 8 GB with that for CUDA"
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --progress-bar off -c constraints.txt $(PIP_ARGS) -e '.[dev]'
+	@mkdir -p build
+	@# a torch for CUDA that $(PYTHON) has, e.g. in a container, is kept if it fits
+	$(PYTHON) constraints/keep_torch.py $(CONSTRAINTS) > build/constraints.txt
+	$(PYTHON) -m venv $$(grep -q '^# keeps' build/constraints.txt && echo --system-site-packages) $(VENV)
+	$(BIN)/pip install --quiet --progress-bar off -c build/constraints.txt $(PIP_ARGS) -e '.[dev]'
 	@touch $@
 
 $(DATA)/manifest.json: $(STAMP)
@@ -99,6 +106,13 @@ traces: $(STAMP)
 # On a machine with GPUs
 test-gpu: $(STAMP)
 	$(PYTEST) -m gpu
+
+# Everything once on this machine's cards: at most 10 minutes on one, 15 on several; a page in docs/measured.
+# DEVICE=cpu tests the script itself at tiny sizes.
+DEVICE ?= gpu
+ACCEPT := $(if $(filter cpu,$(DEVICE)),build/acceptance,docs/measured)
+gpu: $(STAMP)
+	$(BIN)/bitlm doctor --accept $(ACCEPT) --device $(DEVICE)
 
 clean:
 	rm -rf $(VENV) data runs build *.egg-info

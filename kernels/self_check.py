@@ -38,7 +38,7 @@ def select_verified_backend(inputs: AttentionInputs, backend: str = "auto") -> s
         reason = (
             None
             if name == "reference"
-            else _failure_reason(partial(_attention_mismatch, name, inputs))
+            else _failure_reason(partial(attention_mismatch, name, inputs))
         )
         if reason is None:
             return name
@@ -54,7 +54,7 @@ def verify_in_block_kernels(qkv: Tensor) -> None:
         qkv: [..., M, 3, H, D], of the shape, dtype and device to verify. Its elements are not read.
     """
     if attention.unavailable_reason("triton") is None and (
-        reason := _failure_reason(partial(_in_block_mismatch, qkv))
+        reason := _failure_reason(partial(in_block_mismatch, qkv))
     ):
         attention.disable_backend("triton", f"inside blocks, {reason}")
 
@@ -67,9 +67,16 @@ def _failure_reason(check: Callable[[], str | None]) -> str | None:
         return f"it fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _attention_mismatch(name: str, like: AttentionInputs) -> str | None:
-    """Compare a backend with the reference, with one document per row and with several, for heads
-    in groups of the same size as those of the call.
+def attention_mismatch(name: str, like: AttentionInputs) -> str | None:
+    """Compare a backend with the reference in fp64: output and gradients, with one document per row
+    and with several, for heads in groups of the same size as those of the call.
+
+    Args:
+        name: an available backend that supports the call.
+        like: gives head dimension, block, scale, dtype and device.
+
+    Returns:
+        Which result differs by more than rounding; None if none does.
     """
     group = like.q.shape[1] // like.k.shape[1]
     inputs = [
@@ -97,7 +104,12 @@ def _attention_mismatch(name: str, like: AttentionInputs) -> str | None:
     return None
 
 
-def _in_block_mismatch(like: Tensor) -> str | None:
+def in_block_mismatch(like: Tensor) -> str | None:
+    """Compare in-block attention with torch's in fp64, as :func:`attention_mismatch` does.
+
+    Args:
+        like: [..., M, 3, H, D]; gives shape, dtype and device.
+    """
     block = like.shape[-4]
     inputs = [_random((NUM_BLOCKS, *like.shape[-4:]), like)]
     candidate, reference = (

@@ -7,13 +7,14 @@ It replaces itself by `bitlm` after a set-up that must come before any heavy imp
    is not shared between the nodes,
 3. bind its CPUs and memory to a NUMA node,
 4. redirect its output to its own log file,
-5. export its rank in the environment variables that torch reads.
+5. export its rank in the environment variables that torch reads, and defaults for GPUs.
 """
 
 import os
 import shutil
 import socket
 import sys
+from collections.abc import MutableMapping
 from pathlib import Path
 
 from bitlm_dist.formatting import format_time
@@ -23,6 +24,12 @@ from bitlm_dist.processes import die_with_parent
 
 PARENT_VARIABLE = "BITLM_PARENT"
 NUMA_VARIABLE = "BITLM_NUMA"
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second: its old name
+GPU_DEFAULTS = {
+    "NCCL_DEBUG": "WARN",  # otherwise NCCL does not say why it failed
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a rank that lost its peers ends instead of hanging
+}
 
 
 def main() -> None:
@@ -61,7 +68,18 @@ def main() -> None:
     )
 
     export_rank_info(rank_info, os.environ)
+    set_gpu_defaults(os.environ)
     os.execv(sys.executable, [sys.executable, "-u", "-m", "bitlm_dist", *sys.argv[1:]])
+
+
+def set_gpu_defaults(environment: MutableMapping[str, str]) -> None:
+    """Set what torch and NCCL read when they are loaded, unless the user has set it."""
+    for name, value in GPU_DEFAULTS.items():
+        environment.setdefault(name, value)
+
+    # blocks that grow in place: batches of other shapes, evaluations and saves leave no gaps
+    if not any(name in environment for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def _exec_under_numactl(node: str) -> None:

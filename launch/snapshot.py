@@ -14,6 +14,22 @@ def save_code(folder: Path) -> None:
 
     For a package that is not in a git checkout only the version is recorded.
     """
+    record, patch = describe_code()
+    write_atomically(folder / "code.json", to_json(record, indent=1) + "\n")
+
+    # a patch of an earlier submission must not stay beside the new commit
+    if patch:
+        write_atomically(folder / "code.patch", patch)
+    else:
+        (folder / "code.patch").unlink(missing_ok=True)
+
+
+def describe_code() -> tuple[dict[str, Any], str]:
+    """Version, commit and changes of this package.
+
+    Returns:
+        The record of code.json, and a patch of the uncommitted changes; empty if there are none.
+    """
     source = Path(__file__).parent
     root = _git(source, "rev-parse", "--show-toplevel").strip()
 
@@ -32,13 +48,7 @@ def save_code(folder: Path) -> None:
         "changed": bool(patch),
         "untracked": untracked,
     }
-    write_atomically(folder / "code.json", to_json(record, indent=1) + "\n")
-
-    # a patch of an earlier submission must not stay beside the new commit
-    if patch:
-        write_atomically(folder / "code.patch", patch)
-    else:
-        (folder / "code.patch").unlink(missing_ok=True)
+    return record, patch
 
 
 def _git(folder: Path, *words: str) -> str:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"__main__", "experiments"},
     {"cli"},
+    {"acceptance"},
     {"bench"},
     {"evaluation", "planning"},
     {"training"},
@@ -86,6 +87,7 @@ def test_imports_run_downwards(package, file):
 
 # Tests of more than one module; every other test file bears the name of its module.
 TOPICS = {
+    "acceptance/test_acceptance.py": "the command, from end to end",
     "bench/test_bench.py": "the command, with all its runners",
     "cli/test_bad_input.py": "errors of every command, a table",
     "cli/test_cli.py": "the command line as a whole",
@@ -104,6 +106,7 @@ TOPICS = {
     "slurm/test_launch.py": "jobs on a real Slurm",
     "test_architecture.py": "imports and names of files",
     "test_commands.py": "the commands in the docs",
+    "test_constraints.py": "versions for CUDA, and the torch that is kept",
     "test_copy_task.py": "a task that a model must learn",
     "test_docs.py": "links and quotes of the docs",
     "test_mutants.py": "the patches",

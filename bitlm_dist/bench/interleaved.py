@@ -241,9 +241,9 @@ def _serve(connection: Connection, variant: Variant) -> None:
         connection.send(True)
         while True:
             if connection.recv() == "memory":
-                connection.send(_peak_bytes())
+                connection.send(measure_peak_bytes())
             else:
-                connection.send(_time_repeat(runner))
+                connection.send(time_repeat(runner))
     except (EOFError, ConnectionError):  # the parent has ended
         return
     except Exception as error:
@@ -255,7 +255,8 @@ def _serve(connection: Connection, variant: Variant) -> None:
             runner.close()
 
 
-def _time_repeat(runner: BenchRunner) -> Repeat:
+def time_repeat(runner: BenchRunner) -> Repeat:
+    """Run one repeat in this process and time it."""
     # work that is still queued on the device must count for neither side
     entered = _synchronized_time()
     runner.prepare()
@@ -275,7 +276,8 @@ def _synchronized_time() -> float:
     return time.perf_counter()
 
 
-def _peak_bytes() -> int:
+def measure_peak_bytes() -> int:
+    """Peak memory of this process (CPU) or of its device (CUDA)."""
     if mesh.device().type == "cuda":
         return torch.cuda.max_memory_allocated()
 

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
+from bitlm_dist.cli.accept import doctor_command
 from bitlm_dist.cli.bench import bench
 from bitlm_dist.cli.checkpoint import checkpoint_app
 from bitlm_dist.cli.compare import compare_command
 from bitlm_dist.cli.config import config_command
-from bitlm_dist.cli.console import OVERRIDES, AsJson
+from bitlm_dist.cli.console import OVERRIDES
 from bitlm_dist.cli.data import data_app
 from bitlm_dist.cli.evaluate import eval_command
 from bitlm_dist.cli.generate import generate_command
@@ -57,11 +58,4 @@ app.command("eval", context_settings=OVERRIDES)(eval_command)
 app.command("compare")(compare_command)
 app.command("generate", context_settings=OVERRIDES)(generate_command)
 app.command("config")(config_command)
-
-
-@app.command("doctor")
-def doctor_command(as_json: AsJson = False) -> None:
-    """Print versions, the device, and the backends found."""
-    from bitlm_dist.cli.doctor import print_findings
-
-    print_findings(as_json)
+app.command("doctor")(doctor_command)

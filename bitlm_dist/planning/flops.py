@@ -73,12 +73,19 @@ def peak_bandwidth(device: torch.device) -> float | None:
     return _lookup_device(PEAK_BANDWIDTHS, device)
 
 
-def _lookup_device(table: dict[str, float], device: torch.device) -> float | None:
-    if device.type != "cuda":
-        return None
+def peak_flops_of(card: str) -> float | None:
+    """bf16 peak in FLOP/s of a card by its name, e.g. NVIDIA H100 80GB HBM3; None if unknown."""
+    return _lookup_name(PEAK_FLOPS, card)
 
+
+def _lookup_device(table: dict[str, float], device: torch.device) -> float | None:
+    return (
+        _lookup_name(table, torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    )
+
+
+def _lookup_name(table: dict[str, float], name: str) -> float | None:
     # the first match counts, so longer names come first in the tables
-    name = torch.cuda.get_device_name(device)
     return next(
         (peak for card, peak in table.items() if all(word in name for word in card.split())), None
     )

@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.kernels import bounds_of_documents
+from bitlm_dist.model import transformer_engine
 from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.cached_backbone import CachedBackbone
 from bitlm_dist.model.initialization import set_layer_distributions
 from bitlm_dist.model.torch_layer import rotary_angles
+from bitlm_dist.model.transformer_engine import parallel_linears
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ModelChunk, ParallelLayout
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
 }
 
 
@@ -39,10 +42,9 @@ class RMSNorm(nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _layer_spec() -> Any:
+def _layer_spec(precision: str) -> Any:
     """Return Megatron's spec of one Qwen-3 layer, with block-causal core attention."""
     from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -52,6 +54,8 @@ def _layer_spec() -> Any:
         TransformerLayerSubmodules,
     )
 
+    column_linear, row_linear = parallel_linears(precision)
+
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -60,9 +64,9 @@ def _layer_spec() -> Any:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear,
+                    linear_qkv=column_linear,
                     core_attention=BlockCausalAttention,
-                    linear_proj=RowParallelLinear,
+                    linear_proj=row_linear,
                     q_layernorm=RMSNorm,
                     k_layernorm=RMSNorm,
                 ),
@@ -71,9 +75,7 @@ def _layer_spec() -> Any:
             pre_mlp_layernorm=RMSNorm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(
-                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
-                ),
+                submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -95,13 +97,14 @@ def _transformer_config(
         layout: ParallelLayout = SINGLE_PROCESS
 
     dtype = DTYPES[config.training.precision]
+    fp8_options = transformer_engine.OPTIONS if config.training.precision == "fp8" else {}
 
     return BackboneConfig(
         **_architecture_options(config.model),
         **_parallel_options(layout, layers_per_stage),
         **_recompute_options(config.parallel.activation_checkpointing),
         # initialization.py draws the weights; Megatron allocates them on torch's default device
-        use_cpu_initialization=True,
+        **{"use_cpu_initialization": True} | fp8_options,
         perform_initialization=False,
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -213,7 +216,10 @@ class Backbone(nn.Module):
         self.block = TransformerBlock(
             self.megatron_config,
             TransformerBlockSubmodules(
-                layer_specs=[_layer_spec() for _ in model_chunk.layer_range], layer_norm=RMSNorm
+                layer_specs=[
+                    _layer_spec(config.training.precision) for _ in model_chunk.layer_range
+                ],
+                layer_norm=RMSNorm,
             ),
             pre_process=model_chunk.is_first,
             post_process=model_chunk.is_last,

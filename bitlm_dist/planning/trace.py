@@ -11,6 +11,7 @@ from bitlm_dist.checkpoint.tensors import local_entries
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.transformer_engine import without_fp8
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 from bitlm_dist.planning.fake_cuda import GPU, fake_gpu
@@ -47,7 +48,7 @@ def trace_steps(
 
     Args:
         config: the checked config; ``training.compile`` is treated as ``never``, because
-            torch.compile does not work on fake tensors.
+            torch.compile does not work on fake tensors, and fp8 as bf16.
         world_size: number of ranks.
         rank: global rank.
         vocab_size: number of tokens.
@@ -59,6 +60,7 @@ def trace_steps(
     Raises:
         UserError: layout and config do not fit, or no fake GPU can be simulated here.
     """
+    config = without_fp8(config)
     config = config.model_copy(
         update={"training": config.training.model_copy(update={"compile": "never"})}
     )

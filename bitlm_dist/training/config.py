@@ -37,9 +37,7 @@ class TrainingConfig(Section):
     With bf16 the optimizer keeps fp32 master weights; noise, posteriors and loss stay fp32, too.
     fp8: bf16, but the backbone's matrix products in fp8 by Transformer Engine.
     """
-    float32_matmul_precision: Annotated[Literal["highest", "high", "medium"], Resume.FREE] = (
-        "highest"
-    )
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """GPU: fp32 matrix products in fp32 (highest), TF32 (high) or bf16 (medium), as in torch."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Fuse the head's elementwise code with torch.compile: bits, noise, modulation, loss.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitlm_dist.kernels import bounds_of_documents
+from bitlm_dist.model import transformer_engine
 from bitlm_dist.model.cached_backbone import CachedBackbone
 from bitlm_dist.model.initialization import set_layer_distributions
 from bitlm_dist.model.torch_layer import rotary_cos_sin
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
+    "fp8": torch.bfloat16,
 }
 
 
@@ -49,13 +51,14 @@ def _transformer_config(
         layout: ParallelLayout = SINGLE_PROCESS
 
     dtype = DTYPES[config.training.precision]
+    fp8_options = transformer_engine.OPTIONS if config.training.precision == "fp8" else {}
 
     return BackboneConfig(
         **_architecture_options(config.model),
         **_parallel_options(layout, layers_per_stage),
         **_recompute_options(config.parallel),
         # initialization.py draws the weights; Megatron allocates them on torch's default device
-        use_cpu_initialization=True,
+        **{"use_cpu_initialization": True} | fp8_options,
         perform_initialization=False,
         gradient_accumulation_fusion=_has_weight_gradient_kernel(),
         # our layer fuses these itself (fused_regions.py)
@@ -182,7 +185,10 @@ class Backbone(nn.Module):
         self.block = TransformerBlock(
             self.megatron_config,
             TransformerBlockSubmodules(
-                layer_specs=[layer_spec() for _ in model_chunk.layer_range], layer_norm=RMSNorm
+                layer_specs=[
+                    layer_spec(config.training.precision) for _ in model_chunk.layer_range
+                ],
+                layer_norm=RMSNorm,
             ),
             pre_process=model_chunk.is_first,
             post_process=model_chunk.is_last,

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -27,6 +26,7 @@ from typing_extensions import override
 from bitlm_dist.model.block_attention import BlockCausalAttention
 from bitlm_dist.model.fused_regions import RMS_NORM_EPS, add_and_norm, norm_and_rotate, swiglu
 from bitlm_dist.model.recomputation import Outputs, recomputed
+from bitlm_dist.model.transformer_engine import parallel_linears
 
 
 class RMSNorm(nn.RMSNorm):
@@ -138,22 +138,27 @@ class BackboneLayer(TransformerLayer):  # type: ignore[misc]
         return swiglu(self._gate_and_up(normed))
 
 
-def layer_spec() -> Any:
-    """Return Megatron's spec of the layer, with block-causal core attention."""
+def layer_spec(precision: str) -> Any:
+    """Return Megatron's spec of the layer, with block-causal core attention.
+
+    Args:
+        precision: ``training.precision``, which decides the class of the linear maps.
+    """
+    column_linear, row_linear = parallel_linears(precision)
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=column_linear,
             core_attention=BlockCausalAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=row_linear,
             q_layernorm=FusedRMSNorm,
             k_layernorm=FusedRMSNorm,
         ),
     )
     mlp = ModuleSpec(
         module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        submodules=MLPSubmodules(linear_fc1=column_linear, linear_fc2=row_linear),
     )
 
     return ModuleSpec(

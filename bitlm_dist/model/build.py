@@ -19,6 +19,7 @@ from bitlm_dist.model.heads.build import num_head_weights
 from bitlm_dist.model.initialization import draw_weights
 from bitlm_dist.model.language_model import LanguageModel, PipelineStage
 from bitlm_dist.model.softmax_lm import SoftmaxLM
+from bitlm_dist.model.transformer_engine import check_fp8, without_fp8
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.device import set_cuda_environment
 from bitlm_dist.parallel.layout import ParallelLayout, local_model_chunks, split_layers
@@ -67,11 +68,14 @@ def prepare_device(config: Config) -> str:
 
     Raises:
         UserError: the configured backend is unavailable or cannot train this config, or the
-            compiler is missing.
+            compiler or, with fp8, Transformer Engine is missing.
     """
     set_cuda_environment(config, os.environ)  # must precede the first CUDA call
     b = config.model.backbone
     device = mesh.set_current_device()
+    if config.training.precision == "fp8":
+        check_fp8(device)
+    torch.set_float32_matmul_precision(config.training.float32_matmul_precision)
     if config.training.deterministic and device.type == "cuda":
         _enable_determinism(config)
     should_compile(config.training.compile, device)
@@ -176,4 +180,4 @@ def build_meta_model(config: Config, vocab_size: int, num_bits: int) -> Language
     """Build the model on the meta device, which allocates no memory whatever the model's size."""
     with torch.device("meta"):
         codes = BitCodes(natural_codes(vocab_size), num_bits)
-        return build_model(config, codes, eos=0, initialize=False)
+        return build_model(without_fp8(config), codes, eos=0, initialize=False)

@@ -45,10 +45,10 @@ class HeadParallelConfig(Section):
             yield (
                 f"{stage}: parallel.head.engine = fsdp2 has stages 2 and 3 only; or use deepspeed"
             )
-        if self.engine == "deepspeed" and self.zero_stage < 2 and precision == "bf16":
+        if self.engine == "deepspeed" and self.zero_stage < 2 and precision != "fp32":
             yield (
                 f"{stage} would add up gradients of bf16 weights in bf16: "
-                "use 2 or 3 with training.precision = bf16"
+                f"use 2 or 3 with training.precision = {precision}"
             )
 
         # DeepSpeed reduces gradients over the ranks that share the optimizer state, and no others.

@@ -9,11 +9,11 @@ import torch
 
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
-from bitlm_dist.model.bit_embedding import BitEmbedding, make_embedding
+from bitlm_dist.model.bit_embedding import BitEmbedding
 from bitlm_dist.model.build import layers_per_stage
 from bitlm_dist.model.config import BackboneConfig
 from bitlm_dist.model.heads.build import meta_head
-from bitlm_dist.model.initialization import shard_dim
+from bitlm_dist.model.initialization import Embedding, shard_dim
 from bitlm_dist.model.vocab_parallel_table import VOCAB_DIVISIBLE_BY
 from bitlm_dist.parallel.layout import ModelChunk, ParallelLayout, local_model_chunks
 
@@ -122,7 +122,7 @@ def _embedding_shapes(config: Config, num_bits: int, vocab_size: int) -> Shapes:
     width = model.backbone.hidden_size
     with torch.device("meta"):
         module = (
-            make_embedding(vocab_size, width)
+            Embedding(vocab_size, width)
             if model.input == "table"
             else BitEmbedding(num_bits, width, model.input_window)
         )

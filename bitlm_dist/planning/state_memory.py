@@ -4,16 +4,13 @@ They follow exactly from the shapes of the rank's parameters; docs/gpu.md has th
 """
 
 from collections import Counter
-from pkgutil import resolve_name
 
 import torch
 
 from bitlm_dist.config import Config
 from bitlm_dist.model.backbone import DTYPES
 from bitlm_dist.parallel.layout import ParallelLayout
-from bitlm_dist.parallel.partition import assign_owners
 from bitlm_dist.planning.rank_parameters import RankParameters, Shapes
-from bitlm_dist.registry import OPTIMIZERS
 from bitlm_dist.training.optimizer import param_group
 from bitlm_dist.training.partitioners.deepspeed import PARAM_PERSISTENCE_THRESHOLD
 from bitlm_dist.training.sharded_head import is_head_sharded
@@ -66,15 +63,9 @@ def _dense_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) -> Coun
 
     has_master = weight_bytes(config) < FP32_BYTES
 
-    # Flat slices of Megatron's distributed optimizer, or tensors of which every replica has some.
-    num_owners = layout.num_replicas if optimizer.sharded else 1
-    if resolve_name(OPTIMIZERS[optimizer.matrix_optimizer]).is_elementwise:
-        return items + _optimizer_bytes(config, shapes, 1 / num_owners, has_master)
-
-    owners = assign_owners({n: shape.numel() for n, shape in shapes.items()}, num_owners)
-    rank = layout.replica_rank % num_owners
-    owned = {n: shape for n, shape in shapes.items() if owners[n] == rank}
-    return items + _optimizer_bytes(config, owned, 1.0, has_master)
+    # Slices of Megatron's distributed optimizer.
+    num_shards = layout.num_optimizer_shards if optimizer.sharded else 1
+    return items + _optimizer_bytes(config, shapes, 1 / num_shards, has_master)
 
 
 def _optimizer_bytes(
@@ -95,7 +86,7 @@ def _sharded_head_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) 
     """The head under DeepSpeed or FSDP2; what is offloaded needs no memory on the GPU."""
     parallel = config.parallel.head
     stage = parallel.zero_stage
-    num_ranks = len(layout.head_ranks())
+    num_ranks = len(layout.head_ranks()) // layout.num_head_instances
     size = num_elements(shapes)
     shard_bytes = FP32_BYTES * size // num_ranks
     items: Counter[str] = Counter()

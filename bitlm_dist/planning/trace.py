@@ -11,6 +11,7 @@ from bitlm_dist.checkpoint.tensors import local_entries
 from bitlm_dist.codes import BitCodes, natural_codes, num_bits_needed
 from bitlm_dist.config import Config
 from bitlm_dist.model.batch import Batch
+from bitlm_dist.model.transformer_engine import without_fp8
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import build_layout, resolve_micro_batch_size
 from bitlm_dist.planning.fake_cuda import GPU, fake_gpu
@@ -46,7 +47,8 @@ def trace_steps(
     As in training, a step is read after the next one was launched.
 
     Args:
-        config: the checked config; regions that ``training.compile`` compiles are one kernel.
+        config: the checked config; regions that ``training.compile`` compiles are one kernel, and
+            fp8 is treated as bf16.
         world_size: number of ranks.
         rank: global rank.
         vocab_size: number of tokens.
@@ -58,6 +60,7 @@ def trace_steps(
     Raises:
         UserError: layout and config do not fit, or no fake GPU can be simulated here.
     """
+    config = without_fp8(config)
     layout = build_layout(config.parallel, world_size, rank)
     resolve_micro_batch_size(config, layout)
     codes = BitCodes(natural_codes(vocab_size), config.model.bits or num_bits_needed(vocab_size))

@@ -31,11 +31,14 @@ class TrainingConfig(Section):
         4096, ge=1
     )
     """Tokens per step over all ranks; a multiple of data.sequence_length."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
     """dtype of weights, activations and matrix products.
 
     With bf16 the optimizer keeps fp32 master weights; noise, posteriors and loss stay fp32, too.
+    fp8: bf16, but the backbone's matrix products in fp8 by Transformer Engine.
     """
+    float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """GPU: fp32 matrix products in fp32 (highest), TF32 (high) or bf16 (medium), as in torch."""
     compile: Literal["auto", "always", "never"] = "auto"
     """Fuse the head's elementwise code with torch.compile: bits, noise, modulation, loss.
 

@@ -42,7 +42,7 @@ def estimate_checkpoint_bytes(
 
     # bf16 weights come with their fp32 master weights
     bytes_per_parameter = (
-        BF16_BYTES + FP32_BYTES if config.training.precision == "bf16" else FP32_BYTES
+        BF16_BYTES + FP32_BYTES if config.training.precision != "fp32" else FP32_BYTES
     )
     bytes_per_parameter += FP32_BYTES if config.optimizer.ema else 0
 

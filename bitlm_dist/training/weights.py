@@ -13,6 +13,7 @@ from bitlm_dist.errors import UserError
 from bitlm_dist.model.build import build_model, prepare_device
 from bitlm_dist.model.initialization import GATED_WEIGHT, global_named_parameters, shard_dim
 from bitlm_dist.model.language_model import LanguageModel
+from bitlm_dist.model.transformer_engine import without_fp8
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import ParallelLayout
 from bitlm_dist.parallel.sharded_tensor import ShardedTensor
@@ -120,7 +121,7 @@ def training_tensors(
 
 
 def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageModel, int]:
-    """Load the latest checkpoint of a run for evaluation or generation.
+    """Load the latest checkpoint of a run for evaluation or generation; in bf16 if fp8 trained it.
 
     Args:
         run: The run folder.
@@ -136,6 +137,7 @@ def load_trained_model(run: Path, config: Config) -> tuple[RunFolder, LanguageMo
     folder = RunFolder(run)
     steps = find_trained_steps(run, config)
 
+    config = without_fp8(config)
     prepare_device(config)
     codes = folder.codes()
     eos = folder.tokenizer().eos

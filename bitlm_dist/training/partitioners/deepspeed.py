@@ -205,7 +205,7 @@ def _deepspeed_config(config: Config, on_cuda: bool, numel: int) -> dict[str, An
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would have to be compiled
         "zero_optimization": zero,
-        "bf16": {"enabled": config.training.precision == "bf16", "check_grad_overflow": False},
+        "bf16": {"enabled": config.training.precision != "fp32", "check_grad_overflow": False},
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 10**9,

@@ -47,7 +47,7 @@ class FSDP2Partitioner(HeadPartitioner):
             "mesh": device_mesh,
             "reshard_after_forward": config.parallel.head.zero_stage == 3,
         }
-        if config.training.precision == "bf16":
+        if config.training.precision != "fp32":
             settings["mp_policy"] = MixedPrecisionPolicy(
                 torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )

@@ -15,7 +15,11 @@ MIN_CAPABILITY = (8, 9)  # the first GPUs with fp8 matrix products
 
 # Megatron's options. This recipe has no history of maxima, which checkpoints would have to hold.
 # Transformer Engine builds its weights on the GPU.
-OPTIONS = {"fp8": "hybrid", "fp8_recipe": "tensorwise", "use_cpu_initialization": False}
+OPTIONS: dict[str, Any] = {
+    "fp8": "hybrid",
+    "fp8_recipe": "tensorwise",
+    "use_cpu_initialization": False,
+}
 
 
 def check_fp8(device: torch.device) -> None:

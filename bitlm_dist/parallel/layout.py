@@ -160,6 +160,40 @@ def build_layout(parallel: ParallelConfig, world_size: int, rank: int) -> Parall
     Raises:
         UserError: the sizes do not fit ``world_size``; names the keys and what would fit.
     """
+    _check_world_size(parallel, world_size)
+    layout = ParallelLayout(
+        parallel.tensor,
+        parallel.sequence,
+        parallel.pipeline,
+        parallel.virtual_pipeline,
+        parallel.context,
+        world_size // (parallel.tensor * parallel.context * parallel.pipeline),
+        rank,
+    )
+
+    num_instances = _num_instances(
+        "parallel.optimizer_shard_ranks",
+        parallel.optimizer_shard_ranks,
+        layout.num_replicas,
+        "replicas (data x context ranks)",
+    )
+    num_head_instances = _num_instances(
+        "parallel.head.shard_ranks",
+        parallel.head.shard_ranks,
+        len(layout.head_ranks()),
+        "ranks of the last pipeline stage",
+    )
+    return replace(
+        layout, num_optimizer_instances=num_instances, num_head_instances=num_head_instances
+    )
+
+
+def _check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Check that ``world_size`` ranks can have the axes of ``parallel``.
+
+    Raises:
+        UserError: they cannot.
+    """
     model_parallel_size = parallel.tensor * parallel.context * parallel.pipeline
 
     if world_size % model_parallel_size or (
@@ -191,31 +225,6 @@ def build_layout(parallel: ParallelConfig, world_size: int, rank: int) -> Parall
             f"{started} started, and {axes} {need}: "
             f"start {' or '.join(map(str, valid_world_sizes))}, or change a key"
         )
-
-    layout = ParallelLayout(
-        parallel.tensor,
-        parallel.sequence,
-        parallel.pipeline,
-        parallel.virtual_pipeline,
-        parallel.context,
-        world_size // model_parallel_size,
-        rank,
-    )
-    num_instances = _num_instances(
-        "parallel.optimizer_shard_ranks",
-        parallel.optimizer_shard_ranks,
-        layout.num_replicas,
-        "replicas (data x context ranks)",
-    )
-    num_head_instances = _num_instances(
-        "parallel.head.shard_ranks",
-        parallel.head.shard_ranks,
-        len(layout.head_ranks()),
-        "ranks of the last pipeline stage",
-    )
-    return replace(
-        layout, num_optimizer_instances=num_instances, num_head_instances=num_head_instances
-    )
 
 
 def _num_instances(key: str, shard_ranks: int | None, num_ranks: int, ranks: str) -> int:

@@ -18,11 +18,13 @@ from bitlm_dist.codes import BitCodes, natural_codes
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.model.batch import Batch
 from bitlm_dist.model.initialization import global_named_parameters, unshard
-from bitlm_dist.parallel import mesh
+from bitlm_dist.parallel import mesh, partition
 from bitlm_dist.parallel.layout import ParallelLayout, build_layout
 from bitlm_dist.training import engine as engine_module
 from bitlm_dist.training.engine import Engine
 
+# small, so that the exchange of a tiny model's matrices takes several rounds
+partition.ROUND_NUMEL = 10_000
 V = 300
 LENGTH = 64
 NUM_SEQUENCES = 8

@@ -106,7 +106,29 @@ REFUSED = [
         1,
         "1 process was started, .* x parallel.data = 3 needs 3: start 3, or change a key",
     ),
+    (
+        {"optimizer_shard_ranks": 4, "context": 2},
+        6,
+        "parallel.optimizer_shard_ranks = 4 does not divide the 6 replicas .*: try 3",
+    ),
+    (
+        {"head": {"engine": "fsdp2", "shard_ranks": 5}, "tensor": 2},
+        8,
+        "parallel.head.shard_ranks = 5 does not divide the 8 ranks of the last .*: try 4",
+    ),
 ]
+
+
+def test_instances_of_the_optimizer_are_groups_of_consecutive_replicas():
+    sizes = ParallelConfig(tensor=2, optimizer_shard_ranks=2)
+    layouts = [build_layout(sizes, 12, rank) for rank in range(12)]
+    assert {layout.num_optimizer_instances for layout in layouts} == {3}
+    assert [layout.optimizer_shard_rank for layout in layouts] == [0, 0, 1, 1] * 3
+    assert [layout.is_first_instance for layout in layouts] == [True] * 4 + [False] * 8
+
+    # fewer replicas than that shard it as before
+    assert build_layout(sizes, 2, 0).num_optimizer_instances == 1
+    assert build_layout(ParallelConfig(tensor=2), 12, 0).num_optimizer_shards == 6
 
 
 @pytest.mark.parametrize(("sizes", "world", "message"), REFUSED)

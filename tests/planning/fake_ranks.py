@@ -33,8 +33,9 @@ from bitlm_dist.data_prep.tokenizer import Tokenizer
 from bitlm_dist.model.fused_regions import add_and_norm
 from bitlm_dist.parallel import mesh
 from bitlm_dist.planning.fake_cuda import fake_gpu
-from bitlm_dist.planning.step_trace import KernelSource, StepTrace
+from bitlm_dist.planning.step_trace import KernelSource, StepTrace, Tracer
 from bitlm_dist.planning.trace import trace_rank, trace_steps
+from bitlm_dist.training.optimizer import Optimizer
 
 VOCABULARY = 300
 
@@ -50,6 +51,30 @@ def steps(
     """Trace training steps; all steps after the second are like it."""
     loaded = load_config(Path(config) if config else None, words).config
     return summary(trace_steps(loaded, world, rank, vocabulary, count))
+
+
+def optimizer_step(words: list[str], config: str, world: int, rank: int) -> dict[str, Any]:
+    """Trace a step of a preset, of which the optimizer's part is a phase of its own."""
+    tracers: list[Tracer] = []
+    enter = Tracer.__enter__
+    update = Optimizer.clip_and_step
+
+    def entered(tracer: Tracer) -> Tracer:
+        tracers.append(tracer)
+        return enter(tracer)
+
+    def updated(optimizer: Optimizer, lr_multiplier: float) -> Any:
+        tracers[0].start_phase("optimizer")
+        result = update(optimizer, lr_multiplier)
+        tracers[0].start_phase("after")
+        return result
+
+    loaded = load_config(Path(config), words).config
+    with (
+        mock.patch.object(Tracer, "__enter__", entered),
+        mock.patch.object(Optimizer, "clip_and_step", updated),
+    ):
+        return summary(trace_steps(loaded, world, rank))
 
 
 def command(words: list[str], world: int = 1, rank: int = 0) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from traces import (
 )
 
 from bitlm_dist.config_loading import load_config
+from bitlm_dist.model.initialization import unshard
 from bitlm_dist.training.optimizer import is_inner_matrix
+from bitlm_dist.training.optimizers.muon import orthogonalize_flops
 from bitlm_dist.training.trainer import Trainer
 
 SETTLED = 1.01  # times the recorded peak: small increases need no explanation
@@ -125,6 +127,24 @@ LARGE_MODEL = [
 QUICK_COMMANDS = ("train, with a teacher and evaluations", "eval", "generate")
 
 
+# BitLM-8B with Muon on one node, its first and its last tensor rank
+TENSOR_RANKS = 8
+MUON = {
+    f"Muon of 8B on TP8, rank {rank}": {
+        "function": "optimizer_step",
+        "arguments": [
+            [
+                *("--optimizer.matrix_optimizer", "muon", "--data.sequence_length", "1024"),
+                *("--training.global_batch_tokens", "1024", "--parallel.sequence", "true"),
+                *("--parallel.tensor", str(TENSOR_RANKS), "--model.backbone.attention", "triton"),
+            ],
+            *("bitlm-8b", TENSOR_RANKS, rank),
+        ],
+    }
+    for rank in (0, TENSOR_RANKS - 1)
+}
+
+
 @pytest.fixture(scope="module")
 def traced(request, tmp_path_factory):
     """Summary of the trace of every selected case."""
@@ -140,7 +160,7 @@ def traced(request, tmp_path_factory):
         if item.path == request.path and hasattr(item, "callspec")
     ]
     names = {test.callspec.params.get("case") for test in tests}
-    cases = {name: case for name, case in CASES.items() if name in names}
+    cases = {name: case for name, case in (CASES | MUON).items() if name in names}
     if "a region" in names:
         cases["a region"] = {"function": "region", "arguments": [ROWS, WIDTH]}
     if commands := [name for name in COMMANDS if name in names]:
@@ -255,6 +275,23 @@ def test_a_compiled_region_is_one_kernel_that_keeps_its_inputs(case, found):
         ("add_and_norm backward", True): 2 * (4 * of_rows + row) + 2 * of_rows + row,
     }
     assert found["allocated"] == 2 * of_rows, "only the outputs, no intermediate result"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MUON)
+def test_tensor_ranks_share_muon_in_bounded_memory(case, found):
+    flops = sum(
+        orthogonalize_flops(unshard(name, [torch.empty(shape, device="meta")] * TENSOR_RANKS).shape)
+        for name, shape in found["parameters"].items()
+        if name.startswith("backbone.") and len(shape) == 2
+    )
+    # the head's matrices are less than 1 % of the backbone's, and shared too
+    assert 0.9 * flops < TENSOR_RANKS * found["flops"]["optimizer"] <= 1.1 * flops
+
+    assert found["peak"]["optimizer"] <= found["static"]["build"] + 4 * 2**30
+    received = sum(size for name, group, size in found["sent"]["optimizer"] if group == "tensor")
+    # this rank's shards of the backbone in bf16, and the matrices that it owns, twice
+    assert received < 2 * 2 * 1.1 * sum(map(math.prod, found["parameters"].values()))
 
 
 def rounded(numbers, width):

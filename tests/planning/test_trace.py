@@ -47,8 +47,8 @@ WAITS = {
     "zero/partitioned_param_coordinator.py _fetch_sub_module_impl: synchronize": HEAD_WEIGHTS,
     # offload copies between host and device
     "training/optimizer.py update: copy to the host": "clipping of offloaded partitions",
-    "parallel/partition.py map_full_tensors: copy to the host": "Muon of offloaded partitions",
-    f"parallel/partition.py _gather: {PAGEABLE}": "Muon of offloaded partitions",
+    "parallel/partition.py _map_round: copy to the host": "Muon of offloaded partitions",
+    f"parallel/partition.py _map_round: {PAGEABLE}": "Muon of offloaded partitions",
     f"zero/partition_parameters.py <listcomp>: {PAGEABLE}": "offload",
     f"zero/partition_parameters.py _allgather_params_coalesced: {PAGEABLE}": "offload",
     "zero/partition_parameters.py _allgather_params_coalesced: synchronize": "offload",

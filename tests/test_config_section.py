@@ -9,7 +9,7 @@ from bitlm_dist.yaml_files import annotation_of
 RESUME = ("run.", "checkpoint.", "evaluation.", "sampling.", "logging.", "parallel.")
 RESUME_KEYS = {
     *("data.path", "data.cache", "data.cache_limit", "data.workers", "data.new_mixture"),
-    *("optimizer.sharded", "training.deterministic"),
+    *("optimizer.sharded", "training.deterministic", "training.check_memory"),
 }
 # What evaluation and generation may change.
 TRAINED = ("evaluation.", "sampling.", "logging.", "parallel.")

@@ -15,6 +15,7 @@ from bitlm_dist.acceptance.commands import CheckFailedError, CheckSkippedError
 from bitlm_dist.acceptance.context import Context
 from bitlm_dist.acceptance.data import write_text, write_tokenizer
 from bitlm_dist.acceptance.sizes import CONFIG, RECIPES
+from bitlm_dist.strict_json import to_json
 
 ATTENTION = ("fa4", "triton", "merge", "flex", "reference")
 INSIDE_BLOCKS = "inside-blocks"
@@ -135,7 +136,7 @@ def predict(context: Context) -> dict[str, Any]:
     }
     try:
         numbers: dict[str, Any] = context.commands.module(
-            "predict", json.dumps(runs), CUDA_VISIBLE_DEVICES=""
+            "predict", to_json(runs), CUDA_VISIBLE_DEVICES=""
         )
     except CheckFailedError as error:
         if error.code != 2:

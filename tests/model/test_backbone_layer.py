@@ -14,7 +14,7 @@ SELECTIVE = ("--parallel.activation_checkpointing", "selective", "--parallel.rec
 
 def megatrons_layer(ours):
     """Megatron's layer with the weights of ours."""
-    spec = layer_spec()
+    spec = layer_spec("fp32")
     spec.module = TransformerLayer
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.q_layernorm = RMSNorm

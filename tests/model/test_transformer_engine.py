@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitlm_dist.errors import UserError
-from bitlm_dist.model.backbone import _layer_spec, _transformer_config
+from bitlm_dist.model.backbone import _transformer_config
+from bitlm_dist.model.backbone_layer import layer_spec
 from bitlm_dist.model.build import build_meta_model, prepare_device
 from bitlm_dist.model.transformer_engine import check_fp8
 from bitlm_dist.parallel.layout import SINGLE_PROCESS
@@ -59,7 +60,7 @@ def test_only_the_linear_maps_of_the_layers_are_others(tiny, monkeypatch):
             f"megatron.core.extensions.transformer_engine.{name}", type(name, (), {})
         )
 
-    fp8, bf16 = (_layer_spec(precision).submodules for precision in ("fp8", "bf16"))
+    fp8, bf16 = (layer_spec(precision).submodules for precision in ("fp8", "bf16"))
     for part, names in (
         ("self_attention", ("linear_qkv", "linear_proj")),
         ("mlp", ("linear_fc1", "linear_fc2")),

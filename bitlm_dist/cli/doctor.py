@@ -220,6 +220,8 @@ def _import_torch() -> float:
     """Import torch and return the seconds that it took; about 0 if it was imported before."""
     start = time.perf_counter()
     with work_progress("importing torch"):
+        # torch's C code imports NumPy, too, and would lose an interrupt that comes meanwhile
+        importlib.import_module("numpy")
         importlib.import_module("torch")
     return time.perf_counter() - start
 

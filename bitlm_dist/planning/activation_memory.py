@@ -8,6 +8,7 @@ Legend: S tokens on this rank, B sequences per microbatch, D hidden size, F that
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from bitlm_dist.config import Config
@@ -32,13 +33,11 @@ def layer_tensors(b: BackboneConfig, context: int) -> dict[str, Saved]:
     tensors = {
         "first norm": Saved(width, "sequence"),
         "queries, keys, values": Saved(query + 2 * key_value, "tensor"),
-        "cosines and sines": Saved(4 * b.head_dim),
         "rotated queries and keys": Saved(query + key_value, "tensor"),
-        "attention, twice": Saved(2 * query, "tensor"),
-        "residual after attention": Saved(width, "sequence"),
+        "attention": Saved(query, "tensor"),
+        "output of attention": Saved(width, "sequence"),
         "second norm": Saved(width, "sequence"),
         "gate and up": Saved(2 * b.ffn_hidden_size, "tensor"),
-        "silu of the gate, up": Saved(2 * b.ffn_hidden_size, "tensor"),
         "their product": Saved(b.ffn_hidden_size, "tensor"),
         "residual after the SwiGLU": Saved(width, "sequence"),
     }
@@ -51,10 +50,16 @@ def layer_tensors(b: BackboneConfig, context: int) -> dict[str, Saved]:
 
 
 # Gradients of a SwiGLU in its backward pass, beyond the saved tensors that it frees; times F.
-SWIGLU_BACKWARD = 5
+SWIGLU_BACKWARD = 2
 
-# Tensors that activation checkpointing does not save; `full` saves the last residual alone.
-RECOMPUTED: dict[str, tuple[str, ...]] = {"none": (), "selective": ()}
+# Tensors that the steps of `parallel.recompute_modules` do not save; `full` saves the last residual
+# alone.
+RECOMPUTED = {
+    "layernorm": ("first norm", "second norm"),
+    "qk_layernorm": ("rotated queries and keys",),
+    "mlp_act": ("their product",),
+    "mlp": ("gate and up", "their product"),
+}
 LAST_RESIDUAL = "residual after the SwiGLU"
 
 
@@ -71,6 +76,16 @@ def layer_bytes(config: Config, layout: ParallelLayout, sizes: StepSizes) -> dic
     """Bytes of each tensor of :func:`layer_tensors` on a rank."""
     tensors = layer_tensors(config.model.backbone, layout.context)
     return {name: _bytes_of(saved, sizes, layout) for name, saved in tensors.items()}
+
+
+def recomputed_tensors(config: Config, names: Iterable[str]) -> set[str]:
+    """Names of the tensors that the backward pass of a layer recomputes."""
+    parallel = config.parallel
+    if parallel.activation_checkpointing == "full":
+        return {*names} - {LAST_RESIDUAL}
+    if parallel.activation_checkpointing == "none":
+        return set()
+    return {name for step in parallel.recompute_modules for name in RECOMPUTED[step]}
 
 
 def layers_in_flight(
@@ -100,12 +115,8 @@ def backbone_bytes(
     """What the layers of all microbatches in flight save, by item."""
     num_layers, num_first = layers_in_flight(layout, parameters, sizes.num_microbatches)
     tensors = layer_bytes(config, layout, sizes)
-    policy = config.parallel.activation_checkpointing
-    kept = (
-        [LAST_RESIDUAL]
-        if policy == "full"
-        else [name for name in tensors if name not in RECOMPUTED[policy]]
-    )
+    recomputed = recomputed_tensors(config, tensors)
+    kept = [name for name in tensors if name not in recomputed]
 
     state = tensors[LAST_RESIDUAL]  # [S, B, D]
     items: Counter[str] = Counter()
@@ -134,8 +145,7 @@ def layer_backward_bytes(config: Config, layout: ParallelLayout, sizes: StepSize
     tensors = layer_bytes(config, layout, sizes)
     b = config.model.backbone
     ffn = Saved(SWIGLU_BACKWARD * b.ffn_hidden_size, "tensor")
-    policy = config.parallel.activation_checkpointing
-    recomputed = tensors if policy == "full" else RECOMPUTED[policy]
+    recomputed = recomputed_tensors(config, tensors)
     gradient_of_weight = 2 * b.ffn_hidden_size * b.hidden_size * sizes.width / layout.tensor
     return (
         _bytes_of(ffn, sizes, layout)

@@ -17,11 +17,11 @@ from bitlm_dist.training.partitioners.deepspeed import MAX_BUCKET_NUMEL
 
 # What a layer saves, in multiples of W.
 LAYER_TENSORS = {
-    "residuals, normed and modulated": 6,
+    "input, modulated twice": 3,
     "queries, keys, values": 3,
     "attention, its projection": 2,
     "gate and up": 3,
-    "silu and product": 3,
+    "SwiGLU": 1.5,
     "projection": 1,
 }
 # Besides the layers, each pass saves these, in multiples of W.
@@ -29,17 +29,17 @@ PASS_TENSORS = {
     "input": 1,
     "adaLN's input": 1,
     "final modulation": 2,
-    "final norm": 2,
+    "final norm": 1,
 }
 MODULATIONS = 6  # times W, for each of the layers that make them
 TIME_EMBEDDING = 2  # times W, for each noise sample
 
 # Gradients of a layer in its backward pass, beyond the saved tensors that it frees; times W.
-LAYER_BACKWARD = 10
+LAYER_BACKWARD = 2
 
 # A mixture's loss computes its derivative by the logits from this many fp32 tensors of their size,
 # in slices of so many logits.
-LOSS_TENSORS = 4
+LOSS_TENSORS = 3
 MAX_SLICE_LOGITS = 2**27
 
 # Rows sorted by pattern are padded to full tiles: on average so many rows per pattern.
@@ -143,7 +143,7 @@ def head_engine_bytes(
         return 0.0
 
     head = config.parallel.head
-    shard = FP32_BYTES * size / len(layout.head_ranks())
+    shard = FP32_BYTES * size * layout.num_head_instances / len(layout.head_ranks())
     bucket = min(size, MAX_BUCKET_NUMEL)
     if head.engine == "fsdp2":
         return sizes.width * size + shard
@@ -154,4 +154,6 @@ def head_engine_bytes(
 
     # Two buckets of gradients, one of which is reduced while the other is filled.
     gradients = sizes.width * size if head.zero_stage == 1 else shard
+    if head.offload != "none":
+        gradients = 0  # they go to the host
     return 2 * sizes.width * bucket + gradients

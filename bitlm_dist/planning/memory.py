@@ -12,12 +12,12 @@ from bitlm_dist.config import Config
 from bitlm_dist.errors import UserError
 from bitlm_dist.parallel import mesh
 from bitlm_dist.parallel.layout import SINGLE_PROCESS, ParallelLayout
+from bitlm_dist.parallel.partition import ROUND_NUMEL
 from bitlm_dist.planning.activation_memory import backbone_bytes, layer_backward_bytes
 from bitlm_dist.planning.head_memory import head_bytes, head_engine_bytes
 from bitlm_dist.planning.rank_parameters import RankParameters, rank_parameters
 from bitlm_dist.planning.state_memory import (
     CODE_BYTES,
-    FP32_BYTES,
     num_elements,
     state_bytes,
     weight_bytes,
@@ -32,8 +32,9 @@ FIXED_MARGIN_BYTES = 6 * GIB
 # Free blocks of the allocator that are too small for what is asked, as a share of the peak.
 FRAGMENTATION = 0.05
 
-# What Muon's update needs besides its state: full matrices, of which it maps some at a time.
-MUON_BYTES = 4 * GIB
+# Copies of the full matrices of a round at the peak of Muon's update: sent, received, joined,
+# stacked, and those of the iteration.
+MUON_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _optimizer_bytes(config: Config, parameters: RankParameters) -> float:
     """What the update needs: nothing for AdamW, full matrices for others."""
     if config.optimizer.matrix_optimizer == "adamw":
         return 0.0
-    return min(MUON_BYTES, 2 * FP32_BYTES * num_elements(parameters.shapes))
+    numel = min(ROUND_NUMEL, num_elements(parameters.shapes))
+    return MUON_COPIES * weight_bytes(config) * numel
 
 
 def estimate_worst_rank(

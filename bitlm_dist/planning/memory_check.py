@@ -19,6 +19,7 @@ from bitlm_dist.training.sharded_head import is_head_sharded
 
 MAX_TENSOR = 8  # tensor ranks talk in every layer, so they should share a node
 MAX_PIPELINE = 16
+MOST_RECOMPUTED = ("layernorm", "qk_layernorm", "mlp")  # short of full recomputation
 MORE_GPUS = (1, 2, 4, 8)  # times those of the job
 
 Changes = dict[str, Any]  # values by dotted key
@@ -59,10 +60,15 @@ def _remedy(config: Config, layout: ParallelLayout, vocab_size: int, total: int)
         num_gpus = factor * layout.world_size
         changes = find_fit(config, layout, vocab_size, total, num_gpus)
         if changes is not None:
-            words = [f"--{key} {str(value).lower()}" for key, value in changes.items()]
+            words = [f"--{key} {_word(value)}" for key, value in changes.items()]
             gpus = [f"on {num_gpus} GPUs"] if factor > 1 else []
             return f"what fits is {' '.join([*words, *gpus])}"
     return f"no layout of {num_gpus} GPUs fits, use more, or a smaller model"
+
+
+def _word(value: Any) -> str:
+    """A value on the command line."""
+    return f"[{','.join(value)}]" if isinstance(value, tuple) else str(value).lower()
 
 
 def find_fit(
@@ -106,10 +112,9 @@ def _values(config: Config) -> Changes:
 def _candidates(config: Config, layout: ParallelLayout) -> Iterator[Changes]:
     """Changes, the cheapest first: what costs no time, finer splits, recomputation, stages."""
     values = _values(config)
-    policies = dict.fromkeys((config.parallel.activation_checkpointing, "full"))
-    for pipeline, policy, tensor, micro_batch_size, free in product(
+    for pipeline, recomputation, tensor, micro_batch_size, free in product(
         _doublings(layout.pipeline, MAX_PIPELINE),
-        policies,
+        _recomputations(config),
         _doublings(layout.tensor, MAX_TENSOR),
         _smaller_microbatches(config, layout),
         _free_changes(config, layout),
@@ -118,11 +123,27 @@ def _candidates(config: Config, layout: ParallelLayout) -> Iterator[Changes]:
             "parallel.micro_batch_size": micro_batch_size,
             "parallel.tensor": tensor,
             "parallel.sequence": tensor > 1,
-            "parallel.activation_checkpointing": policy,
             "parallel.pipeline": pipeline,
+            **recomputation,
             **free,
         }
         yield {key: value for key, value in wanted.items() if value != values[key]}
+
+
+def _recomputations(config: Config) -> list[Changes]:
+    """What the backward pass recomputes, the cheapest first; not less than now."""
+    policy = "parallel.activation_checkpointing"
+    choices: dict[str, list[Changes]] = {
+        "none": [{}],
+        "selective": [
+            {policy: "selective"},
+            {policy: "selective", "parallel.recompute_modules": MOST_RECOMPUTED},
+        ],
+        "full": [{policy: "full"}],
+    }
+    names = list(choices)
+    first = names.index(config.parallel.activation_checkpointing)
+    return [changes for name in names[first:] for changes in choices[name]]
 
 
 def _free_changes(config: Config, layout: ParallelLayout) -> list[Changes]:

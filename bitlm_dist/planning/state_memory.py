@@ -63,9 +63,31 @@ def _dense_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) -> Coun
 
     has_master = weight_bytes(config) < FP32_BYTES
 
-    # Slices of Megatron's distributed optimizer.
+    # Slices of Megatron's distributed optimizer begin and end anywhere: one rank may have all the
+    # elements of which the optimizer keeps most.
     num_shards = layout.num_optimizer_shards if optimizer.sharded else 1
-    return items + _optimizer_bytes(config, shapes, 1 / num_shards, has_master)
+    items += _optimizer_bytes(config, shapes, 1 / num_shards, has_master)
+    items["optimizer state"] = FP32_BYTES * _most_slots(config, shapes, size // num_shards)
+    return items
+
+
+def _most_slots(config: Config, shapes: Shapes, numel: int) -> int:
+    """The most elements that the optimizer can keep for ``numel`` weights of these shapes."""
+    numel_by_slots = Counter[int]()
+    for name, shape in shapes.items():
+        numel_by_slots[_num_slots(config, name, shape)] += shape.numel()
+
+    total = 0
+    for num_slots in sorted(numel_by_slots, reverse=True):
+        taken = min(numel, numel_by_slots[num_slots])
+        total += num_slots * taken
+        numel -= taken
+    return total
+
+
+def _num_slots(config: Config, name: str, shape: torch.Size) -> int:
+    group = param_group(config.optimizer, name, torch.empty(shape, device="meta"))
+    return NUM_SLOTS[group.optimizer]
 
 
 def _optimizer_bytes(
@@ -74,9 +96,8 @@ def _optimizer_bytes(
     """Optimizer state of a fraction of every tensor."""
     items: Counter[str] = Counter()
     for name, shape in shapes.items():
-        group = param_group(config.optimizer, name, torch.empty(shape, device="meta"))
         size = round(FP32_BYTES * shape.numel() * fraction)
-        items["optimizer state"] += NUM_SLOTS[group.optimizer] * size
+        items["optimizer state"] += _num_slots(config, name, shape) * size
         items["fp32 weights"] += size if has_master else 0
         items["moving average"] += size if config.optimizer.ema else 0
     return items

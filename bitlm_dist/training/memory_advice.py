@@ -29,8 +29,9 @@ def out_of_memory_advice(
     keys = []
     if micro_batch_size > 1:
         keys.append(f"--parallel.micro_batch_size {micro_batch_size // 2}")
-    if config.parallel.activation_checkpointing != "full":
-        keys.append("--parallel.activation_checkpointing full")
+    more = {"none": "selective", "selective": "full"}.get(config.parallel.activation_checkpointing)
+    if more is not None:
+        keys.append(f"--parallel.activation_checkpointing {more}")
 
     if (
         layout.world_size > 1

@@ -30,6 +30,8 @@ MODELS = {
 }
 MODELS["tied"] = [*MODELS["softmax"], "--model.tie_embeddings", "true"]
 FULL = ["--parallel.activation_checkpointing", "full"]
+SELECTIVE = ["--parallel.activation_checkpointing", "selective"]
+WITH_MLP = [*SELECTIVE, "--parallel.recompute_modules", "[layernorm, qk_layernorm, mlp]"]
 
 # layout, rank, head, optimizer, precision, model, more options; the layers are as wide as those of
 # bitlm-0.6b, so that rounding to the allocator's blocks does not matter
@@ -47,6 +49,8 @@ ROWS: list[tuple[str, int, str, str, str, str, list[str]]] = [
     ("CP2", 0, "replicated", "Muon", "bf16", "softmax", []),
     ("TP2+SP", 0, "replicated", "Muon", "bf16", "tied", []),
     ("PP2", 0, "replicated", "Muon", "bf16", "paper", FULL),
+    ("PP2", 0, "replicated", "AdamW", "bf16", "paper", SELECTIVE),
+    ("PP2", 0, "replicated", "AdamW", "bf16", "paper", WITH_MLP),
     ("PP2 VPP2", 0, "replicated", "Muon", "fp32", "paper", []),
     ("PP2 VPP2", 1, "replicated", "AdamW", "bf16", "default", []),
     ("TP2 without SP, microbatches", 1, "ZeRO 2", "Muon", "fp32", "default", []),

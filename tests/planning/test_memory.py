@@ -34,23 +34,42 @@ from bitlm_dist.planning.memory import (
 
 CARD_BYTES = 80e9  # cards of 80 GB report 85 to 86e9 bytes; this is on the safe side
 SETTLED = 1.01
+# Every axis and engine once, and the smallest and the largest of the shipped configs.
+SAMPLE = {
+    "one, 0, replicated, AdamW, bf16, paper, 0.99",
+    "DP2, 1, ZeRO 2, Muon, bf16, default",
+    "TP2+SP, 1, FSDP2 3, Muon, fp32, default, full",
+    "PP2 VPP2, 1, replicated, AdamW, bf16, default",
+    "TP2+SP PP2 CP2 DP2, 15, ZeRO 2, AdamW, bf16, default",
+    "bitlm-0.6b, paper, 1 layers",
+    "bitlm-8b, default, 1 layers",
+}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_state_and_peak_are_those_of_the_trace(case):
     record, estimate = load_records()[case], estimate_of(case)
-    assert estimate.state_bytes == pytest.approx(record["state"], rel=0.01)
+    # not every rank has the elements of which the optimizer keeps most
+    assert 0.99 < estimate.state_bytes / record["state"] < 1.03
     assert 0.97 < estimate.peak_bytes / record["peak"] < 1.07
+
+
+def test_every_case_is_on_file():
+    assert list(load_records()) == list(CASES)
 
 
 @pytest.mark.slow
 @pytest.mark.integration
-def test_records_are_those_of_the_code(tmp_path):
-    found = run_cases(CASES, tmp_path)
-    assert list(load_records()) == list(CASES)
-    for case, record in load_records().items():
+@pytest.mark.parametrize(
+    "names",
+    [SAMPLE, pytest.param(CASES.keys() - SAMPLE, marks=pytest.mark.long)],
+    ids=["a sample", "the rest"],
+)
+def test_records_are_those_of_the_code(names, tmp_path):
+    found = run_cases({name: CASES[name] for name in sorted(names)}, tmp_path)
+    for case in found:
         assert not isinstance(found[case], str), found[case]
-        new = to_record(found[case])
+        new, record = to_record(found[case]), load_records()[case]
         assert new == pytest.approx(record, rel=SETTLED - 1), (
             f"`python tests/planning/memory_cases.py {case!r}` after a look at why"
         )

@@ -36,9 +36,13 @@ def needed(config, num_gpus):
         (load("bitlm-8b"), 32, 16, {"pipeline"}),
         # state that every rank holds
         (
-            load("bitlm-1.7b", "--optimizer.sharded", "false", "--parallel.tensor", "8"),
+            load(
+                "bitlm-1.7b",
+                *("--optimizer.sharded", "false"),
+                *("--parallel.tensor", "8", "--parallel.sequence", "true"),
+            ),
             64,
-            16,
+            13,
             {"sharded"},
         ),
     ],

@@ -22,7 +22,7 @@ def test_the_cheapest_key_comes_first_and_what_is_set_is_not_named():
     assert "\n" not in advice
     assert (
         advice.index("--parallel.micro_batch_size 4")
-        < advice.index("--parallel.activation_checkpointing full")
+        < advice.index("--parallel.activation_checkpointing selective")
         < advice.index("--parallel.tensor 2")
     )
     assert "zero_stage" not in advice, "one process has nothing to shard"

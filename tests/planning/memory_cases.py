@@ -9,14 +9,20 @@ import json
 import sys
 import tempfile
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from traces import HEADS, LAYOUTS, OPTIMIZERS, SMALL, run_cases
 
 from bitlm_dist.config_loading import load_config
 from bitlm_dist.parallel.layout import build_layout
+from bitlm_dist.parallel.partition import assign_owners
 from bitlm_dist.planning.memory import MemoryEstimate, estimate_training, with_margin
+from bitlm_dist.planning.rank_parameters import rank_parameters
+from bitlm_dist.training.optimizer import is_inner_matrix
+from bitlm_dist.training.optimizers.muon import orthogonalize_flops
 
 FILE = Path(__file__).parent / "memory.json"
 VOCABULARY = 151_669  # Qwen-3's
@@ -161,8 +167,29 @@ def at_full_depth(config: str, recipe: str) -> dict[str, float]:
 
     # which tensors of an optimizer are this rank's is not linear in their number
     step = extrapolate(*(record["peak"] - record["state"] for record in (first, second)))
-    costs = {key: extrapolate(first[key], second[key]) for key in ("TFLOP", "GB")}
-    return {"state": state, "peak": state + step, **costs}
+    shared = [_muon_tflop(config, recipe, depth) for depth in DEPTHS]
+    tflop = extrapolate(*(r["TFLOP"] - own for r, own in zip((first, second), shared, strict=True)))
+    tflop += _muon_tflop(config, recipe, loaded.model.backbone.num_layers)
+    gigabytes = extrapolate(first["GB"], second["GB"])
+    return {"state": state, "peak": state + step, "TFLOP": tflop, "GB": gigabytes}
+
+
+def _muon_tflop(config: str, recipe: str, num_layers: int) -> float:
+    """TFLOP of the backbone's matrices that rank 0 orthogonalizes, not linear in the layers."""
+    loaded = load_config(Path(config), preset_words(recipe, num_layers)).config
+    if loaded.optimizer.matrix_optimizer != "muon":
+        return 0.0
+
+    layout = build_layout(loaded.parallel, PRESET_GPUS, 0)
+    unsplit = replace(layout, tensor=1, sequence=False)
+    shapes = rank_parameters(loaded, unsplit, VOCABULARY).shapes
+    costs = [
+        orthogonalize_flops(shape)
+        for name, shape in shapes.items()
+        if name.startswith("backbone.") and is_inner_matrix(name, torch.empty(shape, device="meta"))
+    ]
+    owners = assign_owners(costs, layout.tensor * layout.num_optimizer_shards)
+    return sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == 0) / 1e12
 
 
 def preset_table() -> list[str]:

@@ -203,7 +203,10 @@ def map_full_tensors(
         owners = assign_owners([cost(shard.param_range.shape) for shard in shards], num_ranks)
         owned = [shard._replace(owner=o) for shard, o in zip(shards, owners, strict=True)]
         for members in _rounds(owned):
-            _map_round(group, members, function, dtype)
+            if group is None:
+                _map_local(members, function, dtype)
+            else:
+                _map_round(group, members, function, dtype)
 
 
 def _rounds(shards: Sequence[LocalShard]) -> Iterator[list[LocalShard]]:
@@ -223,15 +226,25 @@ def _rounds(shards: Sequence[LocalShard]) -> Iterator[list[LocalShard]]:
         yield [shards[i] for i in sorted(rounds[number])]
 
 
+def _map_local(
+    shards: Sequence[LocalShard],
+    function: Callable[[list[Tensor]], list[Tensor]],
+    dtype: torch.dtype,
+) -> None:
+    """Map tensors that this rank has in full."""
+    full = [s.flat.to(mesh.device(), dtype).view(s.param_range.shape) for s in shards]
+    for shard, result in zip(shards, function(full), strict=True):
+        shard.flat.copy_(result.flatten())
+
+
 def _map_round(
-    group: dist.ProcessGroup | None,
+    group: dist.ProcessGroup,
     shards: Sequence[LocalShard],
     function: Callable[[list[Tensor]], list[Tensor]],
     dtype: torch.dtype,
 ) -> None:
     """Send shards to their owners, map the full tensors, and take the results back."""
-    rank = 0 if group is None else dist.get_rank(group)
-    num_ranks = 1 if group is None else dist.get_world_size(group)
+    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
 
     # Messages are in the order of ranks, and for one rank in the order of parameters.
     by_owner = sorted(shards, key=lambda shard: shard.owner)
@@ -268,11 +281,9 @@ def _map_round(
 
 
 def _all_to_all(
-    x: Tensor, send_numels: list[int], receive_numels: list[int], group: dist.ProcessGroup | None
+    x: Tensor, send_numels: list[int], receive_numels: list[int], group: dist.ProcessGroup
 ) -> Tensor:
     """Exchange consecutive pieces of a flat tensor with all ranks of a group."""
-    if group is None:
-        return x
     received = x.new_empty(sum(receive_numels))
     dist.all_to_all_single(received, x, receive_numels, send_numels, group=group)
     return received

@@ -130,13 +130,14 @@ QUICK_COMMANDS = ("train, with a teacher and evaluations", "eval", "generate")
 # BitLM-8B with Muon on one node, its first and its last tensor rank
 TENSOR_RANKS = 8
 MUON = {
-    f"Muon of 8B on TP8, rank {rank}": {
+    f"Muon of a third of 8B on TP8, rank {rank}": {
         "function": "optimizer_step",
         "arguments": [
             [
                 *("--optimizer.matrix_optimizer", "muon", "--data.sequence_length", "1024"),
                 *("--training.global_batch_tokens", "1024", "--parallel.sequence", "true"),
                 *("--parallel.tensor", str(TENSOR_RANKS), "--model.backbone.attention", "triton"),
+                *("--model.backbone.num_layers", "12"),  # enough for two rounds of matrices
             ],
             *("bitlm-8b", TENSOR_RANKS, rank),
         ],
@@ -285,7 +286,7 @@ def test_tensor_ranks_share_muon_in_bounded_memory(case, found):
         for name, shape in found["parameters"].items()
         if name.startswith("backbone.") and len(shape) == 2
     )
-    # the head's matrices are less than 1 % of the backbone's, and shared too
+    # the head's matrices are less than 3 % of the backbone's, and shared too
     assert 0.9 * flops < TENSOR_RANKS * found["flops"]["optimizer"] <= 1.1 * flops
 
     assert found["peak"]["optimizer"] <= found["static"]["build"] + 4 * 2**30

@@ -121,7 +121,8 @@ def _orthogonalize_all(tensors: list[Tensor]) -> list[Tensor]:
     results = list(tensors)
     for shape, indices in indices_by_shape.items():
         stacks = [tensors[i].reshape(-1, *shape) for i in indices]
-        orthogonalized = orthogonalize(torch.cat(stacks)).split([len(stack) for stack in stacks])
+        stacked = torch.cat(stacks) if len(stacks) > 1 else stacks[0]
+        orthogonalized = orthogonalize(stacked).split([len(stack) for stack in stacks])
         for i, result in zip(indices, orthogonalized, strict=True):
             results[i] = result.view_as(tensors[i])
     return results

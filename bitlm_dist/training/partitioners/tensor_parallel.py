@@ -43,8 +43,8 @@ class TensorParallelRange(ParamRange):
     def join_shards(self, shards: Sequence[Tensor]) -> Tensor:
         num = self.num_tensor_ranks
         ranges = [shards[rank::num] for rank in range(num)]
-        local = [torch.cat([*parts]).view(self.local_shape) for parts in ranges]
-        return unshard(self.name, local)
+        local = [torch.cat([*x]) if len(x) > 1 else x[0] for x in ranges]
+        return unshard(self.name, [x.view(self.local_shape) for x in local])
 
     @override
     def split_full(self, full: Tensor) -> Sequence[Tensor]:

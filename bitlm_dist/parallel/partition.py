@@ -244,7 +244,8 @@ def _map_round(
     dtype: torch.dtype,
 ) -> None:
     """Send shards to their owners, map the full tensors, and take the results back."""
-    rank, num_ranks = dist.get_rank(group), dist.get_world_size(group)
+    rank = dist.get_rank(group)
+    num_ranks = dist.get_world_size(group)
 
     # Messages are in the order of ranks, and for one rank in the order of parameters.
     by_owner = sorted(shards, key=lambda shard: shard.owner)

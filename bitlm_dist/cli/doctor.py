@@ -9,10 +9,13 @@ import importlib.util
 import os
 import pkgutil
 import platform
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 from bitlm_dist.cli.console import print_table
@@ -219,11 +222,28 @@ def _machine() -> list[Finding]:
 def _import_torch() -> float:
     """Import torch and return the seconds that it took; about 0 if it was imported before."""
     start = time.perf_counter()
-    with work_progress("importing torch"):
-        # torch's C code imports NumPy, too, and would lose an interrupt that comes meanwhile
-        importlib.import_module("numpy")
+    with work_progress("importing torch"), _no_interrupt_lost():
         importlib.import_module("torch")
     return time.perf_counter() - start
+
+
+@contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise an interrupt once more at the end: C code that imports may have dropped the first."""
+    came = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _attention() -> list[Finding]:

@@ -14,9 +14,7 @@ from pathlib import Path
 
 MIN_TORCH = (2, 11)
 # not an alpha version, which pip would replace
-RELEASE = re.compile(
-    r"(\d+)\.(\d+)\.\d+(?:\.post\d+)?(?:\+[\w.]+)?"
-)  # no alpha, which pip replaces
+RELEASE = re.compile(r"(\d+)\.(\d+)\.\d+(?:\.post\d+)?(?:\+[\w.]+)?")
 KEPT = ("torch", "triton", "torchvision")
 CUDA_PACKAGES = ("torch", "triton", "torchvision", "nvidia-", "cuda-")
 KEEPS = "# keeps the torch of this Python"

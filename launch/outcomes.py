@@ -126,6 +126,8 @@ def _failed_outcome(folder: Path, exit_code: int) -> tuple[str, str]:
             failure_words(failure),
         )
     is_stopping = (folder / "stop").is_file()
+    if not is_stopping and (refused := _outcome_from_start_log(folder, only_user_errors=True)):
+        return refused  # srun killed the others because of it
     seen = None if is_stopping else _exit_seen_by_srun(folder, has_lost_peer=failure is not None)
     if seen:
         return Outcome.FAILED, seen

@@ -144,6 +144,13 @@ def test_under_slurm_the_task_that_srun_saw_die_is_named(folder, how, words, has
     assert words not in outcome_of(folder, 137)[1], "srun kills what does not stop in time"
 
 
+def test_a_refusal_comes_before_the_tasks_that_srun_killed_for_it(folder):
+    (folder / "start.log").write_text(
+        "srun: error: n0: task 0: Killed\nbitlm: /run is not there on n1: choose another\n"
+    )
+    assert outcome_of(folder, 137) == (Outcome.REFUSED, "/run is not there on n1: choose another")
+
+
 def test_a_task_of_torchrun_is_no_rank(folder):
     (folder.parents[1] / "settings.json").write_text(json.dumps({"launcher": "torchrun"}))
     (folder / "start.log").write_text("srun: error: n1: task 1: Killed\n")

@@ -1,9 +1,12 @@
-"""Child processes that do not outlive their parent."""
+"""Child processes that do not outlive their parent, and handlers of signals."""
 
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 PR_SET_PDEATHSIG = 1
 
@@ -21,3 +24,15 @@ def die_with_parent(parent: int) -> None:
     # The parent may have ended before the request; the kernel would never signal that.
     if os.getppid() != parent:
         sys.exit(1)
+
+
+@contextmanager
+def handling_signal(
+    number: int, handler: Callable[[int, FrameType | None], None]
+) -> Iterator[None]:
+    """While open, handle a signal by ``handler``; in the main thread only."""
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)

@@ -19,6 +19,7 @@ from bitlm_dist.acceptance.report import CheckResult, Report, State, Status
 from bitlm_dist.acceptance.sizes import SIZES
 from bitlm_dist.data.stale_resources import owner_tagged_name, remove_stale_resources
 from bitlm_dist.errors import TERMINATED_EXIT_CODE, USER_ERROR_EXIT_CODE, UserError
+from bitlm_dist.processes import handling_signal
 
 MACHINE_SECONDS = 120.0  # for a driver that starts slowly
 Show = Callable[[str], AbstractContextManager[Any]]
@@ -48,14 +49,14 @@ def accept(
 
     # the folder of data and runs is on the disk that the user has named
     sizes = SIZES[device]
-    with _stop_signals_raise(), show("looking at the machine"):
+    with handling_signal(signal.SIGTERM, _terminate), show("looking at the machine"):
         machine = describe_machine(device)
     if peak_flops is not None:
         machine["peak_flops"] = peak_flops
 
     out.mkdir(parents=True, exist_ok=True)
     remove_stale_resources(out)
-    with _stop_signals_raise(), _work_folder(out) as folder:
+    with handling_signal(signal.SIGTERM, _terminate), _work_folder(out) as folder:
         commands = Commands(folder, _environment(device))
         context = Context(sizes, machine, folder, commands)
         limit = sizes.total_seconds[machine["num_cards"] > 1]
@@ -155,15 +156,6 @@ def _work_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _stop_signals_raise() -> Iterator[None]:
-    """Let SIGTERM end the run with all clean-up, as Ctrl-C does."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        sys.exit(TERMINATED_EXIT_CODE)
-
-    old = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, old)
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Handle SIGTERM: end the run with all clean-up, as Ctrl-C does."""
+    sys.exit(TERMINATED_EXIT_CODE)

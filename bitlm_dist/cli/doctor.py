@@ -32,6 +32,7 @@ from bitlm_dist.disks import (
 from bitlm_dist.errors import UserError
 from bitlm_dist.formatting import plural
 from bitlm_dist.package_versions import PACKAGES, package_version
+from bitlm_dist.processes import handling_signal
 from bitlm_dist.registry import HEAD_PARTITIONERS, OPTIMIZERS
 from bitlm_dist.strict_json import to_json
 
@@ -237,11 +238,8 @@ def _no_interrupt_lost() -> Iterator[None]:
         came = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
+    with handling_signal(signal.SIGINT, interrupt):
         yield
-    finally:
-        signal.signal(signal.SIGINT, before)
     if came:
         raise KeyboardInterrupt
 

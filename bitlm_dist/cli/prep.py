@@ -3,8 +3,7 @@
 import os
 import shlex
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -14,6 +13,7 @@ import typer
 from bitlm_dist.cli.console import AsJson, console, path_expander, path_option, print_line
 from bitlm_dist.errors import INTERRUPTED_EXIT_CODE, TERMINATED_EXIT_CODE, log_to_stderr
 from bitlm_dist.formatting import plural
+from bitlm_dist.processes import handling_signal
 from bitlm_dist.strict_json import to_json
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def _prepare(
         return prepare(sources, tokenizer, out, validation, settings, processes, observe, notify)
 
     try:
-        with _terminated_by_exception():
+        with handling_signal(signal.SIGTERM, _terminate):
             if silent:
                 return run(None, lambda line: None)
             with preparation_progress(console) as observe:
@@ -233,18 +233,9 @@ class _Terminated(BaseException):
     """SIGTERM. Derives from BaseException so that no ``except Exception`` swallows it."""
 
 
-@contextmanager
-def _terminated_by_exception() -> Iterator[None]:
-    """Have SIGTERM raise an exception, so that the workers end and temporary files go."""
-
-    def terminate(number: int, frame: object) -> NoReturn:
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _terminate(number: int, frame: object) -> NoReturn:
+    """Handle SIGTERM by an exception, so that the workers end and temporary files go."""
+    raise _Terminated
 
 
 def _exit_unfinished(out: Path, is_interrupted: bool) -> NoReturn:

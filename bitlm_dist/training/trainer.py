@@ -123,7 +123,8 @@ class Trainer(AbstractContextManager["Trainer"]):
 
         # Rank 0 decides: a network file system may show stale contents to other ranks.
         mesh.init_process_groups(layout)
-        steps = mesh.broadcast_object(complete_steps(config.run.dir / CHECKPOINTS), layout)
+        found = complete_steps(config.run.dir / CHECKPOINTS) if layout.rank == 0 else []
+        steps = mesh.broadcast_object(found, layout)
         engine = Engine(
             config,
             codes,

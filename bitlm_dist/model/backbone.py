@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bitlm_dist.kernels import bounds_of_documents
 from bitlm_dist.model import transformer_engine
 from bitlm_dist.model.cached_backbone import CachedBackbone
+from bitlm_dist.model.fused_regions import RMS_NORM_EPS
 from bitlm_dist.model.initialization import set_layer_distributions
 from bitlm_dist.model.torch_layer import rotary_cos_sin
 from bitlm_dist.parallel import mesh
@@ -89,7 +90,7 @@ def _architecture_options(model: "ModelConfig") -> dict[str, Any]:
         "kv_channels": backbone.head_dim,
         "ffn_hidden_size": backbone.ffn_hidden_size,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": 1e-6,
+        "layernorm_epsilon": RMS_NORM_EPS,
         "qk_layernorm": True,
         "gated_linear_unit": True,
         "activation_func": F.silu,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bitlm_dist.kernels.skinny_linear import linear
+from bitlm_dist.model.fused_regions import RMS_NORM_EPS
 
 
 class LayerWeights(NamedTuple):
@@ -33,11 +34,10 @@ class LayerWeights(NamedTuple):
 def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """Compute x / rms(x) · weight over the last dimension; ``weight`` may have more dimensions."""
     shape = x.shape[-1:]
-    eps = 1e-6
     return (
-        F.rms_norm(x, shape, weight, eps)
+        F.rms_norm(x, shape, weight, RMS_NORM_EPS)
         if weight.dim() == 1
-        else F.rms_norm(x, shape, None, eps) * weight
+        else F.rms_norm(x, shape, None, RMS_NORM_EPS) * weight
     )
 
 

@@ -14,11 +14,10 @@ from bitlm_dist.acceptance import training
 from bitlm_dist.acceptance.commands import CheckFailedError, CheckSkippedError
 from bitlm_dist.acceptance.context import Context
 from bitlm_dist.acceptance.data import write_text, write_tokenizer
-from bitlm_dist.acceptance.sizes import CONFIG, RECIPES
+from bitlm_dist.acceptance.sizes import CONFIG, INSIDE_BLOCKS, RECIPES
 from bitlm_dist.strict_json import to_json
 
 ATTENTION = ("fa4", "triton", "merge", "flex", "reference")
-INSIDE_BLOCKS = "inside-blocks"
 PREDICTION = "prediction"
 BATCH_SIZES = (1, 16)
 NO_TESTS_SELECTED = 5  # exit code of pytest

@@ -126,13 +126,16 @@ class Commands:
             process.wait()
 
     def _output(self) -> str:
-        texts = ((self._folder / n).read_text(errors="replace") for n in ("stdout", "stderr"))
-        return "".join(text[-MAX_OUTPUT:] for text in texts)
+        return "".join(text[-MAX_OUTPUT:] for text in self._texts())
+
+    def _texts(self) -> list[str]:
+        """What the command printed on standard output and on standard error."""
+        return [(self._folder / n).read_text(errors="replace") for n in ("stdout", "stderr")]
 
     def _failure(self, code: int) -> CheckFailedError:
         """The failure of a command; the reason is its last line on standard error, or at all."""
-        texts = ((self._folder / n).read_text(errors="replace") for n in ("stdout", "stderr"))
-        lines = [line.strip() for text in texts for line in text.splitlines() if line.strip()]
+        lines = [line.strip() for text in self._texts() for line in text.splitlines()]
+        lines = [line for line in lines if line]
         said = lines[-1].removeprefix("bitlm: ")[:MAX_REASON] if lines else "it printed nothing"
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         return CheckFailedError(said if code == 2 else f"{how}: {said}", self._output(), code)

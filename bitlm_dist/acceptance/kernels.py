@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 
-from bitlm_dist.acceptance.sizes import BLOCK_SIZES
+from bitlm_dist.acceptance.sizes import BLOCK_SIZES, INSIDE_BLOCKS
 from bitlm_dist.kernels import attention
 from bitlm_dist.kernels.attention_inputs import validate_inputs
 from bitlm_dist.kernels.bench import default_device
 from bitlm_dist.kernels.self_check import attention_mismatch, in_block_mismatch
 from bitlm_dist.strict_json import to_json
-
-INSIDE_BLOCKS = "inside-blocks"
 
 
 def check_backend(name: str, dtypes: list[str], head_dims: list[int]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ RECIPES = {
     ),
 }
 BLOCK_SIZES = (1, 2, 4, 8, 16)
+INSIDE_BLOCKS = "inside-blocks"  # the kernel that is checked beside the attention backends
 
 
 @dataclass(frozen=True)

@@ -66,16 +66,16 @@ def _dense_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) -> Coun
     # Slices of Megatron's distributed optimizer begin and end anywhere: one rank may have all the
     # elements of which the optimizer keeps most.
     num_shards = layout.num_optimizer_shards if optimizer.sharded else 1
-    items += _optimizer_bytes(config, shapes, 1 / num_shards, has_master)
-    items["optimizer state"] = FP32_BYTES * _most_slots(config, shapes, size // num_shards)
-    return items
+    num_slots = _most_slots(config, shapes, size // num_shards)
+    return items + _optimizer_bytes(config, num_slots, size / num_shards, has_master)
 
 
 def _most_slots(config: Config, shapes: Shapes, numel: int) -> int:
     """The most elements that the optimizer can keep for ``numel`` weights of these shapes."""
     numel_by_slots = Counter[int]()
     for name, shape in shapes.items():
-        numel_by_slots[_num_slots(config, name, shape)] += shape.numel()
+        group = param_group(config.optimizer, name, torch.empty(shape, device="meta"))
+        numel_by_slots[NUM_SLOTS[group.optimizer]] += shape.numel()
 
     total = 0
     for num_slots in sorted(numel_by_slots, reverse=True):
@@ -85,22 +85,18 @@ def _most_slots(config: Config, shapes: Shapes, numel: int) -> int:
     return total
 
 
-def _num_slots(config: Config, name: str, shape: torch.Size) -> int:
-    group = param_group(config.optimizer, name, torch.empty(shape, device="meta"))
-    return NUM_SLOTS[group.optimizer]
-
-
 def _optimizer_bytes(
-    config: Config, shapes: Shapes, fraction: float, has_master: bool
+    config: Config, num_slots: float, numel: float, has_master: bool
 ) -> Counter[str]:
-    """Optimizer state of a fraction of every tensor."""
-    items: Counter[str] = Counter()
-    for name, shape in shapes.items():
-        size = round(FP32_BYTES * shape.numel() * fraction)
-        items["optimizer state"] += _num_slots(config, name, shape) * size
-        items["fp32 weights"] += size if has_master else 0
-        items["moving average"] += size if config.optimizer.ema else 0
-    return items
+    """What the optimizer keeps of ``numel`` weights: ``num_slots`` elements, and copies."""
+    size = round(FP32_BYTES * numel)
+    return Counter(
+        {
+            "optimizer state": round(FP32_BYTES * num_slots),
+            "fp32 weights": size if has_master else 0,
+            "moving average": size if config.optimizer.ema else 0,
+        }
+    )
 
 
 def _sharded_head_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) -> Counter[str]:
@@ -110,12 +106,15 @@ def _sharded_head_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) 
     num_ranks = len(layout.head_ranks()) // layout.num_head_instances
     size = num_elements(shapes)
     shard_bytes = FP32_BYTES * size // num_ranks
+    num_slots = _most_slots(config, shapes, size)  # of all ranks
     items: Counter[str] = Counter()
 
     # FSDP2's fp32 rows are the only weights, and those of the optimizer.
     if parallel.engine == "fsdp2":
         items["weights"] += shard_bytes
-        return items + _optimizer_bytes(config, shapes, 1 / num_ranks, has_master=False)
+        return items + _optimizer_bytes(
+            config, num_slots / num_ranks, size / num_ranks, has_master=False
+        )
 
     if stage == 3:
         # Shards for gradients and for gathering; tensors that are too small to be sharded.
@@ -129,8 +128,8 @@ def _sharded_head_bytes(config: Config, layout: ParallelLayout, shapes: Shapes) 
 
     if parallel.offload == "none":
         has_master = stage > 0
-        fraction = 1.0 if stage == 0 else 1 / num_ranks
-        items += _optimizer_bytes(config, shapes, fraction, has_master)
+        num_shards = 1 if stage == 0 else num_ranks
+        items += _optimizer_bytes(config, num_slots / num_shards, size / num_shards, has_master)
     elif stage < 3:
         # Gradients go to the host through a buffer for the largest tensor.
         largest = max(map(torch.Size.numel, shapes.values()))

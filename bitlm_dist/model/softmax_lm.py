@@ -62,7 +62,7 @@ class SoftmaxLM(LanguageModel):
 
     @override
     def embed(self, tokens: Tensor, sign_flips: Tensor | None) -> Tensor:
-        return self.embedding.lookup(tokens)
+        return self.embedding(tokens)
 
     @override
     def local_embeddings(self, batch: Batch, *, seed: int, step: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import override
 
 from bitlm_dist.kernels.skinny_linear import linear
 from bitlm_dist.model.initialization import INIT_STD, normal, random_parameter
@@ -37,7 +38,8 @@ class VocabParallelTable(nn.Module):
 
         self.rows = random_parameter(num_local_rows, hidden_size, distribution=normal(INIT_STD))
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
         """Look up the rows [..., D] of tokens [...].
 
         The rows of other ranks are zero, so the sum over the tensor ranks is complete.

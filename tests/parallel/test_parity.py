@@ -63,6 +63,7 @@ BASELINE = {
     "TP2+SP, tied": [*SP, *SOFTMAX, *TIED],
     "PP2, softmax": ["--parallel.pipeline", "2", *SOFTMAX],
     "CP2, softmax": ["--parallel.context", "2", *SOFTMAX],
+    "DP2, overlapping, softmax": [OVERLAPPING, *SOFTMAX],
 }
 DETACHED = ["--diffusion.detached_losses", "[denoising, context, autoregressive, next_token]"]
 ONE = {
@@ -84,7 +85,7 @@ EIGHT_CASES = cases_of(EIGHT)
 # Each axis of parallelism, each optimizer and each output of the model once.
 QUICK = {
     *("TP2+SP, Muon", "PP2 VPP2, AdamW", "CP2, Muon", "DP2, AdamW", "TP2, softmax"),
-    "DP2, overlapping, Muon",
+    *("DP2, overlapping, Muon", "DP2, overlapping, softmax"),
 }
 # With the quick ones, every layout once, and with each optimizer the layouts that shard its state:
 # data-parallel ranks and pipeline stages.

@@ -76,7 +76,7 @@ class Config(Section):
         yield from self.data.problems()
         yield from self.parallel.head.problems(self.training.precision)
         yield from distillation_problems(self.distillation, self.diffusion, self.model)
-        yield from self.parallel.problems()
+        yield from self.parallel.problems(self.optimizer.sharded)
         yield from layout_problems(self.parallel, self.model, self.data.sequence_length)
 
 

@@ -106,7 +106,7 @@ class ParallelConfig(Section):
     SwiGLU: they cost no matrix product. mlp is SwiGLU and the projection before it. The core
     attention recomputes its weights in any case.
     """
-    optimizer_shard_ranks: int | None = Field(None, ge=1)
+    optimizer_shard_ranks: int | None = Field(None, ge=2)
     """Replicas over which the backbone's optimizer is sharded; the others hold further copies.
 
     A divisor of the number of replicas, which are the data- and context-parallel ranks. null: all
@@ -114,8 +114,8 @@ class ParallelConfig(Section):
     """
     head: HeadParallelConfig = HeadParallelConfig()
 
-    def problems(self) -> Iterator[str]:
-        """Splits over an axis of one rank."""
+    def problems(self, is_optimizer_sharded: bool) -> Iterator[str]:
+        """Splits over an axis of one rank, or of what is not split."""
         if self.sequence and self.tensor == 1:
             yield (
                 "parallel.sequence = true splits over the tensor ranks: "
@@ -124,6 +124,11 @@ class ParallelConfig(Section):
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             yield (
                 f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1"
+            )
+        if self.optimizer_shard_ranks is not None and not is_optimizer_sharded:
+            yield (
+                f"parallel.optimizer_shard_ranks = {self.optimizer_shard_ranks} needs "
+                "optimizer.sharded = true"
             )
 
 

@@ -89,7 +89,7 @@ def should_compile(choice: str, device: torch.device) -> bool:
     if choice == "always":
         raise UserError(f"training.compile = always: {problem}: fix it, or use never")
 
-    _log.warning("regions of the head run as they are written, which is slower: %s", problem)
+    _log.warning("regions run as they are written, which is slower: %s", problem)
     return False
 
 

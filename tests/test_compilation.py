@@ -34,7 +34,7 @@ def test_auto_compiles_on_a_gpu_where_that_works(trial, caplog):
     trial("no header Python.h")
     assert not should_compile("auto", GPU)
     assert (
-        "regions of the head run as they are written, which is slower: no header Python.h"
+        "regions run as they are written, which is slower: no header Python.h"
         in caplog.messages
     )
 

@@ -104,7 +104,7 @@ class ParallelConfig(Section):
 
     layernorm is the two norms, qk_layernorm the norm and rotation of queries and keys, mlp_act
     SwiGLU: they cost no matrix product. mlp is SwiGLU and the projection before it. The core
-    attention recomputes its weights in any case.
+    attention keeps no weights in any case.
     """
     optimizer_shard_ranks: int | None = Field(None, ge=2)
     """Replicas over which the backbone's optimizer is sharded; the others hold further copies.

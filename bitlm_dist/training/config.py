@@ -40,7 +40,7 @@ class TrainingConfig(Section):
     float32_matmul_precision: Literal["highest", "high", "medium"] = "highest"
     """GPU: fp32 matrix products in fp32 (highest), TF32 (high) or bf16 (medium), as in torch."""
     compile: Literal["auto", "always", "never"] = "auto"
-    """Fuse the head's elementwise code with torch.compile: bits, noise, modulation, loss.
+    """Fuse elementwise code of layers and head with torch.compile: norms, SwiGLU, noise, loss.
 
     auto compiles on a GPU.
     """

@@ -33,10 +33,7 @@ def test_auto_compiles_on_a_gpu_where_that_works(trial, caplog):
 
     trial("no header Python.h")
     assert not should_compile("auto", GPU)
-    assert (
-        "regions run as they are written, which is slower: no header Python.h"
-        in caplog.messages
-    )
+    assert "regions run as they are written, which is slower: no header Python.h" in caplog.messages
 
 
 def test_always_is_refused_where_it_does_not_work(trial, monkeypatch):
